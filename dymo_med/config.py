@@ -1,0 +1,294 @@
+"""Recipes and cohort descriptions: strict YAML whose errors name the line and the nearest key."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dymo_med.errors import ConfigError, Problem
+from dymo_med.registry import nearest
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+KeyPath = tuple[str | int, ...]
+
+
+class Strict(BaseModel):
+    """Base of everything read from YAML: unknown keys are errors, objects are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Named(BaseModel):
+    """A table entry by name, with that entry's own options beside it.
+
+    The options are checked by the class in the table (`Options.model_validate`), not here.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Schedule(Strict):
+    """How long and how fast one network is trained.
+
+    Attributes:
+        epochs: Upper bound on passes over the training records.
+        batch_size: Records per step.
+        learning_rate: Adam's step size.
+        weight_decay: Decoupled weight decay (AdamW).
+        patience: Stop after this many epochs without a better validation score.
+        min_improvement: What counts as better.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    patience: Annotated[int, Field(ge=1)] = 20
+    min_improvement: Annotated[float, Field(ge=0)] = 1e-4
+
+
+class BackboneTraining(Schedule):
+    """Training of the fusion backbone.
+
+    Attributes:
+        subsets: K, distinct random subsets of modalities per batch.
+        prototype_weight: Weight of the prototype loss.
+        prototype_epoch: First epoch (from 0) in which the prototype loss counts.
+        prototype_temperature: Its softmax temperature.
+        augment: Random flips and intensity jitter of training images.
+    """
+
+    subsets: Annotated[int, Field(ge=1)] = 5
+    prototype_weight: Annotated[float, Field(ge=0)] = 1.0
+    prototype_epoch: Annotated[int, Field(ge=1)] = 3
+    prototype_temperature: Annotated[float, Field(gt=0)] = 0.1
+    augment: bool = False
+
+
+class Recipe(Strict):
+    """Everything `train` needs besides the cohort.
+
+    Attributes:
+        name: Name of the bundle that comes out.
+        description: One sentence for the model card.
+        seed: Seed of every random choice.
+        imputer: Entry of the imputer table and its options.
+        backbone: Entry of the backbone table and its options.
+        selector: Entry of the selector table and its options.
+        imputer_training: Schedule of the imputer.
+        backbone_training: Schedule of the backbone.
+    """
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    imputer: Named
+    backbone: Named
+    selector: Named = Named(name="dymo")
+    imputer_training: Schedule = Schedule()
+    backbone_training: BackboneTraining = BackboneTraining()
+
+
+class TaskEntry(Strict):
+    """`task:` of a cohort description."""
+
+    type: Literal["classification"]
+    target: str
+    classes: Annotated[list[str], Field(min_length=2)]
+
+
+class CohortFile(Strict):
+    """`cohort.yaml`.
+
+    Attributes:
+        name: Name of the cohort.
+        description: One sentence.
+        task: What is predicted.
+        modalities: Entries by name in canonical order; each is checked by its kind.
+        patients: Folder of the patient directories, relative to this file.
+        labels: Labels file, relative to this file.
+        splits: Splits file, relative to this file.
+        missing_values: Strings that mean "blank" in tables, besides the empty cell.
+    """
+
+    name: str
+    description: str = ""
+    task: TaskEntry
+    modalities: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    patients: str = "patients"
+    labels: str = "labels.csv"
+    splits: str = "splits.csv"
+    missing_values: list[str] = []
+
+    @model_validator(mode="after")
+    def _stay_inside(self) -> CohortFile:
+        for key in ("patients", "labels", "splits"):
+            value = Path(getattr(self, key))
+            if value.is_absolute() or ".." in value.parts:
+                raise ValueError(f"{key} must be a path inside the cohort's folder")
+        return self
+
+
+class _LineLoader(yaml.SafeLoader):
+    """A safe loader that refuses duplicate keys and remembers each key's line."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.duplicates: list[tuple[int, str]] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                self.duplicates.append((key_node.start_mark.line + 1, key))
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _lines(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:
+    """Return the 1-based line of every key path below a YAML node."""
+    found: dict[KeyPath, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            here = (*path, str(key_node.value))
+            found[here] = key_node.start_mark.line + 1
+            found.update(_lines(value_node, here))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            here = (*path, i)
+            found[here] = item.start_mark.line + 1
+            found.update(_lines(item, here))
+    return found
+
+
+class Document:
+    """A YAML mapping together with the line of each of its keys.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If the file is absent, unreadable, not YAML, or not a mapping.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            raise ConfigError(
+                Problem(str(path), "there is no such file", remedy="Check the path")
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                Problem(str(path), "the file cannot be read as text", got=type(error).__name__)
+            ) from None
+        try:
+            loader = _LineLoader(text)
+            node = loader.get_single_node()
+            self.data = loader.construct_document(node) if node is not None else None
+            duplicates = loader.duplicates
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+            raise ConfigError(
+                Problem(where, "the file is not valid YAML", remedy="Check indentation and quotes")
+            ) from None
+        if duplicates:
+            raise ConfigError(
+                *(Problem(f"{path}:{line}", f"key '{key}' occurs twice") for line, key in duplicates)
+            )
+        if not isinstance(self.data, dict):
+            raise ConfigError(
+                Problem(str(path), "the file does not hold a mapping", expected="key: value lines")
+            )
+        self.lines = _lines(node)
+
+    def where(self, path: KeyPath) -> str:
+        """Return `file:line key.path` of a key, or of its nearest parent that has a line."""
+        for end in range(len(path), 0, -1):
+            line = self.lines.get(path[:end])
+            if line is not None:
+                return f"{self.path}:{line} {'.'.join(map(str, path))}"
+        return f"{self.path} {'.'.join(map(str, path))}".rstrip()
+
+    def problems(
+        self, error: ValidationError, model: type[BaseModel], prefix: KeyPath = ()
+    ) -> list[Problem]:
+        """Translate a pydantic error into problems with line numbers and nearest keys.
+
+        Args:
+            error: What pydantic found.
+            model: The model that was validated, for the names of its keys.
+            prefix: Where in the document the validated part sits.
+        """
+        found = []
+        for item in error.errors(include_url=False, include_input=False):
+            path: KeyPath = (*prefix, *item["loc"])
+            if item["type"] == "extra_forbidden":
+                known = _known_keys(model, item["loc"][:-1])
+                found.append(
+                    Problem(self.where(path), "unknown key", remedy=nearest(str(path[-1]), known))
+                )
+            elif item["type"] == "missing":
+                found.append(Problem(self.where(path), "a required key is absent"))
+            else:
+                found.append(Problem(self.where(path), item["msg"].removeprefix("Value error, ")))
+        return found
+
+    def parse(self, model: type[ModelT]) -> ModelT:
+        """Validate the whole document.
+
+        Raises:
+            ConfigError: With every problem at once.
+        """
+        return self.parse_part(self.data, model, ())
+
+    def parse_part(self, data: Any, model: type[ModelT], prefix: KeyPath) -> ModelT:
+        """Validate one part of the document that sits at `prefix`.
+
+        Raises:
+            ConfigError: With every problem at once.
+        """
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(*self.problems(error, model, prefix)) from None
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """Return the field names of the model reached from `model` along `path`."""
+    for key in path:
+        info = model.model_fields.get(str(key))
+        annotation = info.annotation if info is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    The names and options of its table entries are checked by `bundle.check_recipe`, which
+    knows the tables.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        ConfigError: With every problem at once.
+    """
+    return Document(path).parse(Recipe)

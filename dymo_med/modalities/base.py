@@ -1,0 +1,117 @@
+"""What every kind of modality knows how to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dymo_med.types import ModalitySpec, ModalityValue
+
+
+class Modality(ABC):
+    """All that depends on a modality's kind: read, fit, encode, decode, likelihood, write.
+
+    A new kind is one subclass in one file and one line in `dymo_med.modalities.MODALITIES`.
+
+    Args:
+        spec: The modality this object handles.
+    """
+
+    Entry: ClassVar[type[BaseModel]]
+    """Pydantic model of the modality's entry in `cohort.yaml`."""
+
+    def __init__(self, spec: ModalitySpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    @abstractmethod
+    def spec_from_entry(cls, name: str, entry: BaseModel) -> ModalitySpec:
+        """Return the spec of a validated `cohort.yaml` entry."""
+
+    # -- files ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(
+        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+    ) -> ModalityValue | None:
+        """Read and preprocess this modality from a patient directory.
+
+        Args:
+            folder: The patient directory.
+            where: Who this is, for error messages ("Patient p017").
+            missing_values: Strings that mean "blank" in tables, besides the empty cell.
+
+        Returns:
+            None if the modality is missing: no file, or a table row whose cells are all blank.
+
+        Raises:
+            PatientDataError: If a file is there but unreadable, ambiguous, of the wrong
+                dimension, or holds a value it must not hold.
+        """
+
+    @abstractmethod
+    def write(
+        self,
+        folder: Path,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        affine: Sequence[Sequence[float]] | None,
+    ) -> Path:
+        """Write recovered values where nobody can mistake them for measured ones.
+
+        Args:
+            folder: Existing folder to write into.
+            values: `(*spec.shape)`.
+            observed_fields: Bool `(F,)` for a completed table, True = measured; None = nothing
+                was measured.
+            affine: 4 x 4 voxel-to-world matrix in mm of the grid, for 3D images; None if no
+                observed scan gives one.
+
+        Returns:
+            The file written: its name and content say that it is synthetic.
+        """
+
+    # -- networks ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
+        """Return the spec with constants fitted on training patients only.
+
+        Args:
+            values: `(n, *shape)`, rows of training records that have this modality.
+            observed_fields: Bool `(n, F)` for tables.
+        """
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Number of tokens N that `encoder` yields."""
+
+    @abstractmethod
+    def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:
+        """Return a network `(values (B, *shape), observed_fields (B, F) | None) -> Tokens`.
+
+        Args:
+            dim: Token width D.
+            options: Sizes by name from the recipe (unknown ones are ignored by a kind that has
+                no use for them).
+        """
+
+    @abstractmethod
+    def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
+        """Return a network `(B, latent) -> (B, P)` or `(B, *shape)`: likelihood parameters."""
+
+    @abstractmethod
+    def log_likelihood(
+        self, parameters: Tensor, values: Tensor, observed_fields: Tensor | None
+    ) -> Tensor:
+        """Return log p(values | parameters) per patient, `(B,)`, over observed cells only."""
+
+    @abstractmethod
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Return the likelihood's mean (mode for categories) as `values` `(B, *shape)`."""

@@ -1,0 +1,562 @@
+"""The nouns of the package: frozen dataclasses and protocols, checked once at construction.
+
+Letters in shapes, everywhere: B patients (records), M modalities, K classes, D embedding size,
+N tokens, T selection steps, S subsets, F table columns, C image channels, R rows of a request.
+
+Polarity, everywhere: True = available.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Split = Literal["train", "validation", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table modality.
+
+    Attributes:
+        name: Header of the column in the file.
+        type: `continuous` or `categorical`.
+        unit: Unit of a continuous column, for people ("U/L"); empty if none.
+        range: Plausible closed range of a continuous column in `unit`; outside it is an error.
+        values: Categories of a categorical column, in canonical order.
+        mean: Mean over training patients' observed cells, in `unit`; None before fitting.
+        std: Standard deviation likewise, positive; None before fitting.
+        frequencies: Share of each category among training patients' observed cells, one per
+            entry of `values`; empty before fitting and for continuous columns.
+        percentiles: The 101 percentiles 0..100 of a continuous column over training patients,
+            in `unit`; empty before fitting and for categorical columns.
+    """
+
+    name: str
+    type: Literal["continuous", "categorical"]
+    unit: str = ""
+    range: tuple[float, float] | None = None
+    values: tuple[str, ...] = ()
+    mean: float | None = None
+    std: float | None = None
+    frequencies: tuple[float, ...] = ()
+    percentiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """What one modality is: enough to read it, encode it and describe it.
+
+    Attributes:
+        name: Name within the cohort ("t1ce").
+        kind: Registry key of the modality kind ("image", "table").
+        file: File (or stem) inside a patient's folder.
+        shape: `(C, *spatial)` for images, `(F,)` for tables.
+        spacing_mm: Voxel size along each spatial axis in mm; empty for tables.
+        intensity: Image intensity rule ("zscore", "percentile" or "none"); empty for tables.
+        columns: Columns of a table in order; empty for images.
+    """
+
+    name: str
+    kind: str
+    file: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...] = ()
+    intensity: str = ""
+    columns: tuple[Column, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModalitySpec:
+        """Return the spec that `to_dict` described."""
+        columns = tuple(
+            Column(
+                **{
+                    **column,
+                    "range": tuple(column["range"]) if column["range"] is not None else None,
+                    "values": tuple(column["values"]),
+                    "frequencies": tuple(column["frequencies"]),
+                    "percentiles": tuple(column["percentiles"]),
+                }
+            )
+            for column in data["columns"]
+        )
+        return cls(
+            name=data["name"],
+            kind=data["kind"],
+            file=data["file"],
+            shape=tuple(data["shape"]),
+            spacing_mm=tuple(data["spacing_mm"]),
+            intensity=data["intensity"],
+            columns=columns,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted.
+
+    Attributes:
+        type: Only `classification` so far.
+        target: Column of `labels.csv`.
+        classes: Class names in canonical order. For two classes the last is the positive one.
+    """
+
+    type: Literal["classification"]
+    target: str
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"A task needs at least two distinct classes, got {self.classes}.")
+
+
+@dataclass(frozen=True)
+class CohortRecord:
+    """Where one record (visit) is, before any file of it is read.
+
+    Attributes:
+        record_id: Unique within the cohort.
+        patient_id: Whose visit this is; splits go by patient.
+        folder: Patient directory of this record.
+        label: Class index, or None where the target is not known.
+    """
+
+    record_id: str
+    patient_id: str
+    folder: Path
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A described cohort: records, labels and splits; no patient data yet.
+
+    Attributes:
+        name: Name of the cohort.
+        root: Folder of `cohort.yaml`.
+        task: What is predicted.
+        specs: Modalities in canonical order.
+        records: All records, in file order.
+        splits: Split of each patient id.
+        missing_values: Strings that mean "blank" in this cohort's tables, besides the empty cell.
+    """
+
+    name: str
+    root: Path
+    task: Task
+    specs: tuple[ModalitySpec, ...]
+    records: tuple[CohortRecord, ...]
+    splits: Mapping[str, Split]
+    missing_values: tuple[str, ...] = ()
+
+    def in_split(self, split: Split) -> tuple[CohortRecord, ...]:
+        """Return the records whose patient is in `split`, in file order."""
+        return tuple(r for r in self.records if self.splits.get(r.patient_id) == split)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value came from.
+
+    Attributes:
+        file: File name relative to the patient directory (never an absolute path).
+        sha256: Hash of the file's bytes (of all files' hashes, sorted, for a folder).
+        affine: 4 x 4 voxel-to-world matrix in mm (RAS+) of the *preprocessed* grid, as nested
+            tuples; None for tables and for images without geometry.
+        facts: Acquisition facts worth showing ("size": "240 x 240 x 155"), never identifying.
+    """
+
+    file: str
+    sha256: str
+    affine: tuple[tuple[float, ...], ...] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModalityValue:
+    """One modality of one record, read and preprocessed.
+
+    Attributes:
+        values: Float32 `(*spec.shape)`. Tables: natural units, categories as their index,
+            blank cells 0 and False in `observed_fields`.
+        observed_fields: Bool `(F,)` for tables (True = the cell was filled); None for images.
+        source: Where it came from.
+        warnings: Sentences worth showing to a reader of the report.
+    """
+
+    values: Tensor
+    source: Source
+    observed_fields: Tensor | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PatientRecord:
+    """The observed modalities of one record; a missing modality has no key.
+
+    Attributes:
+        record_id: Id of the record.
+        patient_id: Id of the patient.
+        modalities: Observed modalities by name.
+        label: Class index, or None.
+    """
+
+    record_id: str
+    patient_id: str
+    modalities: Mapping[str, ModalityValue]
+    label: int | None = None
+
+    def without(self, names: Sequence[str]) -> PatientRecord:
+        """Return this record with some modalities taken away."""
+        kept = {k: v for k, v in self.modalities.items() if k not in names}
+        return replace(self, modalities=kept)
+
+
+@dataclass(frozen=True)
+class ModalityMask:
+    """Which modalities are available, per patient.
+
+    Attributes:
+        names: Modality names in canonical order.
+        available: Bool `(B, M)`, True = available.
+    """
+
+    names: tuple[str, ...]
+    available: Tensor
+
+    def __post_init__(self) -> None:
+        if self.available.dtype != torch.bool or self.available.ndim != 2:
+            raise ValueError(
+                f"available must be a bool tensor of shape (B, M), got {self.available.dtype}"
+                f" {tuple(self.available.shape)}."
+            )
+        if self.available.shape[1] != len(self.names):
+            raise ValueError(
+                f"available has {self.available.shape[1]} columns for {len(self.names)} names."
+            )
+
+    def of(self, row: int) -> tuple[str, ...]:
+        """Return the names available to one patient."""
+        return tuple(n for n, a in zip(self.names, self.available[row].tolist(), strict=True) if a)
+
+
+def subset_id(available: Tensor) -> Tensor:
+    """Return each subset's bitmask id, the sum of 2^m over its available modalities.
+
+    Args:
+        available: Bool `(..., M)`, M at most 62.
+
+    Returns:
+        Int64 `(...)`.
+
+    Example:
+        >>> subset_id(torch.tensor([[True, False, True]])).tolist()
+        [5]
+    """
+    weights = torch.ones((), dtype=torch.int64, device=available.device) << torch.arange(
+        available.shape[-1], device=available.device
+    )
+    return (available.to(torch.int64) * weights).sum(-1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records collated: one tensor per modality, and masks that say what is real.
+
+    Attributes:
+        record_ids: B ids.
+        patient_ids: B ids.
+        values: Per modality float32 `(B, *shape)`; finite everywhere, meaningless where not
+            observed.
+        observed: True where the modality was measured (a partly filled table counts).
+        observed_fields: Per table modality bool `(B, F)`, True = the cell was filled; all False
+            where the table is missing.
+        labels: Int64 `(B,)`, -1 = not known.
+    """
+
+    record_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    values: Mapping[str, Tensor]
+    observed: ModalityMask
+    observed_fields: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.record_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return this batch with every tensor on `device`."""
+        return replace(
+            self,
+            values={k: v.to(device) for k, v in self.values.items()},
+            observed=replace(self.observed, available=self.observed.available.to(device)),
+            observed_fields={k: v.to(device) for k, v in self.observed_fields.items()},
+            labels=self.labels.to(device),
+        )
+
+    def rows(self, index: Tensor) -> Batch:
+        """Return the records at integer positions `index` `(R,)`, in that order."""
+        positions = index.tolist()
+        return Batch(
+            record_ids=tuple(self.record_ids[i] for i in positions),
+            patient_ids=tuple(self.patient_ids[i] for i in positions),
+            values={k: v[index] for k, v in self.values.items()},
+            observed=replace(self.observed, available=self.observed.available[index]),
+            observed_fields={k: v[index] for k, v in self.observed_fields.items()},
+            labels=self.labels[index],
+        )
+
+    def partly_filled(self) -> Tensor:
+        """Return bool `(B, M)`: True = an observed table with at least one blank cell."""
+        result = torch.zeros_like(self.observed.available)
+        for m, name in enumerate(self.observed.names):
+            if name in self.observed_fields:
+                blank = ~self.observed_fields[name].all(dim=1)
+                result[:, m] = self.observed.available[:, m] & blank
+        return result
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What an imputer proposes for a batch.
+
+    Attributes:
+        values: Per modality float32 `(B, *shape)`: observed values bit for bit, proposals where
+            something was missing. Where nothing could be proposed the values mean nothing.
+        observed: The batch's own mask.
+        recovered: Bool `(B, M)`: the modality was missing and values are proposed.
+        completed: Bool `(B, M)`: a partly filled table whose blank cells are proposed.
+        draws: Optional seeded draws per modality `(n, B, *shape)`, for uncertainty.
+    """
+
+    values: Mapping[str, Tensor]
+    observed: ModalityMask
+    recovered: Tensor
+    completed: Tensor
+    draws: Mapping[str, Tensor] | None = None
+
+    @property
+    def candidates(self) -> Tensor:
+        """Bool `(B, M)`: what the selector may admit: recovered or completed."""
+        return self.recovered | self.completed
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A modality encoded.
+
+    Attributes:
+        values: Float `(B, N, D)`.
+        available: Bool `(B, N)`: False for the token of a blank table cell.
+    """
+
+    values: Tensor
+    available: Tensor
+
+
+@dataclass(frozen=True)
+class FusionOutput:
+    """What a fusion backbone says of a set of modalities.
+
+    Attributes:
+        logits: Float `(R, K)`, uncalibrated.
+        embedding: Float `(R, D)`, unit length for the cosine distance.
+    """
+
+    logits: Tensor
+    embedding: Tensor
+
+
+class Fuse(Protocol):
+    """Fusion over versions of modalities that were encoded beforehand; cheap, called often."""
+
+    def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        """Fuse.
+
+        Args:
+            rows: Int64 `(R,)`: which patient of the batch each request is about.
+            used: Bool `(R, M)`: the modalities to fuse.
+            admitted: Bool `(R, M)`: of those, which to take in their recovered (or completed)
+                version; the others are taken as observed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SubsetStatistics:
+    """Class prototypes and spreads of the embedding, per subset of modalities.
+
+    Attributes:
+        distance: `cosine` or `euclidean`.
+        subsets: Bool `(S, M)`, the subsets that are kept, ascending by `subset_id`.
+        prototypes: Float `(S, K, D)`, mean embedding of training patients of class k who have
+            all of subset s; cosine means are not re-normalised.
+        overall: Float `(K, D)`, unweighted mean of `prototypes` over subsets.
+        spread: Float `(S, K)`, root mean square distance to the prototype.
+        counts: Int64 `(S, K)`, training patients behind each entry (0 = borrowed).
+        borrowed_from: Int64 `(S, K)`: index of the subset whose numbers were borrowed where
+            counts is too small; its own index otherwise.
+    """
+
+    distance: Literal["cosine", "euclidean"]
+    subsets: Tensor
+    prototypes: Tensor
+    overall: Tensor
+    spread: Tensor
+    counts: Tensor
+    borrowed_from: Tensor
+
+    def to(self, device: torch.device | str) -> SubsetStatistics:
+        """Return these statistics on `device`."""
+        return replace(
+            self,
+            **{
+                name: getattr(self, name).to(device)
+                for name in (
+                    "subsets",
+                    "prototypes",
+                    "overall",
+                    "spread",
+                    "counts",
+                    "borrowed_from",
+                )
+            },
+        )
+
+
+@dataclass(frozen=True)
+class SelectionTrace:
+    """Every number behind a selection; enough to replay it offline.
+
+    Attributes:
+        names: Modality names in canonical order.
+        method: Selector that made it.
+        observed: Bool `(B, M)`.
+        candidates: Bool `(B, M)`.
+        used: Bool `(B, M)`: observed or trusted.
+        admitted: Bool `(B, M)`: candidates that were trusted.
+        chosen: Int64 `(T, B)`: modality admitted in that step, -1 = stopped.
+        reward: Float `(T, B, M)`, NaN where there was no candidate. Likewise below.
+        quality_before: Float `(T, B)`.
+        quality_after: Float `(T, B, M)`.
+        similarity_before: Float `(T, B)`: log tail probability to the predicted class.
+        similarity_after: Float `(T, B, M)`.
+        factor: Float `(T, B, M)`: similarity calibration factor.
+        borrowed: Bool `(T, B, M)`: statistics of a smaller subset had to be borrowed.
+        output: Fusion of the final subset: logits `(B, K)`, embedding `(B, D)`.
+    """
+
+    names: tuple[str, ...]
+    method: str
+    observed: Tensor
+    candidates: Tensor
+    used: Tensor
+    admitted: Tensor
+    chosen: Tensor
+    reward: Tensor
+    quality_before: Tensor
+    quality_after: Tensor
+    similarity_before: Tensor
+    similarity_after: Tensor
+    factor: Tensor
+    borrowed: Tensor
+    output: FusionOutput
+
+    @property
+    def rejected(self) -> Tensor:
+        """Bool `(B, M)`: candidates that were not admitted."""
+        return self.candidates & ~self.admitted
+
+
+@dataclass(frozen=True)
+class SelectionStep:
+    """One candidate in one step of one patient's selection (a row of `selection.csv`)."""
+
+    step: int
+    modality: str
+    version: Literal["recovered", "completed"]
+    quality_before: float
+    quality_after: float
+    similarity_before: float
+    similarity_after: float
+    factor: float
+    reward: float
+    decision: Literal["admitted", "rejected", "not yet", "stopped"]
+    borrowed: bool
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How much one input moved the answer.
+
+    Attributes:
+        modality: Name of the modality.
+        name: Column for a table cell, empty for the modality as a whole.
+        value: Change of the predicted class probability that is ascribed to it.
+        method: Name of the method ("shapley", "feature_ablation").
+    """
+
+    modality: str
+    name: str
+    value: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one record, and what it rests on.
+
+    Attributes:
+        record_id: Id of the record.
+        patient_id: Id of the patient.
+        classes: K class names.
+        probabilities: K calibrated probabilities of the bundle's own selector.
+        alternatives: Calibrated probabilities of the other methods by name.
+        observed: Modalities measured (wholly or partly).
+        partly: Of those, tables with blank cells.
+        recovered: Missing modalities for which values were proposed, and tables completed.
+        trusted: Of `recovered`, those the selector admitted.
+        rejected: Of `recovered`, those it did not.
+        absent: Missing modalities for which nothing could be proposed.
+        method: Selector behind `probabilities`.
+        steps: The selection, in order.
+        attributions: Empty with `--no-explain`.
+        warnings: Sentences.
+        sources: Where each observed modality came from.
+        bundle_id: Content hash of the bundle.
+        bundle_name: Name of the bundle.
+        seed: Seed of the run.
+        base_rates: K class shares among training patients: the starting point of Shapley values.
+    """
+
+    record_id: str
+    patient_id: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    alternatives: Mapping[str, tuple[float, ...]]
+    observed: tuple[str, ...]
+    partly: tuple[str, ...]
+    recovered: tuple[str, ...]
+    trusted: tuple[str, ...]
+    rejected: tuple[str, ...]
+    absent: tuple[str, ...]
+    method: str
+    steps: tuple[SelectionStep, ...]
+    attributions: tuple[Attribution, ...]
+    warnings: tuple[str, ...]
+    sources: Mapping[str, Source]
+    bundle_id: str
+    bundle_name: str
+    seed: int
+    base_rates: tuple[float, ...] = ()
