@@ -1,0 +1,782 @@
+"""A cohort of simulated glioma patients: four MRI sequences and three tables, truth known.
+
+Each patient has a grade and, drawn from it, latent evidence: how much the tumour enhances, how
+old the patient is, and so on. Scans and table cells depict that evidence and nothing else depends
+on the grade, so the exact posterior of the grade is known for every set of modalities.
+`docs/explanation/simulated-cohort.md` says what is real here and what is not.
+
+References:
+    Fonov et al., Unbiased nonlinear average age-appropriate brain templates from birth to
+    adulthood, NeuroImage 47 (2009) S102: the anatomy.
+    Wansapura et al., NMR relaxation times in the human brain at 3.0 Tesla, J Magn Reson Imaging 9
+    (1999): grey and white matter. Lin et al., Magn Reson Med 45 (2001): T1 of CSF.
+    Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magn Reson Med 34 (1995).
+    Ashburner and Friston, Nonlinear spatial normalization using basis functions, Hum Brain Mapp 7
+    (1999): cosine bases for deformations.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.special import expit, ndtr
+
+from dymo_med.errors import ConfigError, Problem
+
+Floats = NDArray[np.float32]
+
+CLASSES = ("low", "high")
+SPLIT_SHARES = {"train": 0.50, "validation": 0.10, "calibration": 0.15, "test": 0.25}
+
+CONTRADICTORY_SHARE = 0.08
+BLANK_CELL_SHARE = 0.08
+DEGRADED_SHARE = 0.08
+
+FIELD_OF_VIEW_MM = 192.0
+CENTRE_MM = (0.0, -18.0, 8.0)
+SMALLEST_SIZE = 16
+
+
+# --- Magnetic resonance -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """What a sequence sees of a tissue at 3 T.
+
+    Attributes:
+        proton_density: Relative to water.
+        t1_ms: Longitudinal relaxation time.
+        t2_ms: Transverse relaxation time.
+    """
+
+    proton_density: float
+    t1_ms: float
+    t2_ms: float
+
+    def with_contrast(self, concentration_millimolar: float) -> Tissue:
+        """Return this tissue with a gadolinium contrast agent in it.
+
+        1/T1' = 1/T1 + r1 C and 1/T2' = 1/T2 + r2 C, with r1 = 4.5 and r2 = 5.5 per s per mM.
+
+        Args:
+            concentration_millimolar: C.
+        """
+        return Tissue(
+            self.proton_density,
+            1.0 / (1.0 / self.t1_ms + 4.5e-3 * concentration_millimolar),
+            1.0 / (1.0 / self.t2_ms + 5.5e-3 * concentration_millimolar),
+        )
+
+
+@dataclass(frozen=True)
+class Sequence3T:
+    """A spin echo sequence, or with an inversion time an inversion recovery sequence.
+
+    Attributes:
+        tr_ms: Repetition time.
+        te_ms: Echo time.
+        ti_ms: Inversion time; None for plain spin echo.
+    """
+
+    tr_ms: float
+    te_ms: float
+    ti_ms: float | None = None
+
+    def signal(self, tissue: Tissue) -> float:
+        """Return the noise-free signal of a voxel that is all one tissue.
+
+        Spin echo: PD (1 - 2 exp(-(TR - TE/2)/T1) + exp(-TR/T1)) exp(-TE/T2).
+        Inversion recovery: PD |1 - 2 exp(-TI/T1) + 2 exp(-(TR - TE/2)/T1) - exp(-TR/T1)|
+        exp(-TE/T2).
+        """
+        to_echo = math.exp(-(self.tr_ms - self.te_ms / 2) / tissue.t1_ms)
+        to_repeat = math.exp(-self.tr_ms / tissue.t1_ms)
+        if self.ti_ms is None:
+            recovered = 1 - 2 * to_echo + to_repeat
+        else:
+            recovered = abs(1 - 2 * math.exp(-self.ti_ms / tissue.t1_ms) + 2 * to_echo - to_repeat)
+        return tissue.proton_density * recovered * math.exp(-self.te_ms / tissue.t2_ms)
+
+
+TISSUES = {
+    "csf": Tissue(1.00, 4163, 2000),
+    "grey": Tissue(0.83, 1331, 110),
+    "white": Tissue(0.70, 832, 79.6),
+    # The proton density makes oedema exactly as bright as white matter on T1 (in patients it is
+    # a little darker): only then do T1 and T1ce carry no evidence about oedema.
+    "oedema": Tissue(0.8807, 1250, 150),
+    "rim": Tissue(0.87, 1600, 140),
+    "core": Tissue(0.95, 2800, 400),
+}
+
+SEQUENCES = {
+    "t1": Sequence3T(600, 12),
+    "t1ce": Sequence3T(600, 12),
+    "t2": Sequence3T(4500, 95),
+    "flair": Sequence3T(9000, 120, 2420),
+}
+
+
+# --- Evidence -----------------------------------------------------------------------------------
+
+# Separation d of each latent that images show: z | grade ~ N(d (grade - 1/2), 1).
+IMAGE_SEPARATION = {"enhancement": 1.6, "oedema": 1.2, "necrosis": 0.8, "size": 0.5}
+
+DEPICTS = {
+    "t1": ("necrosis", "size"),
+    "t1ce": ("enhancement", "necrosis", "size"),
+    "t2": ("oedema", "necrosis", "size"),
+    "flair": ("oedema", "necrosis", "size"),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A continuous column: a latent, mapped to a unit, rounded and kept in range.
+
+    Attributes:
+        unit: Unit, for people.
+        range: Closed range of what is recorded.
+        step: Values are recorded in multiples of it.
+        centre: Value at latent 0.
+        scale: Value per unit of latent; of the logarithm if `logarithmic`. Positive.
+        separation: d of the latent; negative where high grade means a low value.
+        logarithmic: Whether the value is log-normal given the grade.
+    """
+
+    unit: str
+    range: tuple[float, float]
+    step: float
+    centre: float
+    scale: float
+    separation: float
+    logarithmic: bool = False
+
+    def record(self, latent: float) -> tuple[str, float, float]:
+        """Return the recorded text and the interval of latents that are recorded as it."""
+        if self.logarithmic:
+            value = self.centre * math.exp(self.scale * latent)
+        else:
+            value = self.centre + self.scale * latent
+        first, last = (round(end / self.step) for end in self.range)
+        multiple = min(max(round(value / self.step), first), last)
+        digits = max(0, -math.floor(math.log10(self.step)))
+        text = f"{multiple * self.step:.{digits}f}"
+        lower = -math.inf if multiple == first else self._latent((multiple - 0.5) * self.step)
+        upper = math.inf if multiple == last else self._latent((multiple + 0.5) * self.step)
+        return text, lower, upper
+
+    def _latent(self, value: float) -> float:
+        if self.logarithmic:
+            return math.log(value / self.centre) / self.scale
+        return (value - self.centre) / self.scale
+
+    def described(self) -> dict[str, object]:
+        """Return this column's entry in `cohort.yaml`."""
+        return {"type": "continuous", "unit": self.unit, "range": list(self.range)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A categorical column of two values: the second where the latent exceeds a threshold.
+
+    Attributes:
+        values: Both categories.
+        threshold: Latents above it are recorded as the second.
+        separation: d of the latent.
+    """
+
+    values: tuple[str, str]
+    threshold: float
+    separation: float
+
+    def record(self, latent: float) -> tuple[str, float, float]:
+        """Return the recorded text and the interval of latents that are recorded as it."""
+        if latent > self.threshold:
+            return self.values[1], self.threshold, math.inf
+        return self.values[0], -math.inf, self.threshold
+
+    def described(self) -> dict[str, object]:
+        """Return this column's entry in `cohort.yaml`."""
+        return {"type": "categorical", "values": list(self.values)}
+
+
+_NO_YES = ("no", "yes")
+
+TABLES: dict[str, dict[str, Measurement | Finding]] = {
+    "demographics": {
+        "age_years": Measurement("years", (18, 95), 1, 55, 13, 1.0),
+        "sex": Finding(("F", "M"), 0.0, 0.0),
+        "karnofsky": Measurement("points", (40, 100), 10, 80, 12, -0.4),
+    },
+    "symptoms": {
+        "seizures": Finding(_NO_YES, 0.2, -0.5),
+        "headache": Finding(_NO_YES, 0.0, 0.4),
+        "motor_deficit": Finding(_NO_YES, 0.4, 0.5),
+        "cognitive_change": Finding(_NO_YES, 0.3, 0.4),
+        "duration_weeks": Measurement("weeks", (1, 200), 1, 12, 0.9, -0.6, logarithmic=True),
+    },
+    "labs": {
+        "ldh": Measurement("U/L", (80, 900), 1, 210, 0.25, 0.5, logarithmic=True),
+        "crp": Measurement("mg/L", (0.2, 200), 0.1, 4.0, 0.9, 0.4, logarithmic=True),
+        "neutrophil_lymphocyte_ratio": Measurement(
+            "1", (0.5, 30), 0.1, 3.2, 0.45, 0.6, logarithmic=True
+        ),
+        "albumin": Measurement("g/L", (20, 55), 1, 41, 4, -0.5),
+        "fibrinogen": Measurement("g/L", (1, 9), 0.1, 3.4, 0.7, 0.3),
+    },
+}
+
+MODALITIES = (*DEPICTS, *TABLES)
+
+# What may contradict the rest, as a whole: every piece of evidence belongs to exactly one group.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "scans": tuple(IMAGE_SEPARATION),
+    **{name: tuple(columns) for name, columns in TABLES.items()},
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is drawn of a patient before any image is made.
+
+    Attributes:
+        grade: 0 low, 1 high.
+        latents: Latent per piece of evidence (image latent or column).
+        log_likelihood_ratios: log p(shown | high) - log p(shown | low) per piece of evidence,
+            contradiction left out of account: d z for image latents, and for a cell that of the
+            text recorded in it.
+        cells: Recorded text per column.
+        blank: Columns whose cell is blank though the table is there.
+        missing: Modalities that the patient lacks.
+        contradictory: Group that was drawn from the other grade; empty if none.
+        degraded: Scan with four times the noise; empty if none.
+    """
+
+    grade: int
+    latents: Mapping[str, float]
+    log_likelihood_ratios: Mapping[str, float]
+    cells: Mapping[str, str]
+    blank: tuple[str, ...]
+    missing: tuple[str, ...]
+    contradictory: str
+    degraded: str
+
+    def shown(self) -> tuple[str, ...]:
+        """Return the pieces of evidence that the patient's files show."""
+        present = [name for name in MODALITIES if name not in self.missing]
+        return tuple(name for name in pieces(present) if name not in self.blank)
+
+
+def pieces(modalities: Collection[str]) -> tuple[str, ...]:
+    """Return the pieces of evidence that complete modalities show, each once.
+
+    Example:
+        >>> pieces(["t2", "flair"])
+        ('oedema', 'necrosis', 'size')
+    """
+    names = [n for m in modalities for n in (DEPICTS[m] if m in DEPICTS else TABLES[m])]
+    return tuple(dict.fromkeys(names))
+
+
+def interval_log_likelihood_ratio(lower: float, upper: float, separation: float) -> float:
+    """Return log P(lower < z < upper | high) - log P(lower < z < upper | low).
+
+    Example:
+        >>> interval_log_likelihood_ratio(float("-inf"), float("inf"), 1.0)
+        0.0
+    """
+
+    def log_probability(mean: float) -> float:
+        a, b = lower - mean, upper - mean
+        # Differences of the normal distribution function are only accurate in its lower tail.
+        return math.log(ndtr(b) - ndtr(a) if a < 0 else ndtr(-a) - ndtr(-b))
+
+    return log_probability(separation / 2) - log_probability(-separation / 2)
+
+
+def posterior_high(ratios: Mapping[str, float], shown: Collection[str]) -> float:
+    """Return the exact probability of high grade given some pieces of evidence.
+
+    With L_g the summed log-likelihood ratio of what is shown of group g, G groups, and c the
+    share of patients one of whose groups (any, equally likely) was drawn from the other grade:
+    p(shown | high) is proportional to exp(sum L) ((1 - c) + c/G sum_g exp(-L_g)), and
+    p(shown | low), on the same scale, to (1 - c) + c/G sum_g exp(L_g). Both grades are equally
+    frequent.
+
+    Args:
+        ratios: Log-likelihood ratio per piece of evidence.
+        shown: Pieces of evidence to use.
+
+    Example:
+        >>> posterior_high({}, [])
+        0.5
+    """
+    by_group = np.array([sum(ratios[n] for n in names if n in shown) for names in GROUPS.values()])
+    share = CONTRADICTORY_SHARE / len(by_group)
+    high = by_group.sum() + math.log(1 - CONTRADICTORY_SHARE + share * np.exp(-by_group).sum())
+    low = math.log(1 - CONTRADICTORY_SHARE + share * np.exp(by_group).sum())
+    return float(expit(high - low))
+
+
+def draw_evidence(generator: np.random.Generator, missing: float = 0.0) -> Evidence:
+    """Draw a patient's grade and evidence.
+
+    Args:
+        generator: Source of randomness.
+        missing: Probability that the patient lacks one or two modalities, whatever the grade.
+    """
+    grade = int(generator.random() < 0.5)
+    groups = tuple(GROUPS)
+    group = groups[generator.integers(len(groups))]
+    contradictory = group if generator.random() < CONTRADICTORY_SHARE else ""
+
+    latents, ratios, cells = {}, {}, {}
+    for group, names in GROUPS.items():
+        shown_grade = 1 - grade if group == contradictory else grade
+        for name in names:
+            if group == "scans":
+                separation = IMAGE_SEPARATION[name]
+            else:
+                separation = TABLES[group][name].separation
+            latent = separation * (shown_grade - 0.5) + generator.standard_normal()
+            latents[name] = latent
+            if group == "scans":
+                ratios[name] = separation * latent
+            else:
+                cells[name], lower, upper = TABLES[group][name].record(latent)
+                ratios[name] = interval_log_likelihood_ratio(lower, upper, separation)
+
+    # Drawn for everyone, used or not: `missing` then changes nothing else about a patient.
+    blank = generator.random(len(cells)) < BLANK_CELL_SHARE
+    lacks = generator.permutation(MODALITIES)[: generator.integers(1, 3)]
+    lacking = generator.random() < missing
+    scan = tuple(SEQUENCES)[generator.integers(len(SEQUENCES))]
+    degraded = scan if generator.random() < DEGRADED_SHARE else ""
+    return Evidence(
+        grade=grade,
+        latents=latents,
+        log_likelihood_ratios=ratios,
+        cells=cells,
+        blank=tuple(name for name, is_blank in zip(cells, blank, strict=True) if is_blank),
+        missing=tuple(name for name in MODALITIES if lacking and name in lacks),
+        contradictory=contradictory,
+        degraded=degraded,
+    )
+
+
+# --- Anatomy and lesion -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """Size and look of a lesion; every number grows strictly with one latent.
+
+    Attributes:
+        radius_mm: Radius of the tumour, core and rim.
+        core_mm: Radius of the necrotic core.
+        oedema_mm: Thickness of the oedema around the tumour.
+        oedema_fraction: Share of white matter there that is oedematous.
+        contrast_millimolar: Concentration of contrast agent in the rim on T1ce.
+    """
+
+    radius_mm: float
+    core_mm: float
+    oedema_mm: float
+    oedema_fraction: float
+    contrast_millimolar: float
+
+    @classmethod
+    def from_latents(cls, latents: Mapping[str, float]) -> Lesion:
+        """Return the lesion that depicts `enhancement`, `oedema`, `necrosis` and `size`."""
+        radius_mm = 9 + 11 * float(ndtr(latents["size"]))
+        oedema = float(ndtr(latents["oedema"]))
+        return cls(
+            radius_mm=radius_mm,
+            core_mm=radius_mm * (0.2 + 0.5 * float(ndtr(latents["necrosis"]))),
+            oedema_mm=3 + 13 * oedema,
+            oedema_fraction=0.25 + 0.75 * oedema,
+            contrast_millimolar=0.12 * math.exp(0.9 * latents["enhancement"]),
+        )
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Images of one patient on one grid.
+
+    Attributes:
+        images: Int16 `(V, V, V)` per sequence, arbitrary scanner units, 0 outside the brain.
+        lesion: Uint8 `(V, V, V)`: 0 elsewhere, 1 oedema, 2 enhancing rim, 3 necrotic core.
+        affine: Voxel to world `(4, 4)`, mm, RAS+, close to MNI coordinates.
+        centre_mm: Centre of the lesion, world coordinates.
+    """
+
+    images: Mapping[str, NDArray[np.int16]]
+    lesion: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    centre_mm: tuple[float, float, float]
+
+
+@cache
+def _anatomy() -> tuple[tuple[Floats, Floats, Floats], NDArray[np.float64]]:
+    """Return the grey, white and brain maps `(X, Y, Z)` in 0..1 and their affine `(4, 4)`."""
+    with np.load(Path(__file__).parent / "anatomy" / "mni152.npz", allow_pickle=False) as stored:
+        grey, white, brain = (
+            stored[name].astype(np.float32) / 255 for name in ("grey", "white", "brain")
+        )
+        return (grey, white, brain), stored["affine"]
+
+
+def grid_affine(size: int) -> NDArray[np.float64]:
+    """Return the affine `(4, 4)` of a cube of `size` voxels around the brain, mm, RAS+."""
+    spacing_mm = FIELD_OF_VIEW_MM / size
+    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine[:3, 3] = np.array(CENTRE_MM) - spacing_mm * (size - 1) / 2
+    return affine
+
+
+def _smooth_field(generator: np.random.Generator, size: int, order: int) -> Floats:
+    """Return a random field `(V, V, V)` of unit variance, cosines up to `order` half waves."""
+    positions = (np.arange(size) + 0.5) / size
+    basis = np.cos(np.pi * positions[:, None] * np.arange(order + 1)).astype(np.float32)
+    field = generator.standard_normal((order + 1,) * 3, dtype=np.float32)
+    field[0, 0, 0] = 0
+    for _ in range(3):  # each turn contracts the first axis and appends it as (V,) at the end
+        field = np.tensordot(field, basis, axes=(0, 1))
+    scaled: Floats = field / field.std()
+    return scaled
+
+
+def _template_coordinates(generator: np.random.Generator, size: int) -> Floats:
+    """Return where each voxel of a patient lies in the template, mm `(3, V, V, V)`.
+
+    A rotation of a few degrees, a shift and a change of size by a few per cent (head shape), and
+    a smooth displacement of 2.5 mm (brain shape).
+    """
+    tilt, nod, turn = np.deg2rad(generator.normal(0, 3, 3))
+    cos, sin = math.cos, math.sin
+    about_x = np.array([[1, 0, 0], [0, cos(tilt), -sin(tilt)], [0, sin(tilt), cos(tilt)]])
+    about_y = np.array([[cos(nod), 0, sin(nod)], [0, 1, 0], [-sin(nod), 0, cos(nod)]])
+    about_z = np.array([[cos(turn), -sin(turn), 0], [sin(turn), cos(turn), 0], [0, 0, 1]])
+    scale = np.diag(np.exp(generator.normal(0, 0.03, 3)))
+    shift_mm = np.array(CENTRE_MM) + generator.normal(0, 2, 3)
+
+    offsets = ((np.arange(size) - (size - 1) / 2) * FIELD_OF_VIEW_MM / size).astype(np.float32)
+    offsets_mm = np.stack(np.meshgrid(offsets, offsets, offsets, indexing="ij"))
+    linear = (about_z @ about_y @ about_x @ scale).astype(np.float32)
+    moved = np.tensordot(linear, offsets_mm, axes=1)
+    moved += shift_mm.astype(np.float32)[:, None, None, None]
+    for axis in moved:
+        axis += 2.5 * _smooth_field(generator, size, order=5)
+    return moved
+
+
+def _ramp(inside_mm: Floats, spacing_mm: float) -> Floats:
+    """Return the share of a voxel within a surface, by the distance of its centre inward."""
+    share: Floats = np.clip(inside_mm / spacing_mm + 0.5, 0, 1)
+    return share
+
+
+def render(
+    lesion: Lesion, generator: np.random.Generator, size: int = 48, degraded: str = ""
+) -> Scans:
+    """Return the scans of a patient with a lesion.
+
+    Voxels are mixtures: each tissue's share times its signal. The tumour replaces what was there,
+    oedema replaces white matter. Then a bias field, Rician noise of 2-5 % of the white-matter
+    signal, an arbitrary gain, and zero outside the brain, as after skull stripping.
+
+    Args:
+        lesion: What to depict.
+        generator: Source of everything that does not depend on the grade: anatomy, place, noise.
+        size: V, voxels along each axis of the 192 mm field of view.
+        degraded: Sequence with four times the noise.
+    """
+    spacing_mm = FIELD_OF_VIEW_MM / size
+    affine = grid_affine(size)
+    maps, template_affine = _anatomy()
+    template_mm = _template_coordinates(generator, size)
+    origin, step = template_affine[:3, 3], template_affine[0, 0]
+    voxels = (template_mm - origin.astype(np.float32)[:, None, None, None]) / np.float32(step)
+    grey, white, brain_share = (
+        ndimage.map_coordinates(values, voxels, order=1, output=np.float32) for values in maps
+    )
+    brain = brain_share > 0.5
+    excess = np.maximum(grey + white, 1)
+    grey, white = grey / excess, white / excess
+
+    # In white matter of either hemisphere, above the cerebellum, deep enough to be whole.
+    depth_mm = ndimage.distance_transform_edt(brain, sampling=spacing_mm)
+    allowed = (depth_mm > 0.8 * lesion.radius_mm) & (template_mm[2] > 0)
+    allowed &= np.abs(template_mm[0]) > 12
+    weights = np.where(allowed, white, 0).ravel().astype(np.float64) ** 4
+    chosen = generator.choice(weights.size, p=weights / weights.sum())
+    index = np.unravel_index(chosen, brain.shape) + generator.uniform(-0.5, 0.5, 3)
+    squared = [((np.arange(size) - i) * spacing_mm) ** 2 for i in index]
+    distance_mm = np.sqrt(squared[0][:, None, None] + squared[1][:, None] + squared[2]).astype(
+        np.float32
+    )
+    distance_mm *= 1 + 0.13 * _smooth_field(generator, size, order=12)
+
+    tumour = _ramp(lesion.radius_mm - distance_mm, spacing_mm)
+    core = _ramp(lesion.core_mm - distance_mm, spacing_mm)
+    around = _ramp(lesion.radius_mm + lesion.oedema_mm - distance_mm, spacing_mm)
+    white_left = white * (1 - tumour)
+    oedema = lesion.oedema_fraction * around * white_left
+    shares = {
+        "csf": (1 - grey - white) * (1 - tumour),
+        "grey": grey * (1 - tumour),
+        "white": white_left - oedema,
+        "oedema": oedema,
+        "rim": tumour - core,
+        "core": core,
+    }
+    labels = np.zeros(brain.shape, dtype=np.uint8)
+    labels[brain & (around >= 0.5) & (white_left >= 0.3)] = 1
+    labels[brain & (tumour >= 0.5)] = 2
+    labels[brain & (core >= 0.5)] = 3
+
+    images = {}
+    for name, sequence in SEQUENCES.items():
+        tissues = dict(TISSUES)
+        if name == "t1ce":
+            tissues["rim"] = tissues["rim"].with_contrast(lesion.contrast_millimolar)
+        clean = np.zeros(brain.shape, dtype=np.float32)
+        for tissue, share in shares.items():
+            clean += np.float32(sequence.signal(tissues[tissue])) * share
+        white_signal = sequence.signal(TISSUES["white"])
+        bias = np.exp(0.08 * _smooth_field(generator, size, order=2))
+        sigma = generator.uniform(0.02, 0.05) * white_signal * (4 if name == degraded else 1)
+        real, imaginary = sigma * generator.standard_normal((2, *brain.shape), dtype=np.float32)
+        magnitude = np.hypot(bias * clean + real, imaginary)
+        gain = 400 / white_signal * math.exp(generator.normal(0, 0.15))
+        images[name] = np.where(brain, np.rint(gain * magnitude), 0).astype(np.int16)
+
+    x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
+    return Scans(images=images, lesion=labels, affine=affine, centre_mm=(x, y, z))
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+def cohort_description(size: int) -> dict[str, object]:
+    """Return the content of `cohort.yaml`."""
+    modalities: dict[str, object] = {
+        name: {
+            "kind": "image",
+            "dims": 3,
+            "file": f"{name}.nii.gz",
+            "size": [size] * 3,
+            "spacing_mm": [FIELD_OF_VIEW_MM / size] * 3,
+            "intensity": "zscore",
+        }
+        for name in SEQUENCES
+    }
+    for name, columns in TABLES.items():
+        described = {column: kind.described() for column, kind in columns.items()}
+        modalities[name] = {"kind": "table", "file": "ehr.csv", "columns": described}
+    return {
+        "name": "simulated-glioma",
+        "task": {"type": "classification", "target": "grade", "classes": list(CLASSES)},
+        "modalities": modalities,
+    }
+
+
+def assign_splits(grades: Sequence[int], seed: int) -> list[str]:
+    """Return the split of each patient, the same shares within each grade.
+
+    Args:
+        grades: 0 or 1 per patient.
+        seed: Seed of the shuffle.
+    """
+    generator = np.random.default_rng(np.random.SeedSequence([seed]))
+    ends = np.cumsum(list(SPLIT_SHARES.values()))
+    names = tuple(SPLIT_SHARES)
+    splits = [""] * len(grades)
+    for grade in range(len(CLASSES)):
+        members = generator.permutation(np.flatnonzero(np.asarray(grades) == grade))
+        bounds = np.floor(ends * len(members) + 0.5).astype(int)
+        for name, part in zip(names, np.split(members, bounds[:-1]), strict=True):
+            for patient in part:
+                splits[patient] = name
+    return splits
+
+
+def _write_image(path: Path, values: NDArray[np.generic], affine: NDArray[np.float64]) -> None:
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    # nibabel's own gzip writing is slower and leaves the choice of level to a global.
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> dict[str, object]:
+    """Return a patient's row of `truth.csv`."""
+    ratios = evidence.log_likelihood_ratios
+    row: dict[str, object] = {
+        "record_id": record_id,
+        "grade": CLASSES[evidence.grade],
+        "contradictory": evidence.contradictory,
+        "degraded": evidence.degraded,
+        "missing": " ".join(evidence.missing),
+        "blank": " ".join(evidence.blank),
+    }
+    numbers = {
+        "posterior_all": posterior_high(ratios, pieces(MODALITIES)),
+        "posterior_shown": posterior_high(ratios, evidence.shown()),
+        **{f"posterior_{name}": posterior_high(ratios, pieces([name])) for name in MODALITIES},
+        **{f"z_{name}": value for name, value in evidence.latents.items()},
+        **{f"llr_{name}": value for name, value in ratios.items()},
+        "radius_mm": lesion.radius_mm,
+        "core_mm": lesion.core_mm,
+        "oedema_mm": lesion.oedema_mm,
+        "oedema_fraction": lesion.oedema_fraction,
+        "contrast_millimolar": lesion.contrast_millimolar,
+        **{f"centre_{axis}_mm": v for axis, v in zip("xyz", scans.centre_mm, strict=True)},
+    }
+    return row | {name: f"{value:.6g}" for name, value in numbers.items()}
+
+
+def _write_patient(
+    root: Path, index: int, seed: int, size: int, missing: float
+) -> tuple[Evidence, dict[str, object]]:
+    """Write one patient, who depends on `seed` and `index` alone; return the evidence and truth."""
+    # Two streams: the evidence of a patient is then the same at every image size.
+    streams = np.random.SeedSequence([seed, index]).spawn(2)
+    for_evidence, for_images = (np.random.default_rng(stream) for stream in streams)
+    evidence = draw_evidence(for_evidence, missing)
+    lesion = Lesion.from_latents(evidence.latents)
+    scans = render(lesion, for_images, size, evidence.degraded)
+
+    record_id = f"p{index:04d}"
+    folder = root / "patients" / record_id
+    hidden = root / "truth" / record_id
+    folder.mkdir(parents=True)
+    hidden.mkdir(parents=True)
+    for name, values in scans.images.items():
+        if name not in evidence.missing:
+            _write_image(folder / f"{name}.nii.gz", values, scans.affine)
+    shown = evidence.shown()
+    row = {name: text if name in shown else "" for name, text in evidence.cells.items()}
+    _write_rows(folder / "ehr.csv", [row])
+    _write_image(hidden / "lesion.nii.gz", scans.lesion, scans.affine)
+    return evidence, _truth(record_id, evidence, lesion, scans)
+
+
+def _check(out: Path, patients: int, seed: int, size: int, missing: float) -> None:
+    problems = []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(
+            Problem(
+                where=str(out),
+                what="the output folder is there already and is not empty",
+                expected="a folder that does not exist or is empty",
+                remedy="Name another folder, or delete this one",
+            )
+        )
+    limits: list[tuple[str, float, bool, str]] = [
+        ("patients", patients, patients >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "0 or more"),
+        ("size", size, size >= SMALLEST_SIZE, f"at least {SMALLEST_SIZE} voxels"),
+        ("missing", missing, 0 <= missing <= 1, "a share between 0 and 1"),
+    ]
+    for name, value, is_valid, expected in limits:
+        if not is_valid:
+            problems.append(
+                Problem(
+                    where="simulate",
+                    what=f"{name!r} is out of range",
+                    expected=expected,
+                    got=str(value),
+                    remedy=f"Change {name!r}",
+                )
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def simulate(
+    out: Path,
+    patients: int = 400,
+    seed: int = 0,
+    size: int = 48,
+    progress: Callable[[int, int], None] | None = None,
+    missing: float = 0.1,
+) -> Path:
+    """Write a simulated cohort.
+
+    `cohort.yaml`, `patients/<id>/` (what a hospital would hold), `labels.csv`, `splits.csv`, and
+    what only a simulator knows: `truth.csv` and `truth/<id>/lesion.nii.gz`. The folder appears
+    under its name when it is complete, not before.
+
+    Args:
+        out: Folder to make; it may exist if it is empty.
+        patients: Number of patients. Asking for more changes none of the first ones' files,
+            though it may move them to another split.
+        seed: Seed; the same seed gives the same bytes.
+        size: V, voxels along each axis of the 192 mm field of view.
+        progress: Called with (patients done, patients) after each.
+        missing: Share of patients who lack one or two modalities, picked at random.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: If `out` is not empty or a number is out of range.
+    """
+    out = Path(out)
+    _check(out, patients, seed, size, missing)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        root = Path(scratch) / "cohort"
+        root.mkdir()
+        description = yaml.safe_dump(
+            cohort_description(size), sort_keys=False, default_flow_style=None, width=100
+        )
+        (root / "cohort.yaml").write_text(description, encoding="utf-8")
+        grades, truth = [], []
+        for index in range(patients):
+            evidence, row = _write_patient(root, index, seed, size, missing)
+            grades.append(evidence.grade)
+            truth.append(row)
+            if progress is not None:
+                progress(index + 1, patients)
+        ids = [row["record_id"] for row in truth]
+        splits = assign_splits(grades, seed)
+        _write_rows(
+            root / "labels.csv",
+            [
+                {"record_id": i, "patient_id": i, "grade": CLASSES[grade]}
+                for i, grade in zip(ids, grades, strict=True)
+            ],
+        )
+        _write_rows(
+            root / "splits.csv",
+            [{"patient_id": i, "split": s} for i, s in zip(ids, splits, strict=True)],
+        )
+        _write_rows(root / "truth.csv", truth)
+        if out.exists():
+            out.rmdir()
+        root.rename(out)
+    return out
