@@ -1,0 +1,131 @@
+"""The fusion transformer of DyMo, for any number of modalities of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dymo_med.backbones.base import FusionBackbone
+from dymo_med.blocks import Block
+from dymo_med.config import Strict
+from dymo_med.modalities import modality
+from dymo_med.types import FusionOutput, ModalitySpec, Tokens
+
+# Rows are grouped by how many tokens they have, rounded up to a multiple of this, so that
+# unavailable tokens cost nothing and there are few groups.
+_GROUP = 4
+
+
+class FusionTransformer(FusionBackbone):
+    """Encoders by modality kind, then pre-norm attention over all available tokens.
+
+    Each modality becomes tokens (LayerNorm per modality, plus a modality and a position
+    embedding); a class token attends to the available ones; its last state gives the logits and,
+    through a linear map, the embedding in which prototypes live (unit length for the cosine
+    distance).
+
+    Unavailable tokens are left out rather than masked. That equals the published masking (their
+    keys are blocked and only the class token is read) and saves their cost.
+
+    Deviations from the published code, on purpose: one modality embedding per modality (a cast
+    through bool gave all but the first the same one), and blank table cells are left out too.
+
+    Args:
+        specs: Modalities in canonical order.
+        classes: Number of classes K.
+        options: Sizes.
+
+    References:
+        DyMo: dynamic modality selection at inference, ICLR 2026 (published code, snapshot
+        64e0f78: DynamicTransformer).
+    """
+
+    class Options(Strict):
+        """Sizes of the network.
+
+        Attributes:
+            dim: Token width.
+            heads: Attention heads.
+            layers: Fusion blocks.
+            projection: Length D of the embedding.
+            distance: Distance of prototype loss and selection.
+            width: First channels of image encoders.
+            grid: Tokens per axis of an image.
+            column_layers: Blocks among a table's columns.
+            dropout: Share of a modality's tokens' values dropped while training.
+        """
+
+        dim: Annotated[int, Field(ge=8)] = 128
+        heads: Annotated[int, Field(ge=1)] = 4
+        layers: Annotated[int, Field(ge=1)] = 2
+        projection: Annotated[int, Field(ge=2)] = 64
+        distance: Literal["cosine", "euclidean"] = "cosine"
+        width: Annotated[int, Field(ge=4)] = 16
+        grid: Annotated[int, Field(ge=1)] = 2
+        column_layers: Annotated[int, Field(ge=0)] = 1
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def __init__(self, specs: Sequence[ModalitySpec], classes: int, options: BaseModel) -> None:
+        super().__init__(specs, classes, options)
+        o = FusionTransformer.Options.model_validate(options.model_dump())
+        self.specs = tuple(specs)
+        self.distance = o.distance
+        sizes = {
+            "width": o.width,
+            "grid": o.grid,
+            "layers": o.column_layers,
+            "heads": o.heads,
+        }
+        self.encoders = nn.ModuleDict(
+            {spec.name: modality(spec).encoder(o.dim, sizes) for spec in specs}
+        )
+        self.norms = nn.ModuleDict({spec.name: nn.LayerNorm(o.dim) for spec in specs})
+        self.dropout = nn.Dropout(o.dropout)
+        counts = [int(self.encoders[spec.name].tokens) for spec in specs]
+        self.start = [sum(counts[:m]) for m in range(len(counts))]
+        token_modality = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        self.register_buffer("token_modality", token_modality, persistent=False)
+        self.modality_embedding = nn.Parameter(torch.randn(len(counts), o.dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(sum(counts), o.dim) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(o.dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(o.dim, o.heads) for _ in range(o.layers))
+        self.classifier = nn.Linear(o.dim, classes)
+        self.projection = nn.Linear(o.dim, o.projection)
+
+    def encode(self, name: str, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+        """See `FusionBackbone.encode`."""
+        m = next(i for i, spec in enumerate(self.specs) if spec.name == name)
+        tokens: Tokens = self.encoders[name](values, observed_fields)
+        x = self.dropout(self.norms[name](tokens.values)) + self.modality_embedding[m]
+        position = self.position[self.start[m] : self.start[m] + x.shape[1]]
+        return Tokens(x + position, tokens.available)
+
+    def fuse(self, tokens: Tensor, available: Tensor) -> FusionOutput:
+        """See `FusionBackbone.fuse`."""
+        r, _, d = tokens.shape
+        counts = available.sum(1)
+        groups = -(-counts // _GROUP) * _GROUP
+        order = (~available).to(torch.uint8).argsort(dim=1, stable=True)  # available first
+        state = tokens.new_empty(r, d)
+        for size in groups.unique().tolist():
+            rows = (groups == size).nonzero().squeeze(1)
+            size = min(size, tokens.shape[1])
+            index = order[rows, :size]
+            x = tokens[rows[:, None], index]  # (rows, size, D)
+            x = torch.cat([self.class_token.expand(len(rows), 1, d), x], dim=1)
+            attend = None
+            if size and not bool((counts[rows] == size).all()):
+                real = available[rows[:, None], index]
+                attend = F.pad(real, (1, 0), value=True)[:, None, None, :]  # (rows, 1, 1, 1 + size)
+            for block in self.blocks:
+                x = block(x, attend)
+            state = state.index_copy(0, rows, x[:, 0].to(state.dtype))
+        embedding = self.projection(state)
+        if self.distance == "cosine":
+            embedding = F.normalize(embedding, dim=-1)
+        return FusionOutput(self.classifier(state), embedding)

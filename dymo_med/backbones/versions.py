@@ -1,0 +1,110 @@
+"""Every version of every modality of a batch, encoded once and fused on request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dymo_med.backbones.base import FusionBackbone
+from dymo_med.types import Batch, FusionOutput, Recovery
+
+# Upper bound on token values gathered at once (about 256 MB in float32).
+_MOST_VALUES = 64_000_000
+
+
+class EncodedVersions:
+    """A `Fuse` over one batch: observed and recovered versions, each encoded once.
+
+    Args:
+        backbone: The network.
+        observed: Tokens of the observed versions `(B, N, D)`.
+        observed_available: Bool `(B, N)`, False for blank cells and absent modalities.
+        recovered: Tokens of the recovered versions `(B, N, D)`; may be `observed` itself where
+            nothing was recovered.
+    """
+
+    def __init__(
+        self,
+        backbone: FusionBackbone,
+        observed: Tensor,
+        observed_available: Tensor,
+        recovered: Tensor | None,
+    ) -> None:
+        self.backbone = backbone
+        self.observed = observed
+        self.observed_available = observed_available
+        self.recovered = recovered
+
+    def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        """See `dymo_med.types.Fuse`."""
+        _, n, d = self.observed.shape
+        chunk = max(1, _MOST_VALUES // (n * d))
+        if len(rows) <= chunk:
+            return self._fuse(rows, used, admitted)
+        parts = [
+            self._fuse(rows[i : i + chunk], used[i : i + chunk], admitted[i : i + chunk])
+            for i in range(0, len(rows), chunk)
+        ]
+        return FusionOutput(
+            torch.cat([p.logits for p in parts]), torch.cat([p.embedding for p in parts])
+        )
+
+    def _fuse(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        owner = self.backbone.token_modality
+        use = used[:, owner]  # (R, N)
+        tokens = self.observed[rows]
+        available = self.observed_available[rows]
+        if self.recovered is not None:
+            swap = admitted[:, owner]
+            tokens = torch.where(swap[..., None], self.recovered[rows], tokens)
+            available = available | swap
+        return self.backbone.fuse(tokens, available & use)
+
+
+def encode_versions(
+    backbone: FusionBackbone, batch: Batch, recovery: Recovery | None = None
+) -> EncodedVersions:
+    """Encode a batch for selection.
+
+    Args:
+        backbone: The network.
+        batch: B records.
+        recovery: Proposals for what is missing; None = observed versions only.
+
+    Returns:
+        A `Fuse` over these B records. What stands in `batch.values` where nothing was observed
+        changes nothing.
+    """
+    size = len(batch)
+    observed, observed_available, recovered = [], [], []
+    for m, spec in enumerate(backbone.specs):
+        present = batch.observed.available[:, m].nonzero().squeeze(1)
+        values = batch.values[spec.name]
+        fields = batch.observed_fields.get(spec.name)
+        # Only rows that have the modality are encoded: absent ones cost nothing.
+        tokens = backbone.encode(
+            spec.name, values[present], None if fields is None else fields[present]
+        )
+        version = _spread(tokens.values, present, size)
+        observed.append(version)
+        observed_available.append(_spread(tokens.available, present, size))
+        if recovery is not None:
+            rows = recovery.candidates[:, m].nonzero().squeeze(1)
+            if len(rows):
+                proposal = backbone.encode(spec.name, recovery.values[spec.name][rows])
+                version = version.index_copy(0, rows, proposal.values)
+            recovered.append(version)
+    return EncodedVersions(
+        backbone,
+        torch.cat(observed, dim=1),
+        torch.cat(observed_available, dim=1),
+        torch.cat(recovered, dim=1) if recovered else None,
+    )
+
+
+def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Return `part` placed at `rows` of an otherwise zero (False) tensor with `size` rows."""
+    if len(rows) == size:
+        return part
+    whole = part.new_zeros(size, *part.shape[1:])
+    return whole.index_copy(0, rows, part)

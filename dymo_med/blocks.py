@@ -1,0 +1,247 @@
+"""Network parts in plain torch: attention, image and column encoders and decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dymo_med.types import Column, Tokens
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += attention(LN x); x += MLP(LN x).
+
+    MLP ratio 4, GELU, queries, keys and values without bias, no dropout.
+
+    Args:
+        dim: Token width D.
+        heads: Attention heads; divides `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}.")
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+        """Return the tokens after one block.
+
+        Args:
+            x: `(B, N, D)`.
+            attend: Bool, broadcastable to `(B, 1, N, N)`: True where a query may see a key;
+                None = every query sees every key.
+        """
+        b, n, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        return x + self.mlp(self.norm2(x))
+
+
+def _stages(spatial: Sequence[int], grid: int, most: int = 4) -> int:
+    """Return how many halvings keep every axis at or above `grid`, at most `most`."""
+    stages = 0
+    while stages < most and all(-(-s // 2 ** (stages + 1)) >= grid for s in spatial):
+        stages += 1
+    return stages
+
+
+class ConvEncoder(nn.Module):
+    """A stack of strided convolutions, pooled to a small grid of tokens.
+
+    Args:
+        shape: `(C, *spatial)` of one image, 2D or 3D.
+        dim: Token width D.
+        width: Channels after the first convolution; they double at each halving, up to 8 times.
+        grid: Tokens per axis.
+    """
+
+    def __init__(self, shape: Sequence[int], dim: int, width: int, grid: int) -> None:
+        super().__init__()
+        channels, spatial = shape[0], shape[1:]
+        conv = _CONV[len(spatial)]
+        self.grid = tuple(min(grid, s) for s in spatial)
+        self.tokens = 1
+        for g in self.grid:
+            self.tokens *= g
+        layers: list[nn.Module] = []
+        for i in range(_stages(spatial, grid)):
+            out = width * 2 ** min(i, 3)
+            layers += [conv(channels, out, 3, stride=2, padding=1), _norm(out), nn.GELU()]
+            channels = out
+        self.stack = nn.Sequential(*layers)
+        self.project = conv(channels, dim, 1)
+
+    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+        """Return `grid ** axes` tokens, all available.
+
+        Args:
+            values: `(B, C, *spatial)`.
+            observed_fields: Not used; images have no cells.
+        """
+        x = self.stack(values)
+        # Averaging over equal blocks is the same on every device; adaptive pooling covers sizes
+        # that the grid does not divide.
+        x = (F.adaptive_avg_pool3d if x.ndim == 5 else F.adaptive_avg_pool2d)(x, self.grid)
+        x = self.project(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        return Tokens(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+
+
+def _norm(channels: int) -> nn.Module:
+    """Return a normalisation that does not depend on the other patients of the batch."""
+    groups = max(g for g in (1, 2, 4, 8) if channels % g == 0 and g <= max(1, channels // 4))
+    return nn.GroupNorm(groups, channels)
+
+
+class ConvDecoder(nn.Module):
+    """From a latent vector to an image: a linear map, upsampling convolutions, a pixel shuffle.
+
+    The last doubling rearranges channels into voxels, so that no convolution runs at full
+    resolution.
+
+    Args:
+        shape: `(C, *spatial)` of the image.
+        latent: Length of the latent vector.
+        width: Channels before the last doubling; more at the coarser levels.
+    """
+
+    def __init__(self, shape: Sequence[int], latent: int, width: int) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        spatial = self.shape[1:]
+        axes = len(spatial)
+        conv = _CONV[axes]
+        stages = max(1, _stages(spatial, grid=3))
+        self.start = tuple(-(-s // 2**stages) for s in spatial)
+        channels = width * 2 ** min(stages - 1, 3)
+        size = channels
+        for s in self.start:
+            size *= s
+        self.first = nn.Linear(latent, size)
+        self.channels = channels
+        layers: list[nn.Module] = []
+        for i in reversed(range(stages - 1)):
+            out = width * 2 ** min(i, 3)
+            layers += [
+                nn.Upsample(scale_factor=2, mode="nearest"),
+                conv(channels, out, 3, padding=1),
+                _norm(out),
+                nn.GELU(),
+            ]
+            channels = out
+        self.stack = nn.Sequential(*layers)
+        self.last = conv(channels, self.shape[0] * 2**axes, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return images `(B, C, *spatial)` from latents `(B, latent)`."""
+        x = self.first(z).view(len(z), self.channels, *self.start)
+        x = self.last(self.stack(F.gelu(x)))
+        coarse = x.shape[2:]
+        axes = len(coarse)
+        x = x.view(len(z), self.shape[0], *(2,) * axes, *coarse)
+        # (B, C, 2, 2, 2, X, Y, Z) -> (B, C, X, 2, Y, 2, Z, 2)
+        order = [0, 1]
+        for a in range(axes):
+            order += [2 + axes + a, 2 + a]
+        x = x.permute(*order).reshape(len(z), self.shape[0], *(2 * c for c in coarse))
+        return x[(..., *(slice(0, s) for s in self.shape[1:]))]
+
+
+class ColumnEncoder(nn.Module):
+    """A table as one token per column, with a learned token in place of a blank cell.
+
+    A continuous cell is standardised by the column's training mean and spread; a category has
+    its own embedding, per column. A blank cell's token is never seen by another column's (it
+    sees itself, so that attention stays defined), and is reported as unavailable, so that the
+    pattern of blanks cannot act as evidence. (TIP, ECCV 2024, masks attention likewise.)
+
+    Args:
+        columns: The columns, fitted (`mean`, `std` set) or not (then 0 and 1 are used).
+        dim: Token width D.
+        layers: Transformer blocks among the columns.
+        heads: Attention heads.
+    """
+
+    offset: Tensor
+    center: Tensor
+    scale: Tensor
+    is_category: Tensor
+
+    def __init__(self, columns: Sequence[Column], dim: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = len(columns)
+        categorical = [c.type == "categorical" for c in columns]
+        offsets, total = [], 0
+        for column in columns:
+            offsets.append(total)
+            total += len(column.values)
+        # The numbers below come with the spec, so they are not part of the weights.
+        self.register_buffer("offset", torch.tensor(offsets), persistent=False)
+        self.register_buffer("is_category", torch.tensor(categorical), persistent=False)
+        center = torch.tensor([c.mean or 0.0 for c in columns])
+        scale = torch.tensor([c.std or 1.0 for c in columns])
+        self.register_buffer("center", center, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.categories = nn.Embedding(max(1, total), dim)
+        self.slope = nn.Parameter(torch.randn(len(columns), dim) / dim**0.5)
+        self.blank = nn.Parameter(torch.randn(dim) * 0.02)
+        self.column = nn.Parameter(torch.randn(len(columns), dim) * 0.02)
+        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+
+    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+        """Return one token per column.
+
+        Args:
+            values: `(B, F)`, natural units, categories as their index.
+            observed_fields: Bool `(B, F)`, True = filled; None = all filled.
+        """
+        if observed_fields is None:
+            observed_fields = torch.ones_like(values, dtype=torch.bool)
+        values = values.where(observed_fields, values.new_zeros(()))
+        number = ((values - self.center) / self.scale).unsqueeze(-1) * self.slope  # (B, F, D)
+        index = (values.round().long().clamp_min(0) + self.offset).where(self.is_category, 0)
+        category = self.categories(index.clamp_max(self.categories.num_embeddings - 1))
+        x = torch.where(self.is_category[:, None], category, number)
+        x = torch.where(observed_fields[..., None], x, self.blank) + self.column
+        x = self.norm(x)
+        itself = torch.eye(self.tokens, dtype=torch.bool, device=x.device)
+        attend = (observed_fields[:, None, :] | itself).unsqueeze(1)  # (B, 1, F, F)
+        for block in self.blocks:
+            x = block(x, attend)
+        return Tokens(x, observed_fields)
+
+
+class ColumnDecoder(nn.Module):
+    """From a latent vector to the likelihood parameters of a table.
+
+    Per column in order: mean and log spread in standardised units (continuous), or one logit
+    per category.
+
+    Args:
+        columns: The columns.
+        latent: Length of the latent vector.
+        hidden: Width of the hidden layer.
+    """
+
+    def __init__(self, columns: Sequence[Column], latent: int, hidden: int) -> None:
+        super().__init__()
+        size = sum(2 if c.type == "continuous" else len(c.values) for c in columns)
+        self.net = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return `(B, P)` from latents `(B, latent)`."""
+        out: Tensor = self.net(z)
+        return out
