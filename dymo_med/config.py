@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dymo_med.errors import ConfigError, Problem
-from dymo_med.registry import nearest
+from dymo_med.registry import Registry, nearest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
@@ -58,6 +58,20 @@ class Schedule(Strict):
     min_improvement: Annotated[float, Field(ge=0)] = 1e-4
 
 
+class Augmentation(Strict):
+    """Random changes of training images; all images of a record change alike.
+
+    Attributes:
+        mirror_axes: Spatial axes to mirror with probability 1/2 (0 = left-right in RAS).
+        shift_voxels: Largest shift along each axis.
+        intensity: Standard deviation of a random gain and offset.
+    """
+
+    mirror_axes: list[Annotated[int, Field(ge=0, le=2)]] = []
+    shift_voxels: Annotated[int, Field(ge=0)] = 0
+    intensity: Annotated[float, Field(ge=0)] = 0.0
+
+
 class BackboneTraining(Schedule):
     """Training of the fusion backbone.
 
@@ -66,14 +80,14 @@ class BackboneTraining(Schedule):
         prototype_weight: Weight of the prototype loss.
         prototype_epoch: First epoch (from 0) in which the prototype loss counts.
         prototype_temperature: Its softmax temperature.
-        augment: Random flips and intensity jitter of training images.
+        augmentation: Random changes of training images.
     """
 
     subsets: Annotated[int, Field(ge=1)] = 5
     prototype_weight: Annotated[float, Field(ge=0)] = 1.0
     prototype_epoch: Annotated[int, Field(ge=1)] = 3
     prototype_temperature: Annotated[float, Field(gt=0)] = 0.1
-    augment: bool = False
+    augmentation: Augmentation = Augmentation()
 
 
 class Recipe(Strict):
@@ -279,16 +293,35 @@ def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str
     return list(model.model_fields)
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe.
-
-    The names and options of its table entries are checked by `bundle.check_recipe`, which
-    knows the tables.
+def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
+    """Read a recipe and check the options of its table entries.
 
     Args:
         path: A YAML file.
+        tables: Table of each entry (`imputer`, `backbone`, `selector`); its classes have an
+            `Options` model.
 
     Raises:
         ConfigError: With every problem at once.
     """
-    return Document(path).parse(Recipe)
+    document = Document(path)
+    recipe = document.parse(Recipe)
+    problems: list[Problem] = []
+    for part, table in tables.items():
+        entry: Named = getattr(recipe, part)
+        if entry.name not in table:
+            problems.append(
+                Problem(
+                    document.where((part, "name")),
+                    f"there is no {table.noun} called '{entry.name}'",
+                    remedy=nearest(entry.name, list(table)),
+                )
+            )
+            continue
+        try:
+            document.parse_part(entry.options, table[entry.name].Options, (part,))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return recipe

@@ -1,0 +1,405 @@
+"""A trained model on disk: JSON and safetensors, checksums, a model card; nothing is unpickled.
+
+    BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
+    BUNDLE/configs/inference.json     table entries and their options, temperature, base rates
+    BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
+    BUNDLE/docs/README.md             model card
+    BUNDLE/checksums.json             SHA-256 of every file above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+from dymo_med.backbones import BACKBONES, FusionBackbone
+from dymo_med.config import Recipe
+from dymo_med.config import read_recipe as _read_recipe
+from dymo_med.errors import BundleError, ConfigError, Problem
+from dymo_med.imputers import IMPUTERS, Imputer
+from dymo_med.modalities import MODALITIES, modality
+from dymo_med.modalities.base import Modality
+from dymo_med.registry import Registry
+from dymo_med.selection import SELECTORS, Selector
+from dymo_med.types import ModalitySpec, SubsetStatistics, Task
+
+TABLES: dict[str, Registry[Any]] = {
+    "imputer": IMPUTERS,
+    "backbone": BACKBONES,
+    "selector": SELECTORS,
+}
+SCHEMA_VERSION = 1
+_STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe and check it against the tables of this version.
+
+    Raises:
+        ConfigError: With every problem at once.
+    """
+    return _read_recipe(path, TABLES)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: If it is none of these, or CUDA is asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name == "cuda" or name.removeprefix("cuda:").isdigit()):
+        raise ConfigError(Problem("--device", "unknown device", expected="auto, cpu or cuda"))
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            Problem("--device", "this machine offers no CUDA device", remedy="Use --device cpu")
+        )
+    return torch.device(name)
+
+
+def hashed_id(bundle_name: str, patient_id: str) -> str:
+    """Return the form in which a bundle remembers whom it was fitted on.
+
+    Short ids can be found again by trying all of them, so this guards against mixing splits, not
+    against an attacker.
+    """
+    return hashlib.sha256(f"{bundle_name}\n{patient_id}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """Everything needed to answer for a patient.
+
+    Attributes:
+        name: Name of the bundle.
+        description: One sentence.
+        task: What is predicted.
+        specs: Modalities in canonical order, with fitted constants.
+        missing_values: Strings that mean "blank" in tables.
+        imputer: In evaluation mode.
+        imputer_entry: Its table name and options.
+        backbone: In evaluation mode.
+        backbone_entry: Its table name and options.
+        selector: Decides what to trust.
+        selector_entry: Its table name and options.
+        statistics: Of the backbone's embedding.
+        temperature: Probabilities are softmax(logits / temperature).
+        base_rates: K class shares among training patients.
+        provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
+        bundle_id: SHA-256 over the checksums; empty before saving.
+        device: Where the networks are.
+    """
+
+    name: str
+    description: str
+    task: Task
+    specs: tuple[ModalitySpec, ...]
+    missing_values: tuple[str, ...]
+    imputer: Imputer
+    imputer_entry: Mapping[str, Any]
+    backbone: FusionBackbone
+    backbone_entry: Mapping[str, Any]
+    selector: Selector
+    selector_entry: Mapping[str, Any]
+    statistics: SubsetStatistics
+    temperature: float
+    base_rates: tuple[float, ...]
+    provenance: Mapping[str, Any]
+    bundle_id: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def version(self) -> str:
+        """Version of the package that trained it."""
+        return str(self.provenance["versions"]["dymo_med"])
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """Handlers of the modalities by name."""
+        return {spec.name: modality(spec) for spec in self.specs}
+
+    def save(self, folder: Path) -> str:
+        """Write the bundle; it appears complete or not at all, replacing an earlier one.
+
+        Args:
+            folder: Bundle folder.
+
+        Returns:
+            The bundle's id.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            for name in ("configs", "models", "docs"):
+                (work / name).mkdir()
+            _write_json(work / "configs" / "metadata.json", self._metadata())
+            _write_json(work / "configs" / "inference.json", self._inference())
+            save_file(_cpu(self.imputer.state_dict()), work / "models" / "imputer.safetensors")
+            save_file(_cpu(self.backbone.state_dict()), work / "models" / "backbone.safetensors")
+            statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
+            save_file(_cpu(statistics), work / "models" / "statistics.safetensors")
+            (work / "docs" / "README.md").write_text(self._model_card(), encoding="utf-8")
+            sums = _checksums(work)
+            _write_json(work / "checksums.json", sums)
+            work.chmod(0o755)
+            if folder.exists():
+                old = work.with_name(work.name + "-old")
+                folder.rename(old)
+                work.rename(folder)
+                shutil.rmtree(old)
+            else:
+                work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return _identity(sums)
+
+    def _metadata(self) -> dict[str, Any]:
+        """Return `metadata.json`, with the keys that MONAI bundles must have."""
+        outputs = {c: {"type": "probability", "dtype": "float32"} for c in self.task.classes}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "version": self.version,
+            "monai_version": "1.6",
+            "pytorch_version": str(self.provenance["versions"]["torch"]),
+            "numpy_version": "2",
+            "required_packages_version": {"dymo-med": self.version},
+            "task": f"{self.task.type}: {self.task.target}",
+            "description": self.description,
+            "authors": "see provenance",
+            "copyright": "see docs/README.md",
+            "network_data_format": {
+                "inputs": {
+                    s.name: {"type": s.kind, "spatial_shape": list(s.shape), "optional": True}
+                    for s in self.specs
+                },
+                "outputs": outputs,
+            },
+            "target": asdict(self.task),
+            "modalities": [spec.to_dict() for spec in self.specs],
+            "missing_values": list(self.missing_values),
+            "provenance": dict(self.provenance),
+        }
+
+    def _inference(self) -> dict[str, Any]:
+        return {
+            "imputer": dict(self.imputer_entry),
+            "backbone": dict(self.backbone_entry),
+            "selector": dict(self.selector_entry),
+            "distance": self.statistics.distance,
+            "temperature": self.temperature,
+            "base_rates": list(self.base_rates),
+        }
+
+    def _model_card(self) -> str:
+        """Return the model card as Markdown."""
+        p = self.provenance
+        counts = "\n".join(
+            f"| {split} | {p['records'][split]} | {p['labelled_records'][split]} |"
+            f" {len(p['patients'][split])} |"
+            for split in p["records"]
+        )
+        modalities = "\n".join(
+            f"| {s.name} | {s.kind} | {' x '.join(map(str, s.shape))} |"
+            f" {p['observed_share'][s.name]:.0%} |"
+            for s in self.specs
+        )
+        rates = ", ".join(
+            f"{c} {r:.1%}" for c, r in zip(self.task.classes, self.base_rates, strict=True)
+        )
+        return f"""# {self.name}
+
+{self.description}
+
+Decision support for research. Not a medical device, not for diagnosis.
+
+- Predicts `{self.task.target}`: {", ".join(self.task.classes)}.
+- Trained on cohort `{p["cohort"]}`; class shares among training patients: {rates}.
+- Imputer `{self.imputer_entry["name"]}`, backbone `{self.backbone_entry["name"]}`, selector
+  `{self.selector_entry["name"]}`; temperature {self.temperature:.3f}.
+
+| split | records | labelled | patients |
+|---|---|---|---|
+{counts}
+
+| modality | kind | shape | observed in training |
+|---|---|---|---|
+{modalities}
+
+The test split was not read while this bundle was made. Run `dymo-med evaluate` for its
+performance, and on your own patients before you rely on it.
+
+Limits: answers assume patients, scanners and protocols like those of the training cohort.
+Recovered scans and values are guesses by a model; the report marks every one of them.
+"""
+
+
+def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
+    """Load a bundle after checking every file's hash.
+
+    Args:
+        path: Bundle folder.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        The bundle, its networks in evaluation mode on `device`.
+
+    Raises:
+        BundleError: If it is absent, damaged, changed, or from an unknown format.
+        ConfigError: If the device is unknown or absent.
+    """
+    where = resolve_device(device)
+    if not (path / "configs" / "metadata.json").is_file():
+        raise BundleError(
+            Problem(
+                str(path),
+                "this is not a bundle",
+                expected="a folder with configs/metadata.json",
+                remedy="Give the bundle folder that `dymo-med train` wrote (RUN/bundle)",
+            )
+        )
+    sums = _verified(path)
+    try:
+        metadata = json.loads((path / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        inference = json.loads((path / "configs" / "inference.json").read_text(encoding="utf-8"))
+        if metadata["schema_version"] != SCHEMA_VERSION:
+            raise BundleError(
+                Problem(
+                    str(path),
+                    "the bundle's format is not known to this version",
+                    expected=f"schema_version {SCHEMA_VERSION}",
+                    got=str(metadata["schema_version"]),
+                    remedy="Install the dymo-med version that made it "
+                    f"({metadata.get('version', 'unknown')})",
+                )
+            )
+        task = Task(
+            metadata["target"]["type"],
+            metadata["target"]["target"],
+            tuple(metadata["target"]["classes"]),
+        )
+        specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
+        for spec in specs:
+            _ = MODALITIES[spec.kind]
+        imputer_class, imputer_options = _entry("imputer", inference["imputer"])
+        backbone_class, backbone_options = _entry("backbone", inference["backbone"])
+        selector_class, selector_options = _entry("selector", inference["selector"])
+        # Random initial weights are overwritten at once; the caller's random state stays.
+        with torch.random.fork_rng(devices=[]):
+            imputer = imputer_class(specs, imputer_options)
+            backbone = backbone_class(specs, len(task.classes), backbone_options)
+        imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
+        backbone.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
+        statistics = SubsetStatistics(
+            distance=inference["distance"],
+            **{k: v for k, v in load_file(path / "models" / "statistics.safetensors").items()},
+        )
+        bundle = ModelBundle(
+            name=metadata["name"],
+            description=metadata["description"],
+            task=task,
+            specs=specs,
+            missing_values=tuple(metadata["missing_values"]),
+            imputer=imputer.to(where).eval().requires_grad_(False),
+            imputer_entry=inference["imputer"],
+            backbone=backbone.to(where).eval().requires_grad_(False),
+            backbone_entry=inference["backbone"],
+            selector=selector_class(selector_options),
+            selector_entry=inference["selector"],
+            statistics=statistics.to(where),
+            temperature=float(inference["temperature"]),
+            base_rates=tuple(inference["base_rates"]),
+            provenance=metadata["provenance"],
+            bundle_id=_identity(sums),
+            device=where,
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
+        raise BundleError(
+            Problem(
+                str(path),
+                "the bundle does not fit this version",
+                got=f"{type(error).__name__} while reading it",
+                remedy="Train it again, or install the version that made it",
+            )
+        ) from error
+    return bundle
+
+
+def _entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a table entry's class and its validated options."""
+    options = dict(entry)
+    found = TABLES[part][options.pop("name")]
+    return found, found.Options.model_validate(options)
+
+
+def _verified(path: Path) -> dict[str, str]:
+    """Return the checksums after comparing them with the files.
+
+    Raises:
+        BundleError: Naming every file that differs.
+    """
+    try:
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        if not isinstance(sums, dict):
+            raise ValueError
+    except (OSError, ValueError):
+        raise BundleError(
+            Problem(
+                str(path / "checksums.json"),
+                "the list of checksums is absent or unreadable",
+                remedy="Copy the bundle again from where it was made",
+            )
+        ) from None
+    now = _checksums(path)
+    differing = sorted(n for n in {*sums, *now} if sums.get(n) != now.get(n))
+    if differing:
+        raise BundleError(
+            *(
+                Problem(
+                    f"{path}: {name}",
+                    "the file is absent"
+                    if name not in now
+                    else "the file is not part of the bundle"
+                    if name not in sums
+                    else "the file has changed since the bundle was made",
+                    remedy="Copy the bundle again from where it was made",
+                )
+                for name in differing
+            )
+        )
+    return {str(k): str(v) for k, v in sums.items()}
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of the bundle but the list itself."""
+    return {
+        str(file.relative_to(folder).as_posix()): hashlib.sha256(file.read_bytes()).hexdigest()
+        for part in ("configs", "docs", "models")
+        for file in sorted((folder / part).rglob("*"))
+        if file.is_file()
+    }
+
+
+def _identity(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sums), sort_keys=True).encode()).hexdigest()
+
+
+def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

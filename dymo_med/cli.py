@@ -1,0 +1,359 @@
+"""The command line: parse, call one function, turn errors into exit codes.
+
+Heavy libraries load inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from dymo_med import __version__
+from dymo_med.errors import DymoMedError
+
+app = typer.Typer(
+    name="dymo-med",
+    help="Predict for patients whose imaging or records are incomplete, "
+    "and show what was made up and what was trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console(highlight=False, soft_wrap=True)
+err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more.")]
+Bundle = Annotated[
+    Path, typer.Option("--bundle", "-b", help="Bundle folder that `dymo-med train` wrote.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+PatientDir = Annotated[
+    Path, typer.Option("--patient-dir", "-i", help="Folder with the patient's scans and tables.")
+]
+CohortPath = Annotated[
+    Path, typer.Option("--cohort", "-c", help="Cohort folder, or its cohort.yaml.")
+]
+
+
+class Reporter:
+    """Prints progress: a bar on a terminal, plain lines in a log, nothing when quiet.
+
+    Args:
+        quiet: Print nothing.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Print one line unless quiet."""
+        if not self.quiet:
+            out_console.print(escape(text))
+
+    @contextmanager
+    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield a function to call with (done, total)."""
+        if self.quiet:
+            yield lambda done, total: None
+            return
+        if not out_console.is_terminal:
+            yield self._lines(title)
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=out_console, transient=True) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def _lines(self, title: str) -> Callable[[int, int], None]:
+        """Return a function that prints a line at every tenth of the way."""
+        printed = -1
+
+        def update(done: int, total: int) -> None:
+            nonlocal printed
+            tenth = 10 * done // max(1, total)
+            if tenth > printed:
+                printed = tenth
+                self.say(f"{title}: {done} of {total}")
+
+        return update
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    device: Device = "auto",
+    seed: Seed = 0,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train a bundle first instead of using the shipped one.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole path on data made on the spot; print where the report is."""
+    from dymo_med.demo import run_demo
+
+    run_demo(out, device=device, seed=seed, train_first=train, reporter=Reporter(quiet))
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the cohort.")],
+    patients: Annotated[int, typer.Option("--patients", "-n", min=8, help="How many.")] = 400,
+    seed: Seed = 0,
+    size: Annotated[
+        int, typer.Option("--size", min=16, max=256, help="Voxels along each axis.")
+    ] = 48,
+    quiet: Quiet = False,
+) -> None:
+    """Make a multi-sequence MRI and EHR cohort with known truth."""
+    from dymo_med.data.simulate import simulate as run
+
+    reporter = Reporter(quiet)
+    with reporter.bar("Simulating patients") as progress:
+        folder = run(out, patients=patients, seed=seed, size=size, progress=progress)
+    reporter.say(f"{patients} patients in {folder}")
+    reporter.say(f"next: dymo-med check {folder}")
+
+
+@app.command()
+def check(
+    path: Annotated[
+        Path, typer.Argument(help="A cohort, a patient directory, a recipe or a bundle.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="For a patient directory: the bundle or cohort it is for."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Validate a cohort, a patient directory, a recipe or a bundle; list every problem."""
+    from dymo_med.inference.check import check as run
+
+    reporter = Reporter(quiet or as_json)
+    with reporter.bar("Checking") as progress:
+        report = run(path, against=against, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    else:
+        for problem in report.problems:
+            err_console.print(escape(str(problem)))
+        if report.patterns and not quiet:
+            _print_patterns(report.patterns)
+        count = len(report.problems)
+        reporter.say(f"{path}: {report.kind}, " + (f"{count} problems" if count else "no problem"))
+    raise typer.Exit(report.exit_code)
+
+
+def _print_patterns(patterns: Mapping[str, int]) -> None:
+    from rich.table import Table
+
+    table = Table("records", "observed modalities", box=None, pad_edge=False)
+    for pattern, count in patterns.items():
+        table.add_row(str(count), escape(pattern))
+    out_console.print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    cohort: CohortPath,
+    out: Out,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
+    ] = False,
+    device: Device = "auto",
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train imputer and backbone, fit statistics and calibration, write a bundle."""
+    from dymo_med.training.train import train as run
+
+    reporter = Reporter(quiet)
+    with reporter.bar("Reading records") as reading, _epochs(reporter, verbose) as progress:
+        bundle = run(
+            recipe,
+            cohort,
+            out,
+            resume=resume,
+            device=device,
+            seed=seed,
+            progress=progress,
+            reading=reading,
+        )
+    reporter.say(f"bundle: {bundle}")
+    reporter.say(f"next: dymo-med evaluate --bundle {bundle} --cohort {cohort} --out EVALUATION")
+
+
+@contextmanager
+def _epochs(
+    reporter: Reporter, verbose: bool
+) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """Yield a function that reports training epochs."""
+
+    def update(stage: str, epoch: int, epochs: int, figures: Mapping[str, float]) -> None:
+        if verbose or epoch == 1 or epoch % 5 == 0 or epoch == epochs:
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "epoch")
+            reporter.say(f"{stage} epoch {epoch} of at most {epochs}: {shown}")
+
+    yield update
+
+
+@app.command()
+def predict(
+    patient_dir: PatientDir,
+    bundle: Bundle,
+    out: Out,
+    no_explain: Annotated[
+        bool, typer.Option("--no-explain", help="Leave out attributions (faster).")
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Answer for one patient: prediction.json, selection.csv, report.html, recovered/."""
+    from dymo_med.bundle import load_bundle
+    from dymo_med.inference.predict import predict_patient
+
+    prediction = predict_patient(
+        patient_dir, load_bundle(bundle, device), out, explain=not no_explain, seed=seed
+    )
+    reporter = Reporter(quiet)
+    shares = ", ".join(
+        f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
+    )
+    reporter.say(f"{prediction.record_id}: {shares}")
+    for word in ("observed", "trusted", "rejected", "absent"):
+        names = getattr(prediction, word)
+        if names:
+            reporter.say(f"{word}: {', '.join(names)}")
+    for warning in prediction.warnings:
+        reporter.say(f"note: {warning}")
+    reporter.say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    bundle: Bundle,
+    cohort: CohortPath,
+    out: Out,
+    split: Annotated[str, typer.Option("--split", help="Split to report on.")] = "test",
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--missing", "-m", help="as-is, rate:0.4, drop:t1ce,labs or cells:0.3; repeatable."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")
+    ] = False,
+    reports: Annotated[
+        int, typer.Option("--reports", min=0, help="Write at most this many patient reports.")
+    ] = 1_000_000,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate a cohort under missing-data scenarios, each method side by side."""
+    from dymo_med.bundle import load_bundle
+    from dymo_med.data.cohort import read_cohort
+    from dymo_med.inference.evaluate import evaluate as run
+
+    reporter = Reporter(quiet)
+    with reporter.bar("Evaluating") as progress:
+        result = run(
+            load_bundle(bundle, device),
+            read_cohort(cohort),
+            out,
+            split=split,
+            scenarios=tuple(missing or ["as-is"]),
+            seed=seed,
+            resume=resume,
+            reports=reports,
+            progress=progress,
+        )
+    reporter.say(f"cohort page: {out / 'index.html'}")
+    if result.failures:
+        err_console.print(f"{result.failures} records failed; see {out / 'failures.csv'}")
+        raise typer.Exit(3)
+
+
+@app.command()
+def impute(
+    patient_dir: PatientDir,
+    bundle: Bundle,
+    out: Out,
+    device: Device = "auto",
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write only the recovered scans and tables of one patient."""
+    from dymo_med.bundle import load_bundle
+    from dymo_med.inference.predict import impute_patient
+
+    written = impute_patient(patient_dir, load_bundle(bundle, device), out, seed=seed)
+    reporter = Reporter(quiet)
+    for file in written:
+        reporter.say(str(file))
+    if not written:
+        reporter.say("nothing was missing")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and exit with a documented code.
+
+    0 done; 1 a bug; 2 usage, recipe or cohort description wrong; 3 patient data wrong; 4 bundle
+    wrong or incompatible.
+    """
+    # The imaging library would warn at import about optional parts nobody asked for.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    try:
+        return app(args=arguments, standalone_mode=True)
+    except DymoMedError as error:
+        for problem in error.problems:
+            err_console.print(f"error: {escape(str(problem))}")
+        sys.exit(error.exit_code)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        name = error.filename or "a file"
+        err_console.print(f"error: {escape(str(name))}: {error.strerror}. Check the path.")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("interrupted; nothing half-written is left")
+        sys.exit(130)

@@ -1,0 +1,11 @@
+"""Methods that recover missing modalities from observed ones."""
+
+from __future__ import annotations
+
+from dymo_med.imputers.base import Imputer
+from dymo_med.imputers.mopoe import MoPoE
+from dymo_med.registry import Registry
+
+IMPUTERS: Registry[Imputer] = Registry("imputer", {"mopoe": MoPoE})
+
+__all__ = ["IMPUTERS", "Imputer"]

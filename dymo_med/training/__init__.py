@@ -1,0 +1,1 @@
+"""Training: from a recipe and a cohort to a bundle on disk."""

@@ -1,0 +1,36 @@
+"""Training curves as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dymo_med.training.loop import write_atomically
+
+
+def draw_curves(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """Draw training loss and validation score of every stage.
+
+    Args:
+        stages: Rows of the log by stage.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(stages), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, (name, rows) in enumerate(stages.items(), start=1):
+        axes = figure.add_subplot(1, len(stages), column)
+        epochs = [r["epoch"] + 1 for r in rows]
+        axes.plot(epochs, [r["loss"] for r in rows], color="0.55", label="training loss")
+        axes.plot(epochs, [-r["score"] for r in rows], color="C0", label="validation loss")
+        best = max(rows, key=lambda r: r["score"])
+        axes.axvline(best["epoch"] + 1, color="C0", linewidth=0.8, linestyle=":")
+        axes.set(title=f"{name}: best epoch {int(best['epoch']) + 1}", xlabel="epoch")
+        axes.legend(frameon=False, fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())

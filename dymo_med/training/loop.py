@@ -1,0 +1,253 @@
+"""The only optimiser loop: epochs, validation, best state, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dymo_med.config import Schedule
+from dymo_med.errors import ConfigError, Problem
+from dymo_med.types import Batch
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+def stream(seed: int, *keys: str | int) -> torch.Generator:
+    """Return a CPU generator that depends on the seed and the keys alone.
+
+    Every epoch of every stage has its own, so a resumed run draws what the uninterrupted one
+    would have drawn.
+
+    Args:
+        seed: Seed of the run.
+        *keys: What the numbers are for ("backbone", 12).
+    """
+    text = json.dumps([seed, *keys]).encode()
+    number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+class Step:
+    """What one training step works on.
+
+    A plain class: the device library copies dataclasses that pass through a wrapped module.
+
+    Args:
+        batch: B records.
+        weights: `(B,)`, mean about 1.
+        generator: CPU generator behind every random number.
+    """
+
+    def __init__(self, batch: Batch, weights: Tensor, generator: torch.Generator) -> None:
+        self.batch, self.weights, self.generator = batch, weights, generator
+
+
+class Objective(nn.Module):
+    """A network with its training loss and its validation score."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for an epoch, counted from 0."""
+
+    def end_epoch(self) -> None:
+        """Finish an epoch's training steps."""
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+        raise TypeError("An objective must define its loss.")
+
+    def validate(self) -> dict[str, float]:
+        """Return validation figures; `score` is the one to raise."""
+        raise TypeError("An objective must define its validation.")
+
+
+@dataclass
+class _State:
+    """Where a stage stands after an epoch."""
+
+    epoch: int = 0
+    best_epoch: int = -1
+    best_score: float = float("-inf")
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Log:
+    """`log.csv`: one row per stage and epoch, rewritten whole so that a resume leaves no gap."""
+
+    FIELDS = ("stage", "epoch", "loss", "score", "figures", "seconds")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, list[dict[str, float]]] = {}
+
+    def write(self) -> None:
+        """Write all rows."""
+        text = io.StringIO()
+        out = csv.writer(text, lineterminator="\n")
+        out.writerow(self.FIELDS)
+        for stage, rows in self.stages.items():
+            for row in rows:
+                rest = {k: v for k, v in row.items() if k not in self.FIELDS}
+                figures = " ".join(f"{k}={v:.6g}" for k, v in rest.items())
+                out.writerow(
+                    [stage, int(row["epoch"]), f"{row['loss']:.6g}", f"{row['score']:.6g}"]
+                    + [figures, f"{row['seconds']:.3f}"]
+                )
+        write_atomically(self.path, text.getvalue().encode())
+
+
+def train_stage(
+    name: str,
+    objective: Objective,
+    data: Batch,
+    weights: Tensor,
+    schedule: Schedule,
+    seed: int,
+    *,
+    fabric: Fabric,
+    checkpoint: Path,
+    fingerprint: str,
+    log: Log,
+    progress: Progress | None = None,
+) -> None:
+    """Train one network to its best validation score.
+
+    A checkpoint (safetensors, one file, replaced atomically) is written after every epoch and
+    holds weights, best weights, optimiser state and history. If there is one, the stage goes on
+    from it and ends with the same bits on CPU.
+
+    Args:
+        name: Name of the stage, for checkpoint, log and progress.
+        objective: What is trained; holds the best weights afterwards.
+        data: All training records.
+        weights: `(n,)` weight of each record, mean about 1.
+        schedule: Epochs, batch size, step size, patience.
+        seed: Seed of the run.
+        fabric: Device and precision.
+        checkpoint: File to write to and resume from.
+        fingerprint: Hash of everything that must be equal for a resume to make sense.
+        log: Where each epoch's figures go.
+        progress: Called after every epoch with stage, epoch (from 1), epochs, figures.
+
+    Raises:
+        ConfigError: If the checkpoint belongs to another recipe, cohort or version.
+    """
+    optimizer = torch.optim.AdamW(
+        objective.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+    )
+    module, optimizer = fabric.setup(objective, optimizer)
+    state, best = _State(), {}
+    if checkpoint.exists():
+        state, best = _restore(checkpoint, fingerprint, objective, optimizer)
+    log.stages[name] = state.history
+    while not state.finished:
+        began = time.monotonic()
+        generator = stream(seed, name, state.epoch)
+        objective.train()
+        objective.begin_epoch(state.epoch)
+        order = torch.randperm(len(data), generator=generator)
+        total = 0.0
+        for start in range(0, len(data), schedule.batch_size):
+            index = order[start : start + schedule.batch_size]
+            batch = data.rows(index).to(fabric.device)
+            loss = module(Step(batch, weights[index].to(fabric.device), generator))
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            fabric.clip_gradients(module, optimizer, max_norm=5.0, error_if_nonfinite=True)
+            optimizer.step()
+            total += float(loss.detach()) * len(index)
+        objective.end_epoch()
+        objective.eval()
+        with torch.no_grad():
+            figures = objective.validate()
+        row = {"epoch": state.epoch, "loss": total / len(data), **figures}
+        if figures["score"] > state.best_score + schedule.min_improvement:
+            state.best_score, state.best_epoch = figures["score"], state.epoch
+            best = {k: v.detach().clone() for k, v in objective.state_dict().items()}
+        state.history.append({**row, "seconds": time.monotonic() - began})
+        state.epoch += 1
+        waited = state.epoch - 1 - state.best_epoch
+        state.finished = state.epoch >= schedule.epochs or waited >= schedule.patience
+        _store(checkpoint, fingerprint, state, objective, best, optimizer)
+        log.write()
+        if progress is not None:
+            progress(name, state.epoch, schedule.epochs, row)
+    objective.load_state_dict(best)
+    objective.eval()
+
+
+def _store(
+    path: Path,
+    fingerprint: str,
+    state: _State,
+    objective: nn.Module,
+    best: Mapping[str, Tensor],
+    optimizer: Any,
+) -> None:
+    """Write a checkpoint."""
+    tensors = {f"model/{k}": v for k, v in objective.state_dict().items()}
+    tensors |= {f"best/{k}": v for k, v in best.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
+    about = {"fingerprint": fingerprint, **vars(state)}
+    packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomically(path, save(packed, metadata={"state": json.dumps(about)}))
+
+
+def _restore(
+    path: Path, fingerprint: str, objective: nn.Module, optimizer: Any
+) -> tuple[_State, dict[str, Tensor]]:
+    """Read a checkpoint into the network and the optimiser."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["state"])
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+        raise ConfigError(
+            Problem(str(path), "the checkpoint is damaged", remedy="Remove it to train again")
+        ) from None
+    if about.pop("fingerprint") != fingerprint:
+        raise ConfigError(
+            Problem(
+                str(path),
+                "the checkpoint belongs to another recipe, cohort or version",
+                remedy="Choose another --out folder, or remove this one",
+            )
+        )
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    for key, value in tensors.items():
+        part, _, rest = key.partition("/")
+        parts[part][rest] = value
+    objective.load_state_dict(parts["model"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in parts["optimizer"].items():
+        index, _, what = key.partition("/")
+        moments.setdefault(int(index), {})[what] = value
+    if moments:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return _State(**about), parts["best"]

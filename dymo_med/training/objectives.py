@@ -1,0 +1,255 @@
+"""What is minimised and what is validated, for imputers and fusion backbones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
+from dymo_med.config import Augmentation, BackboneTraining
+from dymo_med.imputers import Imputer
+from dymo_med.metrics import auroc
+from dymo_med.training.loop import Objective, Step, stream
+from dymo_med.training.losses import distinct_subsets, prototype_loss, within
+from dymo_med.types import Batch
+
+# Validation looks at every subset up to this many, and at a fixed sample of this size beyond.
+_MOST_SUBSETS = 64
+_CHUNK = 64
+
+
+def encode_all(backbone: FusionBackbone, batch: Batch, device: torch.device) -> EncodedVersions:
+    """Encode every record once, in chunks.
+
+    Args:
+        backbone: The network, in evaluation mode.
+        batch: n records, on any device.
+        device: Where to compute and keep tokens.
+
+    Returns:
+        A `Fuse` over the n records' observed versions.
+    """
+    tokens, available = [], []
+    for start in range(0, len(batch), _CHUNK):
+        index = torch.arange(start, min(start + _CHUNK, len(batch)))
+        part = encode_versions(backbone, batch.rows(index).to(device))
+        tokens.append(part.observed)
+        available.append(part.observed_available)
+    return EncodedVersions(backbone, torch.cat(tokens), torch.cat(available), None)
+
+
+def sampled_subsets(modalities: int, seed: int) -> Tensor:
+    """Return the subsets that validation and calibration look at.
+
+    Args:
+        modalities: M.
+        seed: Seed of the sample, where there are too many to look at all.
+
+    Returns:
+        Bool `(S, M)`: all non-empty subsets, or a fixed sample stratified by size.
+    """
+    if 2**modalities - 1 <= _MOST_SUBSETS:
+        return distinct_subsets(modalities, 2**modalities - 1, stream(seed, "subsets"))
+    generator = stream(seed, "subsets")
+    sizes = torch.arange(_MOST_SUBSETS) % modalities + 1
+    rank = torch.rand(_MOST_SUBSETS, modalities, generator=generator).argsort(1).argsort(1)
+    return (rank < sizes[:, None]).unique(dim=0)
+
+
+def subset_logits(
+    fuse: EncodedVersions, available: Tensor, subsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return logits of every record under every subset, cut down to what the record has.
+
+    Args:
+        fuse: Over n records.
+        available: Bool `(n, M)`.
+        subsets: Bool `(S, M)`.
+
+    Returns:
+        Logits `(R, K)` and the record of each `(R,)`, R = S n.
+    """
+    used = within(available, subsets.to(available.device)).flatten(0, 1)  # (S n, M)
+    rows = torch.arange(len(available), device=available.device).repeat(len(subsets))
+    return fuse(rows, used, torch.zeros_like(used)).logits, rows
+
+
+class ImputerObjective(Objective):
+    """The imputer's own loss; validated by the same loss on validation records.
+
+    Args:
+        imputer: What is trained.
+        validation: Validation records.
+        weights: `(n,)` their weights.
+        device: Where to compute.
+        seed: Seed of the random numbers in validation, the same every epoch.
+    """
+
+    def __init__(
+        self,
+        imputer: Imputer,
+        validation: Batch,
+        weights: Tensor,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.imputer = imputer
+        self._validation, self._weights = validation, weights
+        self._device, self._seed = device, seed
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the weighted mean loss."""
+        return (self.imputer.loss(step.batch, step.generator) * step.weights).mean()
+
+    def validate(self) -> dict[str, float]:
+        """Return minus the mean validation loss as `score`."""
+        generator = stream(self._seed, "validate imputer")
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(self._validation), _CHUNK):
+            index = torch.arange(start, min(start + _CHUNK, len(self._validation)))
+            loss = self.imputer.loss(self._validation.rows(index).to(self._device), generator)
+            total += (loss.double().cpu() * self._weights[index]).sum()
+        return {"score": -float(total / self._weights.sum())}
+
+
+class FusionObjective(Objective):
+    """Classification over random subsets, plus the prototype loss.
+
+    Each batch is encoded once; K distinct random subsets are then fused in one call. Prototypes
+    are last epoch's class means of the embedding over all subsets and batches.
+
+    The score is minus the mean log-loss over validation subsets: a proper score, and steadier on
+    a few dozen patients than the accuracy or AUROC the published code uses.
+
+    Args:
+        backbone: What is trained.
+        classes: K.
+        settings: Subsets, prototype loss, augmentation.
+        validation: Labelled validation records.
+        weights: `(n,)` their weights.
+        device: Where to compute.
+        seed: Seed of the sample of validation subsets.
+
+    References:
+        DyMo, ICLR 2026 (published code: `train_epoch`).
+    """
+
+    sums: Tensor
+    counts: Tensor
+    prototypes: Tensor
+    known: Tensor
+
+    def __init__(
+        self,
+        backbone: FusionBackbone,
+        classes: int,
+        settings: BackboneTraining,
+        validation: Batch,
+        weights: Tensor,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._settings, self._classes, self._device = settings, classes, device
+        self._validation, self._weights = validation, weights
+        self._subsets = sampled_subsets(len(backbone.specs), seed)
+        self._epoch = 0
+        size: int = backbone.projection.out_features  # type: ignore[union-attr, assignment]
+        # Buffers, so that a checkpoint holds last epoch's prototypes too.
+        self.register_buffer("sums", torch.zeros(classes, size))
+        self.register_buffer("counts", torch.zeros(classes))
+        self.register_buffer("prototypes", torch.zeros(classes, size))
+        self.register_buffer("known", torch.zeros(classes, dtype=torch.bool))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Forget the sums of the epoch before."""
+        self._epoch = epoch
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def end_epoch(self) -> None:
+        """Turn this epoch's sums into the next one's prototypes."""
+        self.known.copy_(self.counts > 0)
+        self.prototypes.copy_(self.sums / self.counts.clamp_min(1)[:, None])
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss averaged over subsets and records."""
+        s = self._settings
+        batch = augment(step.batch, s.augmentation, step.generator)
+        available = batch.observed.available
+        subsets = distinct_subsets(available.shape[1], s.subsets, step.generator)
+        used = within(available, subsets.to(available.device)).flatten(0, 1)  # (K B, M)
+        copies = len(subsets)
+        rows = torch.arange(len(batch), device=used.device).repeat(copies)
+        output = encode_versions(self.backbone, batch)(rows, used, torch.zeros_like(used))
+        labels = batch.labels.repeat(copies)
+        loss = F.cross_entropy(output.logits, labels, reduction="none")
+        with torch.no_grad():
+            z = output.embedding.detach().to(self.sums.dtype)
+            self.sums.index_add_(0, labels, z)
+            self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+        if self._epoch >= s.prototype_epoch:
+            loss = loss + s.prototype_weight * prototype_loss(
+                output.embedding,
+                labels,
+                self.prototypes,
+                self.known,
+                self.backbone.distance,
+                s.prototype_temperature,
+            )
+        return (loss * step.weights.repeat(copies)).mean()
+
+    def validate(self) -> dict[str, float]:
+        """Return `score`, log-loss and, for two classes, AUROC over subsets."""
+        fuse = encode_all(self.backbone, self._validation, self._device)
+        available = self._validation.observed.available.to(self._device)
+        logits, rows = subset_logits(fuse, available, self._subsets)
+        rows = rows.cpu()
+        labels, weights = self._validation.labels[rows], self._weights[rows]
+        log_probability = F.log_softmax(logits.double().cpu(), dim=1)
+        losses = -log_probability[torch.arange(len(rows)), labels]
+        log_loss = float((losses * weights).sum() / weights.sum())
+        figures = {"score": -log_loss}
+        if self._classes == 2:
+            figures["auroc"] = auroc(
+                labels.numpy(), log_probability.exp().numpy(), weights.numpy()
+            )
+        return figures
+
+
+def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) -> Batch:
+    """Return the batch with its images changed at random; tables stay.
+
+    Args:
+        batch: B records.
+        settings: What may change.
+        generator: CPU generator.
+    """
+    if settings == Augmentation():
+        return batch
+    values = dict(batch.values)
+    b = len(batch)
+    mirror = torch.rand(b, 3, generator=generator) < 0.5
+    most = settings.shift_voxels
+    shift = [int(torch.randint(-most, most + 1, (1,), generator=generator)) for _ in range(3)]
+    for name, image in values.items():
+        if image.ndim < 4:  # a table
+            continue
+        axes = image.ndim - 2
+        for axis in settings.mirror_axes:
+            if axis < axes:
+                flip = mirror[:, axis].to(image.device).view(b, *(1,) * (image.ndim - 1))
+                image = torch.where(flip, image.flip(2 + axis), image)
+        image = image.roll(shift[:axes], dims=tuple(range(2, image.ndim)))
+        if settings.intensity:
+            noise = torch.randn(2, b, *(1,) * (image.ndim - 1), generator=generator)
+            noise = (noise * settings.intensity).to(image.device)
+            # Background is exactly 0 and stays so.
+            image = torch.where(image == 0, image, image * (1 + noise[0]) + noise[1])
+        values[name] = image
+    return replace(batch, values=values)

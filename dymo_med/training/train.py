@@ -1,0 +1,344 @@
+"""From a recipe and a cohort to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+import dymo_med
+from dymo_med.backbones import BACKBONES
+from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
+from dymo_med.config import Recipe
+from dymo_med.data.batch import collate
+from dymo_med.data.cohort import read_cohort
+from dymo_med.data.patient import read_patient
+from dymo_med.errors import ConfigError, PatientDataError, Problem
+from dymo_med.imputers import IMPUTERS
+from dymo_med.modalities import modality
+from dymo_med.selection import SELECTORS, fit_statistics
+from dymo_med.training.curves import draw_curves
+from dymo_med.training.loop import Log, Progress, stream, train_stage
+from dymo_med.training.objectives import (
+    FusionObjective,
+    ImputerObjective,
+    encode_all,
+    sampled_subsets,
+    subset_logits,
+)
+from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Split
+
+_FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
+
+
+def train(
+    recipe: Path,
+    cohort: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    seed: int | None = None,
+    progress: Progress | None = None,
+    reading: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Train imputer and backbone, fit statistics and temperature, and write a bundle.
+
+    Weights, statistics and table constants are fitted on the train split; epochs are chosen on
+    validation; the temperature is fitted on calibration; the test split is not read.
+
+    Args:
+        recipe: Recipe file.
+        cohort: Cohort folder or its `cohort.yaml`.
+        out: Folder for `bundle/`, `log.csv`, `curves.png` and `checkpoints/`.
+        resume: Go on from the checkpoints in `out`.
+        device: `auto`, `cpu` or `cuda`.
+        seed: Overrides the recipe's seed.
+        progress: Called after every epoch.
+        reading: Called after every record read, with how many are done and how many there are.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ConfigError: If the recipe or cohort is wrong, or `out` holds another run.
+        PatientDataError: If a record that is needed cannot be read.
+    """
+    plan = read_recipe(recipe)
+    if seed is not None:
+        plan = plan.model_copy(update={"seed": seed})
+    described = read_cohort(cohort)
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise ConfigError(
+            Problem(
+                str(out),
+                "the folder is not empty",
+                remedy="Add --resume to go on with this run, or choose another folder",
+            )
+        )
+    where = resolve_device(device)
+    records = _read(described, reading)
+    for split in _FITTED_ON:
+        _require_labels(described, split, [r.label for r in records[split]])
+    names = [spec.name for spec in described.specs]
+    seen = Counter(n for r in records["train"] for n in r.modalities)
+    never = [n for n in names if not seen[n]]
+    if never:
+        raise ConfigError(
+            Problem(
+                f"Cohort {described.name}",
+                f"no training record has {', '.join(never)}",
+                remedy="Remove it from cohort.yaml, or move a patient who has it into train",
+            )
+        )
+    fingerprint = _fingerprint(plan, described, records)
+    data = {split: collate(records[split], described.specs) for split in _FITTED_ON}
+    specs = fit_specs(described.specs, data["train"])
+
+    fabric = Fabric(accelerator="cuda" if where.type == "cuda" else "cpu", devices=1)
+    log = Log(out / "log.csv")
+    checkpoints = out / "checkpoints"
+    classes = len(described.task.classes)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(plan.seed, "imputer weights").initial_seed() % 2**31))
+        imputer_class = IMPUTERS[plan.imputer.name]
+        imputer = imputer_class(specs, imputer_class.Options(**plan.imputer.options))
+        torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
+        backbone_class = BACKBONES[plan.backbone.name]
+        backbone = backbone_class(specs, classes, backbone_class.Options(**plan.backbone.options))
+
+    train_stage(
+        "imputer",
+        ImputerObjective(
+            imputer, data["validation"], _weights(data["validation"]), fabric.device, plan.seed
+        ),
+        data["train"],
+        _weights(data["train"]),
+        plan.imputer_training,
+        plan.seed,
+        fabric=fabric,
+        checkpoint=checkpoints / "imputer.safetensors",
+        fingerprint=fingerprint,
+        log=log,
+        progress=progress,
+    )
+    labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+    objective = FusionObjective(
+        backbone,
+        classes,
+        plan.backbone_training,
+        labelled["validation"],
+        _weights(labelled["validation"]),
+        fabric.device,
+        plan.seed,
+    )
+    train_stage(
+        "backbone",
+        objective,
+        labelled["train"],
+        _weights(labelled["train"]),
+        plan.backbone_training,
+        plan.seed,
+        fabric=fabric,
+        checkpoint=checkpoints / "backbone.safetensors",
+        fingerprint=fingerprint,
+        log=log,
+        progress=progress,
+    )
+    draw_curves(log.stages, out / "curves.png")
+
+    with torch.no_grad():
+        fitting = labelled["train"]
+        statistics = fit_statistics(
+            encode_all(backbone, fitting, fabric.device),
+            fitting.observed.available.to(fabric.device),
+            fitting.labels.to(fabric.device),
+            _weights(fitting).to(fabric.device),
+            classes,
+            backbone.distance,
+        )
+        held_back = labelled["calibration"]
+        logits, rows = subset_logits(
+            encode_all(backbone, held_back, fabric.device),
+            held_back.observed.available.to(fabric.device),
+            sampled_subsets(len(specs), plan.seed),
+        )
+        rows = rows.cpu()
+        temperature = fit_temperature(
+            logits.cpu(), held_back.labels[rows], _weights(held_back)[rows]
+        )
+    selector_class = SELECTORS[plan.selector.name]
+    selector_options = selector_class.Options(**plan.selector.options)
+    weights = _weights(fitting)
+    shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
+    bundle = ModelBundle(
+        name=plan.name,
+        description=plan.description,
+        task=described.task,
+        specs=specs,
+        missing_values=described.missing_values,
+        imputer=imputer,
+        imputer_entry={"name": plan.imputer.name, **_options(imputer_class, plan.imputer.options)},
+        backbone=backbone,
+        backbone_entry={
+            "name": plan.backbone.name,
+            **_options(backbone_class, plan.backbone.options),
+        },
+        selector=selector_class(selector_options),
+        selector_entry={"name": plan.selector.name, **selector_options.model_dump()},
+        statistics=statistics,
+        temperature=temperature,
+        base_rates=tuple(float(s) for s in shares),
+        provenance={
+            "cohort": described.name,
+            "recipe": plan.model_dump(),
+            "records": {s: len(b) for s, b in data.items()},
+            "labelled_records": {s: len(b) for s, b in labelled.items()},
+            "patients": {
+                s: sorted({hashed_id(plan.name, p) for p in b.patient_ids})
+                for s, b in data.items()
+            },
+            "observed_share": {
+                spec.name: round(float(data["train"].observed.available[:, m].double().mean()), 4)
+                for m, spec in enumerate(specs)
+            },
+            "best_epoch": {
+                stage: max(rows_, key=lambda r: r["score"])["epoch"]
+                for stage, rows_ in log.stages.items()
+            },
+            "versions": {"dymo_med": dymo_med.__version__, "torch": torch.__version__},
+        },
+    )
+    bundle.save(out / "bundle")
+    return out / "bundle"
+
+
+def fit_specs(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[ModalitySpec, ...]:
+    """Return the specs with constants fitted on training records that have the modality.
+
+    Args:
+        specs: Modalities in canonical order.
+        batch: Training records.
+    """
+    fitted = []
+    for m, spec in enumerate(specs):
+        rows = batch.observed.available[:, m]
+        fields = batch.observed_fields.get(spec.name)
+        fitted.append(
+            modality(spec).fit(
+                batch.values[spec.name][rows], None if fields is None else fields[rows]
+            )
+        )
+    return tuple(fitted)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
+    """Return the temperature that minimises the weighted log-loss of softmax(logits / T).
+
+    Args:
+        logits: `(R, K)`.
+        labels: Int64 `(R,)`.
+        weights: `(R,)`.
+
+    Returns:
+        T between 0.05 and 20.
+
+    References:
+        Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    z, w = logits.double(), weights.double()
+
+    def log_loss(log_temperature: float) -> float:
+        losses = F.cross_entropy(z / torch.tensor(log_temperature).exp(), labels, reduction="none")
+        return float((losses * w).sum() / w.sum())
+
+    found = minimize_scalar(log_loss, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-6})
+    return float(torch.tensor(found.x, dtype=torch.float64).exp())
+
+
+def _read(
+    cohort: Cohort, reading: Callable[[int, int], None] | None
+) -> dict[Split, list[PatientRecord]]:
+    """Read every record that something is fitted on; ones with nothing observed are left out."""
+    listed = [(split, entry) for split in _FITTED_ON for entry in cohort.in_split(split)]
+    records: dict[Split, list[PatientRecord]] = {split: [] for split in _FITTED_ON}
+    problems: list[Problem] = []
+    for done, (split, entry) in enumerate(listed, start=1):
+        try:
+            record = read_patient(
+                entry.folder,
+                cohort.specs,
+                record_id=entry.record_id,
+                patient_id=entry.patient_id,
+                label=entry.label,
+                missing_values=cohort.missing_values,
+                require_something=False,
+            )
+        except PatientDataError as error:
+            problems += error.problems
+            continue
+        if record.modalities:
+            records[split].append(record)
+        if reading is not None:
+            reading(done, len(listed))
+    if problems:
+        raise PatientDataError(*problems)
+    return records
+
+
+def _require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) -> None:
+    """Check that every class occurs in a split.
+
+    Raises:
+        ConfigError: If one does not.
+    """
+    counts = Counter(labels)
+    absent = [c for k, c in enumerate(cohort.task.classes) if not counts[k]]
+    if absent:
+        raise ConfigError(
+            Problem(
+                f"Cohort {cohort.name}",
+                f"split '{split}' has no labelled record of class {', '.join(absent)}",
+                remedy="Move patients between splits in splits.csv",
+            )
+        )
+
+
+def _weights(batch: Batch) -> Tensor:
+    """Return `(n,)` weights by which every patient counts the same, with mean 1."""
+    visits = Counter(batch.patient_ids)
+    weights = torch.tensor([1.0 / visits[p] for p in batch.patient_ids])
+    return weights / weights.mean()
+
+
+def _options(entry: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry's options with every default spelled out."""
+    options: dict[str, Any] = entry.Options(**given).model_dump()
+    return options
+
+
+def _fingerprint(
+    recipe: Recipe, cohort: Cohort, records: dict[Split, list[PatientRecord]]
+) -> str:
+    """Return a hash of everything a resumed run must have in common with the first one."""
+    about = {
+        "recipe": recipe.model_dump(),
+        "specs": [spec.to_dict() for spec in cohort.specs],
+        "records": [
+            [split, r.record_id, r.label, {n: v.source.sha256 for n, v in r.modalities.items()}]
+            for split, part in records.items()
+            for r in part
+        ],
+        "versions": [dymo_med.__version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
