@@ -55,7 +55,7 @@ def main() -> None:
     affine[:3, 3] = (affine @ corner)[:3]
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(TARGET, affine=affine, **stored)
-    print(f"{TARGET}: {stored['brain'].shape}, {TARGET.stat().st_size / 1e6:.2f} MB")  # noqa: T201
+    print(f"{TARGET}: {stored['brain'].shape}, {TARGET.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ References:
     Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magn Reson Med 34 (1995).
     Ashburner and Friston, Nonlinear spatial normalization using basis functions, Hum Brain Mapp 7
     (1999): cosine bases for deformations.
+    Lancaster et al., Bias between MNI and Talairach coordinates analyzed using the ICBM-152 brain
+    template, Hum Brain Mapp 28 (2007): the template is larger than most heads.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ TISSUES = {
     "csf": Tissue(1.00, 4163, 2000),
     "grey": Tissue(0.83, 1331, 110),
     "white": Tissue(0.70, 832, 79.6),
-    # The proton density makes oedema exactly as bright as white matter on T1 (in patients it is
-    # a little darker): only then do T1 and T1ce carry no evidence about oedema.
+    # The proton density makes oedema as bright as white matter on T1, to four digits (in patients
+    # it is a little darker): only then do T1 and T1ce carry no evidence about oedema.
     "oedema": Tissue(0.8807, 1250, 150),
     "rim": Tissue(0.87, 1600, 140),
     "core": Tissue(0.95, 2800, 400),
@@ -256,7 +258,7 @@ class Evidence:
     Attributes:
         grade: 0 low, 1 high.
         latents: Latent per piece of evidence (image latent or column).
-        log_likelihood_ratios: log p(shown | high) - log p(shown | low) per piece of evidence,
+        log_likelihood_ratios: log p(observed | high) - log p(observed | low) per piece of evidence,
             contradiction left out of account: d z for image latents, and for a cell that of the
             text recorded in it.
         cells: Recorded text per column.
@@ -275,7 +277,7 @@ class Evidence:
     contradictory: str
     degraded: str
 
-    def shown(self) -> tuple[str, ...]:
+    def observed(self) -> tuple[str, ...]:
         """Return the pieces of evidence that the patient's files show."""
         present = [name for name in MODALITIES if name not in self.missing]
         return tuple(name for name in pieces(present) if name not in self.blank)
@@ -308,24 +310,26 @@ def interval_log_likelihood_ratio(lower: float, upper: float, separation: float)
     return log_probability(separation / 2) - log_probability(-separation / 2)
 
 
-def posterior_high(ratios: Mapping[str, float], shown: Collection[str]) -> float:
+def posterior_high(ratios: Mapping[str, float], observed: Collection[str]) -> float:
     """Return the exact probability of high grade given some pieces of evidence.
 
-    With L_g the summed log-likelihood ratio of what is shown of group g, G groups, and c the
+    With L_g the summed log-likelihood ratio of what is observed of group g, G groups, and c the
     share of patients one of whose groups (any, equally likely) was drawn from the other grade:
-    p(shown | high) is proportional to exp(sum L) ((1 - c) + c/G sum_g exp(-L_g)), and
-    p(shown | low), on the same scale, to (1 - c) + c/G sum_g exp(L_g). Both grades are equally
+    p(observed | high) is proportional to exp(sum L) ((1 - c) + c/G sum_g exp(-L_g)), and
+    p(observed | low), on the same scale, to (1 - c) + c/G sum_g exp(L_g). Both grades are equally
     frequent.
 
     Args:
         ratios: Log-likelihood ratio per piece of evidence.
-        shown: Pieces of evidence to use.
+        observed: Pieces of evidence to use.
 
     Example:
         >>> posterior_high({}, [])
         0.5
     """
-    by_group = np.array([sum(ratios[n] for n in names if n in shown) for names in GROUPS.values()])
+    by_group = np.array(
+        [sum(ratios[n] for n in names if n in observed) for names in GROUPS.values()]
+    )
     share = CONTRADICTORY_SHARE / len(by_group)
     high = by_group.sum() + math.log(1 - CONTRADICTORY_SHARE + share * np.exp(-by_group).sum())
     low = math.log(1 - CONTRADICTORY_SHARE + share * np.exp(by_group).sum())
@@ -346,13 +350,13 @@ def draw_evidence(generator: np.random.Generator, missing: float = 0.0) -> Evide
 
     latents, ratios, cells = {}, {}, {}
     for group, names in GROUPS.items():
-        shown_grade = 1 - grade if group == contradictory else grade
+        drawn_from = 1 - grade if group == contradictory else grade
         for name in names:
             if group == "scans":
                 separation = IMAGE_SEPARATION[name]
             else:
                 separation = TABLES[group][name].separation
-            latent = separation * (shown_grade - 0.5) + generator.standard_normal()
+            latent = separation * (drawn_from - 0.5) + generator.standard_normal()
             latents[name] = latent
             if group == "scans":
                 ratios[name] = separation * latent
@@ -471,7 +475,9 @@ def _template_coordinates(generator: np.random.Generator, size: int) -> Floats:
     about_x = np.array([[1, 0, 0], [0, cos(tilt), -sin(tilt)], [0, sin(tilt), cos(tilt)]])
     about_y = np.array([[cos(nod), 0, sin(nod)], [0, 1, 0], [-sin(nod), 0, cos(nod)]])
     about_z = np.array([[cos(turn), -sin(turn), 0], [sin(turn), cos(turn), 0], [0, 0, 1]])
-    scale = np.diag(np.exp(generator.normal(0, 0.03, 3)))
+    # The template is larger than most heads (Lancaster et al. 2007); 9 % along each axis brings
+    # the volume within the skull to 1.45 L on average.
+    scale = np.diag(1.09 * np.exp(generator.normal(0, 0.025, 3)))
     shift_mm = np.array(CENTRE_MM) + generator.normal(0, 2, 3)
 
     offsets = ((np.arange(size) - (size - 1) / 2) * FIELD_OF_VIEW_MM / size).astype(np.float32)
@@ -563,7 +569,9 @@ def render(
         real, imaginary = sigma * generator.standard_normal((2, *brain.shape), dtype=np.float32)
         magnitude = np.hypot(bias * clean + real, imaginary)
         gain = 400 / white_signal * math.exp(generator.normal(0, 0.15))
-        images[name] = np.where(brain, np.rint(gain * magnitude), 0).astype(np.int16)
+        # At least 1 in the brain, so that 0 always means outside it.
+        counts = np.maximum(np.rint(gain * magnitude), 1)
+        images[name] = np.where(brain, counts, 0).astype(np.int16)
 
     x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
     return Scans(images=images, lesion=labels, affine=affine, centre_mm=(x, y, z))
@@ -644,7 +652,7 @@ def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> 
     }
     numbers = {
         "posterior_all": posterior_high(ratios, pieces(MODALITIES)),
-        "posterior_shown": posterior_high(ratios, evidence.shown()),
+        "posterior_observed": posterior_high(ratios, evidence.observed()),
         **{f"posterior_{name}": posterior_high(ratios, pieces([name])) for name in MODALITIES},
         **{f"z_{name}": value for name, value in evidence.latents.items()},
         **{f"llr_{name}": value for name, value in ratios.items()},
@@ -677,8 +685,8 @@ def _write_patient(
     for name, values in scans.images.items():
         if name not in evidence.missing:
             _write_image(folder / f"{name}.nii.gz", values, scans.affine)
-    shown = evidence.shown()
-    row = {name: text if name in shown else "" for name, text in evidence.cells.items()}
+    observed = evidence.observed()
+    row = {name: text if name in observed else "" for name, text in evidence.cells.items()}
     _write_rows(folder / "ehr.csv", [row])
     _write_image(hidden / "lesion.nii.gz", scans.lesion, scans.affine)
     return evidence, _truth(record_id, evidence, lesion, scans)
@@ -737,7 +745,8 @@ def simulate(
         seed: Seed; the same seed gives the same bytes.
         size: V, voxels along each axis of the 192 mm field of view.
         progress: Called with (patients done, patients) after each.
-        missing: Share of patients who lack one or two modalities, picked at random.
+        missing: Share of patients who lack one or two modalities, picked at random,
+            whatever the grade: their files are absent, or all cells of their table blank.
 
     Returns:
         `out`.
@@ -747,8 +756,18 @@ def simulate(
     """
     out = Path(out)
     _check(out, patients, seed, size, missing)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    folder = out.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = Problem(
+            where=str(folder),
+            what="the folder for the cohort cannot be made",
+            got=str(error.strerror),
+            remedy="Name a folder where you may write",
+        )
+        raise ConfigError(problem) from error
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".simulate-") as scratch:
         root = Path(scratch) / "cohort"
         root.mkdir()
         description = yaml.safe_dump(
@@ -777,6 +796,16 @@ def simulate(
         )
         _write_rows(root / "truth.csv", truth)
         if out.exists():
-            out.rmdir()
-        root.rename(out)
+            # The description comes last: without it a folder is not taken for a cohort.
+            for name in (
+                "patients",
+                "truth",
+                "labels.csv",
+                "splits.csv",
+                "truth.csv",
+                "cohort.yaml",
+            ):
+                (root / name).rename(out / name)
+        else:
+            root.rename(out)
     return out
