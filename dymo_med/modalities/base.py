@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,25 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dymo_med.types import ModalitySpec, ModalityValue
+
+
+def replace_file(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader sees the old one or the whole new one, never a part.
+
+    Args:
+        path: Where to, in an existing folder.
+        content: The bytes.
+
+    Returns:
+        `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 class Modality(ABC):
@@ -86,11 +106,6 @@ class Modality(ABC):
             values: `(n, *shape)`, rows of training records that have this modality.
             observed_fields: Bool `(n, F)` for tables.
         """
-
-    @property
-    @abstractmethod
-    def tokens(self) -> int:
-        """Number of tokens N that `encoder` yields."""
 
     @abstractmethod
     def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:

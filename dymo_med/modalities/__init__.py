@@ -1,0 +1,23 @@
+"""Kinds of modality: all that depends on whether a modality is an image or a table."""
+
+from __future__ import annotations
+
+from dymo_med.modalities.base import Modality
+from dymo_med.modalities.image import Image
+from dymo_med.modalities.table import Table
+from dymo_med.registry import Registry
+from dymo_med.types import ModalitySpec
+
+MODALITIES: Registry[Modality] = Registry("modality kind", {"image": Image, "table": Table})
+
+
+def modality(spec: ModalitySpec) -> Modality:
+    """Return the object that reads, encodes and writes the modality `spec` describes.
+
+    Raises:
+        ConfigError: If its kind is not known.
+    """
+    return MODALITIES[spec.kind](spec)
+
+
+__all__ = ["MODALITIES", "Modality", "modality"]

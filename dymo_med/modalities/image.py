@@ -1,0 +1,299 @@
+"""Images, 2D and 3D: find the scan, put it on the modality's grid, encode, decode, write."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from dymo_med.blocks import ConvDecoder, ConvEncoder
+from dymo_med.config import Strict
+from dymo_med.errors import PatientDataError, Problem
+from dymo_med.modalities.base import Modality, replace_file
+from dymo_med.types import ModalitySpec, ModalityValue, Source
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
+
+VOLUMES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+EXTENSIONS = VOLUMES + PICTURES
+SYNTHETIC = "SYNTHETIC: recovered by dymo-med"
+
+
+def plain_name(file: str) -> str:
+    """Return `file` if it is a plain name inside the patient directory.
+
+    Raises:
+        ValueError: If it is absolute or leaves the directory.
+    """
+    path = PurePosixPath(file)
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in file
+    if not file.strip() or not inside or path.as_posix() == ".":
+        raise ValueError("file must be a relative name inside the patient directory")
+    return file
+
+
+class ImageEntry(Strict):
+    """An image modality in `cohort.yaml`.
+
+    Attributes:
+        kind: `image`.
+        dims: 2 or 3.
+        file: File name inside the patient directory; another known extension or a DICOM folder
+            of the same stem is found too.
+        size: Voxels per axis of the grid: rows and columns (2D), X, Y, Z in RAS+ (3D).
+        spacing_mm: Voxel size of the grid. Without it a 2D image is fitted into `size`.
+        intensity: `zscore` over voxels other than 0, `percentile` (1 % to 99 % become 0 to 1,
+            clipped) or `none`.
+        channels: 1 (grey) or, in 2D, 3 (colour).
+    """
+
+    kind: Literal["image"]
+    dims: Literal[2, 3]
+    file: str
+    size: list[Annotated[int, Field(ge=8, le=512)]]
+    spacing_mm: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
+    intensity: Literal["zscore", "percentile", "none"] = "zscore"
+    channels: Literal[1, 3] = 1
+
+    @model_validator(mode="after")
+    def _fits(self) -> ImageEntry:
+        plain_name(self.file)
+        if len(self.size) != self.dims:
+            raise ValueError(f"size must have {self.dims} numbers, got {len(self.size)}")
+        if self.spacing_mm is not None and len(self.spacing_mm) != self.dims:
+            raise ValueError(
+                f"spacing_mm must have {self.dims} numbers, got {len(self.spacing_mm)}"
+            )
+        if self.dims == 3 and self.spacing_mm is None:
+            raise ValueError("spacing_mm is required when dims is 3")
+        if self.dims == 3 and self.channels != 1:
+            raise ValueError("channels must be 1 when dims is 3")
+        return self
+
+
+def _stem(name: str) -> str:
+    """Return a file name without its known extension."""
+    for extension in EXTENSIONS:
+        if name.lower().endswith(extension):
+            return name[: -len(extension)]
+    return name
+
+
+def _sha256(path: Path) -> str:
+    """Return the hash of a file's bytes, or of all files' hashes, sorted, for a folder."""
+    if path.is_dir():
+        hashes = sorted(_sha256(p) for p in path.iterdir() if p.is_file())
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Image(Modality):
+    """A 2D or 3D image on a fixed grid.
+
+    References:
+        The likelihood is a Laplace distribution of scale 0.75 per voxel, as in Sutter et al.,
+        Generalized Multimodal ELBO, ICLR 2021.
+    """
+
+    Entry = ImageEntry
+    scale = 0.75
+
+    @classmethod
+    def spec_from_entry(cls, name: str, entry: BaseModel) -> ModalitySpec:
+        """Return the spec of a validated `cohort.yaml` entry."""
+        entry = cast("ImageEntry", entry)
+        return ModalitySpec(
+            name=name,
+            kind="image",
+            file=entry.file,
+            shape=(entry.channels, *entry.size),
+            spacing_mm=tuple(entry.spacing_mm or ()),
+            intensity=entry.intensity,
+        )
+
+    @cached_property
+    def _transforms(self) -> Compose:
+        from dymo_med.modalities.transforms import pipeline
+
+        return pipeline(self.spec)
+
+    def _find(self, folder: Path, where: str) -> Path | None:
+        """Return the scan's file or folder: the declared name, else one of the same stem."""
+        exact = folder / self.spec.file
+        if exact.exists():
+            return exact
+        stem = _stem(exact.name)
+        if not exact.parent.is_dir():
+            return None
+        found = sorted(
+            p
+            for p in exact.parent.iterdir()
+            if p.name == stem or (p.is_file() and p.name != stem == _stem(p.name))
+        )
+        if len(found) > 1:
+            raise PatientDataError(
+                Problem(
+                    f"{where}: {self.spec.name}",
+                    "several files could be this scan",
+                    expected=f"{self.spec.file} or one other",
+                    got=", ".join(p.name for p in found),
+                    remedy="Keep one of them",
+                )
+            )
+        return found[0] if found else None
+
+    def read(
+        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+    ) -> ModalityValue | None:
+        """Read the scan and put it on the modality's grid. See `Modality.read`."""
+        path = self._find(folder, where)
+        if path is None:
+            return None
+        from dymo_med.modalities.transforms import ScanError, read_scan
+
+        try:
+            image, facts = read_scan(self._transforms, path)
+            digest = _sha256(path)
+        except ScanError as error:
+            problem = Problem(
+                f"{where}: {path.name}", error.what, error.expected, error.got, error.remedy
+            )
+            raise PatientDataError(problem) from error
+        except OSError as error:
+            raise PatientDataError(
+                Problem(
+                    f"{where}: {path.name}",
+                    "the file cannot be opened",
+                    got=type(error).__name__,
+                    remedy="Check its permissions",
+                )
+            ) from error
+        affine = None
+        if len(self.spec.shape) == 4:
+            affine = tuple(tuple(float(x) for x in row) for row in image.affine.tolist())
+        return ModalityValue(
+            values=image.as_tensor().float().contiguous(),
+            source=Source(
+                file=path.relative_to(folder).as_posix(),
+                sha256=digest,
+                affine=affine,
+                facts=facts.shown(),
+            ),
+            warnings=(f"{path.name}: {facts.warning}",) if facts.warning else (),
+        )
+
+    def write(
+        self,
+        folder: Path,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        affine: Sequence[Sequence[float]] | None,
+    ) -> Path:
+        """Write a recovered image: NIfTI for 3D, PNG for 2D, named and marked as synthetic.
+
+        Voxels are in the grid's normalised intensities. A PNG is stretched to 0..255 and, when
+        it is narrower than the mark, enlarged by a whole factor. See `Modality.write`.
+        """
+        array = values.detach().to("cpu", torch.float32).numpy()
+        if len(self.spec.shape) == 4:
+            return self._write_volume(folder, array[0], affine)
+        return self._write_picture(folder, array)
+
+    def _write_volume(
+        self, folder: Path, array: np.ndarray, affine: Sequence[Sequence[float]] | None
+    ) -> Path:
+        import nibabel
+
+        if affine is None:
+            grid = np.diag([*self.spec.spacing_mm, 1.0])
+            grid[:3, 3] = -np.asarray(self.spec.spacing_mm) * (np.asarray(array.shape) - 1) / 2
+        else:
+            grid = np.asarray(affine, dtype=float)
+        image = nibabel.Nifti1Image(array, grid)
+        image.header["descrip"] = SYNTHETIC.encode()
+        image.header.set_xyzt_units("mm")
+        content = gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+        return replace_file(folder / f"{self.spec.name}_synthetic.nii.gz", content)
+
+    def _write_picture(self, folder: Path, array: np.ndarray) -> Path:
+        import io
+
+        from PIL import Image as Picture
+        from PIL import ImageDraw, ImageFont
+        from PIL.PngImagePlugin import PngInfo
+
+        low, high = (
+            (0.0, 1.0) if self.spec.intensity == "percentile" else (array.min(), array.max())
+        )
+        grey = np.clip((array - low) / max(float(high - low), 1e-6), 0, 1) * 255
+        pixels = np.moveaxis(grey.round().astype(np.uint8), 0, -1)
+        picture = Picture.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        font = ImageFont.load_default(size=10)
+        mark = "SYNTHETIC"
+        left, top, right, bottom = font.getbbox(mark, stroke_width=1)
+        factor = max(
+            math.ceil((right - left + 2) / picture.width), math.ceil(2 * bottom / picture.height)
+        )
+        if factor > 1:
+            size = (picture.width * factor, picture.height * factor)
+            picture = picture.resize(size, Picture.Resampling.NEAREST)
+        white, black = (255, 0) if picture.mode == "L" else ((255,) * 3, (0,) * 3)
+        ImageDraw.Draw(picture).text(
+            (1 - left, 1 - top), mark, fill=white, font=font, stroke_width=1, stroke_fill=black
+        )
+        text = PngInfo()
+        text.add_text("Description", SYNTHETIC)
+        stream = io.BytesIO()
+        picture.save(stream, format="PNG", pnginfo=text)
+        return replace_file(folder / f"{self.spec.name}_synthetic.png", stream.getvalue())
+
+    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
+        """Return the spec as it is: intensities are normalised scan by scan."""
+        return self.spec
+
+    def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:
+        """Return a convolutional encoder to a small grid of tokens.
+
+        Args:
+            dim: Token width D.
+            options: `width` (first channels, 16) and `grid` (tokens per axis, 2).
+        """
+        return ConvEncoder(self.spec.shape, dim, options.get("width", 16), options.get("grid", 2))
+
+    def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
+        """Return a convolutional decoder to the image.
+
+        Args:
+            latent: Length of the latent vector.
+            options: `width` (channels at the finest level, 16).
+        """
+        return ConvDecoder(self.spec.shape, latent, options.get("width", 16))
+
+    def log_likelihood(
+        self, parameters: Tensor, values: Tensor, observed_fields: Tensor | None
+    ) -> Tensor:
+        """Return the Laplace log density summed over voxels, `(B,)`.
+
+        Args:
+            parameters: Locations `(B, *shape)`.
+            values: `(B, *shape)`.
+            observed_fields: Not used; images have no cells.
+        """
+        per_voxel = -(values - parameters).abs() / self.scale - math.log(2 * self.scale)
+        return per_voxel.flatten(1).sum(1)
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Return the locations, which are the mean."""
+        return parameters
