@@ -1,0 +1,185 @@
+"""Validate what somebody brings, and list everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dymo_med.bundle import load_bundle, read_recipe
+from dymo_med.config import Document
+from dymo_med.data.cohort import read_cohort
+from dymo_med.data.patient import read_patient
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.types import ModalitySpec, PatientRecord
+
+Kind = Literal["cohort", "patient directory", "recipe", "bundle"]
+NOTHING = "(nothing)"
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was checked and what was found.
+
+    Attributes:
+        path: What was checked.
+        kind: What it was taken for.
+        problems: Everything wrong with it.
+        exit_code: What the command returns: 0, or that of the first sort of problem.
+        patterns: For a cohort or patient, observed modalities joined by commas and the number of
+            records that have just these, most frequent first.
+        observed: For a cohort or patient, the number of records that have each modality.
+    """
+
+    path: Path
+    kind: Kind
+    problems: tuple[Problem, ...] = ()
+    exit_code: int = 0
+    patterns: Mapping[str, int] = field(default_factory=dict)
+    observed: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "exit_code": self.exit_code,
+            "problems": [asdict(problem) for problem in self.problems],
+            "patterns": dict(self.patterns),
+            "observed": dict(self.observed),
+        }
+
+
+def check(
+    path: Path,
+    against: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Validate a cohort, a patient directory, a recipe or a bundle.
+
+    A folder with `configs/metadata.json` is a bundle, one with `cohort.yaml` a cohort, any other
+    folder a patient directory. A YAML file is a recipe if it names an imputer or backbone, and a
+    cohort description if it has modalities. Of a cohort every record's files are read.
+
+    Args:
+        path: What to check.
+        against: For a patient directory, the bundle or cohort it is meant for.
+        progress: Called after every record with how many are done and how many there are.
+
+    Raises:
+        ConfigError: If `path` is none of these, or `against` is needed and absent or wrong.
+        BundleError: If `against` is a bundle that cannot be loaded.
+    """
+    kind = _kind(path)
+    try:
+        if kind == "bundle":
+            load_bundle(path, device="cpu")
+        elif kind == "recipe":
+            read_recipe(path)
+        elif kind == "cohort":
+            return _check_cohort(path, progress)
+        else:
+            return _check_patient(path, against)
+    except (ConfigError, BundleError) as error:
+        if kind == "patient directory":
+            raise
+        return CheckReport(path, kind, error.problems, error.exit_code)
+    return CheckReport(path, kind)
+
+
+def _kind(path: Path) -> Kind:
+    """Return what `path` is."""
+    if path.is_dir():
+        if (path / "configs" / "metadata.json").exists() or (path / "checksums.json").exists():
+            return "bundle"
+        return "cohort" if (path / "cohort.yaml").exists() else "patient directory"
+    if path.exists() and path.suffix.lower() not in (".yaml", ".yml"):
+        raise ConfigError(
+            Problem(
+                str(path),
+                "this kind of file cannot be checked",
+                expected="a folder, or a YAML file",
+            )
+        )
+    keys = set(Document(path).data or {})
+    if keys & {"imputer", "backbone", "selector"}:
+        return "recipe"
+    if keys & {"modalities", "task"}:
+        return "cohort"
+    raise ConfigError(
+        Problem(
+            str(path),
+            "the file is neither a recipe nor a cohort description",
+            expected="the keys imputer and backbone, or task and modalities",
+        )
+    )
+
+
+def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> CheckReport:
+    """Read every record of a cohort.
+
+    Raises:
+        ConfigError: If its description is wrong.
+    """
+    cohort = read_cohort(path)
+    problems: list[Problem] = []
+    patterns: Counter[str] = Counter()
+    observed: dict[str, int] = dict.fromkeys((spec.name for spec in cohort.specs), 0)
+    for done, entry in enumerate(cohort.records, start=1):
+        try:
+            record = read_patient(
+                entry.folder,
+                cohort.specs,
+                record_id=entry.record_id,
+                missing_values=cohort.missing_values,
+                require_something=False,
+            )
+        except PatientDataError as error:
+            problems.extend(error.problems)
+        else:
+            patterns[_pattern(record, cohort.specs)] += 1
+            for name in record.modalities:
+                observed[name] += 1
+        if progress is not None:
+            progress(done, len(cohort.records))
+    exit_code = PatientDataError.exit_code if problems else 0
+    ordered = dict(patterns.most_common())
+    return CheckReport(path, "cohort", tuple(problems), exit_code, ordered, observed)
+
+
+def _check_patient(path: Path, against: Path | None) -> CheckReport:
+    """Read one patient directory as a bundle or cohort would.
+
+    Raises:
+        ConfigError: If there is nothing to check it against.
+        BundleError: If there is, and it is a broken bundle.
+    """
+    if against is None:
+        raise ConfigError(
+            Problem(
+                str(path),
+                "a patient directory can only be checked against a bundle or a cohort",
+                remedy="Add --against BUNDLE or --against COHORT; a cohort's own folder holds"
+                " cohort.yaml, a bundle's holds configs/metadata.json",
+            )
+        )
+    if _kind(against) == "bundle":
+        bundle = load_bundle(against, device="cpu")
+        specs, missing_values = bundle.specs, bundle.missing_values
+    else:
+        cohort = read_cohort(against)
+        specs, missing_values = cohort.specs, cohort.missing_values
+    kind: Kind = "patient directory"
+    try:
+        record = read_patient(path, specs, missing_values=missing_values)
+    except PatientDataError as error:
+        return CheckReport(path, kind, error.problems, error.exit_code)
+    observed = {spec.name: int(spec.name in record.modalities) for spec in specs}
+    return CheckReport(path, kind, patterns={_pattern(record, specs): 1}, observed=observed)
+
+
+def _pattern(record: PatientRecord, specs: tuple[ModalitySpec, ...]) -> str:
+    """Return the observed modalities in canonical order as one string."""
+    return ", ".join(s.name for s in specs if s.name in record.modalities) or NOTHING

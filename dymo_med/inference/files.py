@@ -1,0 +1,135 @@
+"""Output that appears complete or not at all, and one way to write JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dymo_med.errors import ConfigError, Problem
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it.
+
+    Args:
+        path: Where to; its folder exists.
+        text: The whole content, written as UTF-8 with its line ends as they are.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON with floats that read back to the same bits; NaN and infinity become null.
+
+    Args:
+        path: Where to.
+        data: Dictionaries keep their order.
+    """
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a table: RFC 4180 quoting, Unix line ends, nine significant digits.
+
+    Args:
+        path: Where to.
+        header: Columns in order.
+        rows: One mapping per row with exactly these columns; None and NaN become blank cells.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(row[column]) for column in header] for row in rows)
+    write_text(path, buffer.getvalue())
+
+
+def check_replaceable(out: Path, marker: str) -> None:
+    """Check that a folder may be written: new, empty, or this command's own earlier output.
+
+    Args:
+        out: The folder.
+        marker: File that only this command's output has.
+
+    Raises:
+        ConfigError: If there is something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(
+            Problem(str(out), "is a file", expected="a folder", remedy="Name another one")
+        )
+    if any(out.iterdir()) and not (out / marker).is_file():
+        raise ConfigError(
+            Problem(
+                str(out),
+                "is not empty and was not written by this command",
+                expected=f"a new or empty folder, or one with {marker}",
+                remedy="Name another folder with --out",
+            )
+        )
+
+
+@contextmanager
+def complete_folder(out: Path, marker: str) -> Iterator[Path]:
+    """Give a folder to fill, which becomes `out` if nothing goes wrong and vanishes otherwise.
+
+    Args:
+        out: The folder that is to appear. An earlier output there is replaced.
+        marker: See `check_replaceable`.
+
+    Yields:
+        An empty folder beside `out`.
+
+    Raises:
+        ConfigError: See `check_replaceable`.
+    """
+    check_replaceable(out, marker)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tag = secrets.token_hex(4)
+    temporary = out.with_name(f".{out.name}.{tag}")
+    earlier = out.with_name(f".{out.name}.{tag}.earlier")
+    temporary.mkdir()
+    try:
+        yield temporary
+        check_replaceable(out, marker)
+        if out.exists():
+            out.rename(earlier)
+        temporary.rename(out)
+    finally:
+        if earlier.exists() and not out.exists():
+            earlier.rename(out)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def _cell(value: object) -> object:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.9g}" if isinstance(value, float) else value
