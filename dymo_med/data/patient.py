@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities import Modality, modality
-from dymo_med.types import CohortRecord, ModalitySpec, ModalityValue, PatientRecord
+from dymo_med.types import ModalitySpec, ModalityValue, PatientRecord
 
 # Grids are centred on each scan's own field of view; further apart than this, say so.
 APART_MM = 20.0
@@ -42,91 +43,56 @@ def read_patient(
         PatientDataError: With every problem of every modality at once; also if the folder is
             not there, or nothing was observed.
     """
-    return PatientReader(specs, missing_values).read(
-        folder,
+    record_id = record_id or folder.resolve().name
+    where = f"Patient {record_id}"
+    try:
+        with os.scandir(folder) as entries:
+            next(entries, None)
+    except OSError as error:
+        raise PatientDataError(
+            Problem(
+                where,
+                f"there is no readable patient directory at {folder}",
+                expected="a folder",
+                got=type(error).__name__,
+                remedy="Check the path and its permissions",
+            )
+        ) from error
+    values: dict[str, ModalityValue] = {}
+    problems: list[Problem] = []
+    for kind in _modalities(tuple(specs)):
+        try:
+            value = kind.read(folder, where, missing_values)
+        except PatientDataError as error:
+            problems.extend(error.problems)
+            continue
+        if value is not None:
+            values[kind.spec.name] = value
+    if not problems and not values and require_something:
+        files = dict.fromkeys(spec.file for spec in specs)
+        problems.append(
+            Problem(
+                where,
+                "nothing was observed, so there is nothing to predict from",
+                expected=f"at least one of {', '.join(files)} with a value in it",
+                remedy="Check that this is the patient's folder and how its files are named",
+            )
+        )
+    if problems:
+        # Tables that share a file report the same trouble with it; say it once.
+        raise PatientDataError(*dict.fromkeys(problems))
+    return PatientRecord(
         record_id=record_id,
-        patient_id=patient_id,
+        patient_id=patient_id or record_id,
+        modalities=_warn_apart(values),
         label=label,
-        require_something=require_something,
     )
 
 
-class PatientReader:
-    """Reads patient directories of one cohort; the transforms are composed once.
-
-    Args:
-        specs: The modalities to look for.
-        missing_values: Strings that mean "blank" in tables, besides the empty cell.
-    """
-
-    def __init__(self, specs: Sequence[ModalitySpec], missing_values: Sequence[str] = ()) -> None:
-        self.modalities: tuple[Modality, ...] = tuple(modality(spec) for spec in specs)
-        self.missing_values = tuple(missing_values)
-
-    def read_record(self, record: CohortRecord, require_something: bool = True) -> PatientRecord:
-        """Read one record of a cohort. Raises as `read` does."""
-        return self.read(
-            record.folder,
-            record_id=record.record_id,
-            patient_id=record.patient_id,
-            label=record.label,
-            require_something=require_something,
-        )
-
-    def read(
-        self,
-        folder: Path,
-        *,
-        record_id: str | None = None,
-        patient_id: str | None = None,
-        label: int | None = None,
-        require_something: bool = True,
-    ) -> PatientRecord:
-        """Read one patient directory; arguments and errors as of `read_patient`."""
-        record_id = record_id or folder.resolve().name
-        where = f"Patient {record_id}"
-        try:
-            with os.scandir(folder) as entries:
-                next(entries, None)
-        except OSError as error:
-            raise PatientDataError(
-                Problem(
-                    where,
-                    f"there is no readable patient directory at {folder}",
-                    expected="a folder",
-                    got=type(error).__name__,
-                    remedy="Check the path and its permissions",
-                )
-            ) from error
-        values: dict[str, ModalityValue] = {}
-        problems: list[Problem] = []
-        for kind in self.modalities:
-            try:
-                value = kind.read(folder, where, self.missing_values)
-            except PatientDataError as error:
-                problems.extend(error.problems)
-                continue
-            if value is not None:
-                values[kind.spec.name] = value
-        if not problems and not values and require_something:
-            files = dict.fromkeys(kind.spec.file for kind in self.modalities)
-            problems.append(
-                Problem(
-                    where,
-                    "nothing was observed, so there is nothing to predict from",
-                    expected=f"at least one of {', '.join(files)} with a value in it",
-                    remedy="Check that this is the patient's folder and how its files are named",
-                )
-            )
-        if problems:
-            # Tables that share a file report the same trouble with it.
-            raise PatientDataError(*dict.fromkeys(problems))
-        return PatientRecord(
-            record_id=record_id,
-            patient_id=patient_id or record_id,
-            modalities=_warn_apart(values),
-            label=label,
-        )
+@lru_cache(maxsize=4)
+def _modalities(specs: tuple[ModalitySpec, ...]) -> tuple[Modality, ...]:
+    """Return the handlers of a cohort's modalities; they compose their transforms once."""
+    return tuple(modality(spec) for spec in specs)
 
 
 def _warn_apart(values: dict[str, ModalityValue]) -> dict[str, ModalityValue]:
