@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from dymo_med.types import Column, Tokens
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_POOL: dict[int, Any] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
 class Block(nn.Module):
@@ -47,7 +49,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D / heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
         x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 def _stages(spatial: Sequence[int], grid: int, most: int = 4) -> int:
@@ -58,7 +61,17 @@ def _stages(spatial: Sequence[int], grid: int, most: int = 4) -> int:
     return stages
 
 
-class ConvEncoder(nn.Module):
+class Encoder(nn.Module):
+    """A network from one modality's values to tokens.
+
+    Attributes:
+        tokens: How many tokens N it yields.
+    """
+
+    tokens: int
+
+
+class ConvEncoder(Encoder):
     """A stack of strided convolutions, pooled to a small grid of tokens.
 
     Args:
@@ -82,6 +95,8 @@ class ConvEncoder(nn.Module):
             layers += [conv(channels, out, 3, stride=2, padding=1), _norm(out), nn.GELU()]
             channels = out
         self.stack = nn.Sequential(*layers)
+        # Averages equal blocks where the grid divides the size, overlapping ones elsewhere.
+        self.pool = _POOL[len(spatial)](self.grid)
         self.project = conv(channels, dim, 1)
 
     def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
@@ -92,9 +107,7 @@ class ConvEncoder(nn.Module):
             observed_fields: Not used; images have no cells.
         """
         x = self.stack(values)
-        # Averaging over equal blocks is the same on every device; adaptive pooling covers sizes
-        # that the grid does not divide.
-        x = (F.adaptive_avg_pool3d if x.ndim == 5 else F.adaptive_avg_pool2d)(x, self.grid)
+        x = self.pool(x)
         x = self.project(x).flatten(2).transpose(1, 2)  # (B, N, D)
         return Tokens(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
 
@@ -156,10 +169,11 @@ class ConvDecoder(nn.Module):
         for a in range(axes):
             order += [2 + axes + a, 2 + a]
         x = x.permute(*order).reshape(len(z), self.shape[0], *(2 * c for c in coarse))
-        return x[(..., *(slice(0, s) for s in self.shape[1:]))]
+        image: Tensor = x[(..., *(slice(0, s) for s in self.shape[1:]))]
+        return image
 
 
-class ColumnEncoder(nn.Module):
+class ColumnEncoder(Encoder):
     """A table as one token per column, with a learned token in place of a blank cell.
 
     A continuous cell is standardised by the column's training mean and spread; a category has

@@ -1,10 +1,10 @@
 """A trained model on disk: JSON and safetensors, checksums, a model card; nothing is unpickled.
 
-    BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
-    BUNDLE/configs/inference.json     table entries and their options, temperature, base rates
-    BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
-    BUNDLE/docs/README.md             model card
-    BUNDLE/checksums.json             SHA-256 of every file above
+BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
+BUNDLE/configs/inference.json     table entries and their options, temperature, base rates
+BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
+BUNDLE/docs/README.md             model card
+BUNDLE/checksums.json             SHA-256 of every file above
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
 
 from dymo_med.backbones import BACKBONES, FusionBackbone
 from dymo_med.config import Recipe
@@ -305,7 +304,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         backbone.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
         statistics = SubsetStatistics(
             distance=inference["distance"],
-            **{k: v for k, v in load_file(path / "models" / "statistics.safetensors").items()},
+            **dict(load_file(path / "models" / "statistics.safetensors").items()),
         )
         bundle = ModelBundle(
             name=metadata["name"],

@@ -222,7 +222,10 @@ class Document:
             ) from None
         if duplicates:
             raise ConfigError(
-                *(Problem(f"{path}:{line}", f"key '{key}' occurs twice") for line, key in duplicates)
+                *(
+                    Problem(f"{path}:{line}", f"key '{key}' occurs twice")
+                    for line, key in duplicates
+                )
             )
         if not isinstance(self.data, dict):
             raise ConfigError(

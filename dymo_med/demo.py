@@ -32,9 +32,7 @@ def shipped_bundle() -> Path:
     return Path(str(resources.files("dymo_med") / "bundles" / "simulated"))
 
 
-def run_demo(
-    out: Path, *, device: str, seed: int, train_first: bool, reporter: Reporter
-) -> None:
+def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: Reporter) -> None:
     """Simulate, train or take the shipped bundle, predict one patient, evaluate a small cohort.
 
     Args:
@@ -66,9 +64,7 @@ def run_demo(
 
     with reporter.bar("Simulating patients") as progress:
         # Seeds from 1000 on: none of these patients was used to train the shipped bundle.
-        cohort = simulate(
-            out / "cohort", patients=PATIENTS, seed=1000 + seed, progress=progress
-        )
+        cohort = simulate(out / "cohort", patients=PATIENTS, seed=1000 + seed, progress=progress)
 
     from dymo_med.bundle import load_bundle
     from dymo_med.data.cohort import read_cohort
@@ -80,9 +76,7 @@ def run_demo(
         from dymo_med.training.train import train
 
         with reporter.bar("Simulating training patients") as progress:
-            training = simulate(
-                out / "training-cohort", patients=160, seed=seed, progress=progress
-            )
+            training = simulate(out / "training-cohort", patients=160, seed=seed, progress=progress)
         folder = train(
             Path(str(resources.files("dymo_med") / "bundles" / "simulated.yaml")),
             training,

@@ -81,12 +81,11 @@ class FusionTransformer(FusionBackbone):
             "layers": o.column_layers,
             "heads": o.heads,
         }
-        self.encoders = nn.ModuleDict(
-            {spec.name: modality(spec).encoder(o.dim, sizes) for spec in specs}
-        )
+        encoders = {spec.name: modality(spec).encoder(o.dim, sizes) for spec in specs}
+        self.encoders = nn.ModuleDict(encoders)
         self.norms = nn.ModuleDict({spec.name: nn.LayerNorm(o.dim) for spec in specs})
         self.dropout = nn.Dropout(o.dropout)
-        counts = [int(self.encoders[spec.name].tokens) for spec in specs]
+        counts = [encoder.tokens for encoder in encoders.values()]
         self.start = [sum(counts[:m]) for m in range(len(counts))]
         token_modality = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self.register_buffer("token_modality", token_modality, persistent=False)

@@ -141,7 +141,7 @@ class MoPoE(Imputer):
         for spec in specs:
             encoder = self.modalities[spec.name].encoder(o.dim, sizes)
             self.encoders[spec.name] = encoder
-            self.heads[spec.name] = nn.Linear(int(encoder.tokens) * o.dim, 2 * o.latent)
+            self.heads[spec.name] = nn.Linear(encoder.tokens * o.dim, 2 * o.latent)
             self.decoders[spec.name] = self.modalities[spec.name].decoder(o.latent, sizes)
 
     def experts(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -189,9 +189,7 @@ class MoPoE(Imputer):
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """See `Imputer.propose`."""
-        mean, log_variance = product_of_experts(
-            *self.experts(batch), batch.observed.available
-        )
+        mean, log_variance = product_of_experts(*self.experts(batch), batch.observed.available)
         z = mean
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)

@@ -68,7 +68,8 @@ def prototype_scores(embedding: Tensor, prototypes: Tensor, distance: Distance) 
     if distance == "cosine":
         return embedding @ prototypes.T
     # Differences, not the expanded square: exact zeros, no cancellation.
-    return -(embedding[:, None, :] - prototypes[None]).square().sum(-1)
+    squared: Tensor = (embedding[:, None, :] - prototypes[None]).square().sum(-1)
+    return -squared
 
 
 def log_tail(embedding: Tensor, prototype: Tensor, spread: Tensor, distance: Distance) -> Tensor:

@@ -64,9 +64,9 @@ def _require_something(observed: ModalityMask) -> None:
         raise ValueError("Every patient needs at least one observed modality to select from.")
 
 
-def _fixed(fuse: Fuse, observed: ModalityMask, candidates: Tensor, admitted: Tensor, name: str) -> (
-    SelectionTrace
-):
+def _fixed(
+    fuse: Fuse, observed: ModalityMask, candidates: Tensor, admitted: Tensor, name: str
+) -> SelectionTrace:
     """Return the trace of a rule that looks at nothing."""
     rows = torch.arange(len(candidates), device=candidates.device)
     used = observed.available | admitted

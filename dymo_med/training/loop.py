@@ -114,10 +114,9 @@ class Log:
             for row in rows:
                 rest = {k: v for k, v in row.items() if k not in self.FIELDS}
                 figures = " ".join(f"{k}={v:.6g}" for k, v in rest.items())
-                out.writerow(
-                    [stage, int(row["epoch"]), f"{row['loss']:.6g}", f"{row['score']:.6g}"]
-                    + [figures, f"{row['seconds']:.3f}"]
-                )
+                main = [f"{row['loss']:.6g}", f"{row['score']:.6g}"]
+                seconds = f"{row['seconds']:.3f}"
+                out.writerow([stage, int(row["epoch"]), *main, figures, seconds])
         write_atomically(self.path, text.getvalue().encode())
 
 
@@ -161,7 +160,8 @@ def train_stage(
         objective.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
     module, optimizer = fabric.setup(objective, optimizer)
-    state, best = _State(), {}
+    state = _State()
+    best: dict[str, Tensor] = {}
     if checkpoint.exists():
         state, best = _restore(checkpoint, fingerprint, objective, optimizer)
     log.stages[name] = state.history

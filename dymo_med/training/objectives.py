@@ -56,7 +56,8 @@ def sampled_subsets(modalities: int, seed: int) -> Tensor:
     generator = stream(seed, "subsets")
     sizes = torch.arange(_MOST_SUBSETS) % modalities + 1
     rank = torch.rand(_MOST_SUBSETS, modalities, generator=generator).argsort(1).argsort(1)
-    return (rank < sizes[:, None]).unique(dim=0)
+    subsets: Tensor = torch.unique(rank < sizes[:, None], dim=0)
+    return subsets
 
 
 def subset_logits(
@@ -216,9 +217,8 @@ class FusionObjective(Objective):
         log_loss = float((losses * weights).sum() / weights.sum())
         figures = {"score": -log_loss}
         if self._classes == 2:
-            figures["auroc"] = auroc(
-                labels.numpy(), log_probability.exp().numpy(), weights.numpy()
-            )
+            probability, one = log_probability.exp().numpy(), weights.numpy()[None]
+            figures["auroc"] = float(auroc(labels.numpy(), probability, one)[0])
         return figures
 
 
