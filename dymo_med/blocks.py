@@ -208,7 +208,7 @@ class ColumnEncoder(Encoder):
         scale = torch.tensor([c.std or 1.0 for c in columns])
         self.register_buffer("center", center, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
-        self.categories = nn.Embedding(max(1, total), dim)
+        self.categories = nn.Embedding(total, dim) if total else None
         self.slope = nn.Parameter(torch.randn(len(columns), dim) / dim**0.5)
         self.blank = nn.Parameter(torch.randn(dim) * 0.02)
         self.column = nn.Parameter(torch.randn(len(columns), dim) * 0.02)
@@ -225,10 +225,10 @@ class ColumnEncoder(Encoder):
         if observed_fields is None:
             observed_fields = torch.ones_like(values, dtype=torch.bool)
         values = values.where(observed_fields, values.new_zeros(()))
-        number = ((values - self.center) / self.scale).unsqueeze(-1) * self.slope  # (B, F, D)
-        index = (values.round().long().clamp_min(0) + self.offset).where(self.is_category, 0)
-        category = self.categories(index.clamp_max(self.categories.num_embeddings - 1))
-        x = torch.where(self.is_category[:, None], category, number)
+        x = ((values - self.center) / self.scale).unsqueeze(-1) * self.slope  # (B, F, D)
+        if self.categories is not None:
+            index = (values.round().long() + self.offset).where(self.is_category, 0)
+            x = torch.where(self.is_category[:, None], self.categories(index), x)
         x = torch.where(observed_fields[..., None], x, self.blank) + self.column
         x = self.norm(x)
         itself = torch.eye(self.tokens, dtype=torch.bool, device=x.device)

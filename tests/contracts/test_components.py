@@ -1,0 +1,390 @@
+"""Laws that every registered imputer, backbone, selector and modality kind obeys."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dymo_med.backbones import BACKBONES, encode_versions
+from dymo_med.imputers import IMPUTERS
+from dymo_med.modalities import MODALITIES, modality
+from dymo_med.selection import SELECTORS, fit_statistics
+from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
+
+SMALL = {
+    "mopoe": {"latent": 6, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
+    "transformer": {
+        "dim": 16,
+        "heads": 2,
+        "layers": 1,
+        "projection": 6,
+        "width": 4,
+        "grid": 2,
+    },
+}
+
+SPECS = (
+    ModalitySpec("volume", "image", "v.nii.gz", (1, 9, 8, 10), (4.0, 4.0, 4.0), "zscore"),
+    ModalitySpec("film", "image", "f.png", (1, 16, 12), (), "zscore"),
+    ModalitySpec(
+        "labs",
+        "table",
+        "ehr.csv",
+        (3,),
+        columns=(
+            Column("crp", "continuous", "mg/L", (0.0, 500.0), mean=40.0, std=30.0),
+            Column("sex", "categorical", values=("F", "M"), frequencies=(0.5, 0.5)),
+            Column("stage", "categorical", values=("i", "ii", "iii"), frequencies=(0.5, 0.3, 0.2)),
+        ),
+    ),
+    ModalitySpec(
+        "age", "table", "ehr.csv", (1,), columns=(Column("age", "continuous", mean=60.0, std=9.0),)
+    ),
+)
+NAMES = tuple(s.name for s in SPECS)
+K = 3
+
+
+def make_batch(n=7, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    values = {
+        "volume": torch.randn(n, 1, 9, 8, 10, generator=g, dtype=dtype),
+        "film": torch.randn(n, 1, 16, 12, generator=g, dtype=dtype),
+        "labs": torch.stack(
+            [
+                torch.rand(n, generator=g, dtype=dtype) * 100,
+                torch.randint(2, (n,), generator=g).to(dtype),
+                torch.randint(3, (n,), generator=g).to(dtype),
+            ],
+            1,
+        ),
+        "age": 50 + 10 * torch.randn(n, 1, generator=g, dtype=dtype),
+    }
+    available = torch.rand(n, 4, generator=g) < 0.6
+    available[:, 0] |= ~available.any(1)
+    fields = {
+        "labs": (torch.rand(n, 3, generator=g) < 0.7) & available[:, 2:3],
+        "age": available[:, 3:4].clone(),
+    }
+    fields["labs"][:, 0] |= available[:, 2]
+    fields["labs"][::2, 1] = False
+    ids = tuple(f"r{i}" for i in range(n))
+    labels = torch.arange(n) % K
+    return Batch(ids, ids, values, ModalityMask(NAMES, available), fields, labels)
+
+
+def noisy(batch, seed=1):
+    """The same batch with other numbers wherever nothing was observed."""
+    g = torch.Generator().manual_seed(seed)
+    values = {}
+    for m, name in enumerate(NAMES):
+        v = batch.values[name]
+        keep = batch.observed.available[:, m].view(-1, *(1,) * (v.ndim - 1))
+        if name in batch.observed_fields:
+            keep = keep & batch.observed_fields[name]
+        values[name] = torch.where(keep, v, torch.rand(v.shape, generator=g, dtype=v.dtype) * 2)
+    return dataclasses.replace(batch, values=values)
+
+
+def build(table, name, seed=0):
+    torch.manual_seed(seed)
+    entry = table[name]
+    options = entry.Options(**SMALL[name])
+    if table is IMPUTERS:
+        return entry(SPECS, options).double().eval()
+    return entry(SPECS, K, options).double().eval()
+
+
+@pytest.mark.parametrize("name", IMPUTERS)
+class TestImputer:
+    def test_observed_values_pass_bit_for_bit(self, name):
+        batch = make_batch()
+        recovery = build(IMPUTERS, name).recover(batch)
+        for m, modality_name in enumerate(NAMES):
+            for i in range(len(batch)):
+                got, given = recovery.values[modality_name][i], batch.values[modality_name][i]
+                if modality_name in batch.observed_fields:
+                    cells = batch.observed_fields[modality_name][i]
+                    assert torch.equal(got[cells], given[cells])
+                elif batch.observed.available[i, m]:
+                    assert torch.equal(got, given)
+
+    def test_noise_where_nothing_was_observed_changes_nothing(self, name):
+        batch = make_batch()
+        imputer = build(IMPUTERS, name)
+        one, two = imputer.recover(batch), imputer.recover(noisy(batch))
+        shown = one.observed.available | one.recovered
+        for m, modality_name in enumerate(NAMES):
+            rows = shown[:, m]
+            assert torch.equal(one.values[modality_name][rows], two.values[modality_name][rows])
+
+    def test_everything_recoverable_is_proposed_and_finite(self, name):
+        batch = make_batch()
+        imputer = build(IMPUTERS, name)
+        recovery = imputer.recover(batch)
+        can = imputer.recoverable(batch.observed.available)
+        assert torch.equal(recovery.recovered, ~batch.observed.available & can)
+        assert torch.equal(recovery.completed, batch.partly_filled() & can)
+        assert all(bool(v.isfinite().all()) for v in recovery.values.values())
+        assert bool(recovery.recovered.any()) and bool(recovery.completed.any())
+
+    def test_a_batch_of_one_equals_its_row(self, name):
+        batch = make_batch()
+        imputer = build(IMPUTERS, name)
+        whole = imputer.recover(batch)
+        for i in range(len(batch)):
+            alone = imputer.recover(batch.rows(torch.tensor([i])))
+            for modality_name in NAMES:
+                torch.testing.assert_close(
+                    alone.values[modality_name][0],
+                    whole.values[modality_name][i],
+                    atol=1e-10,
+                    rtol=0,
+                )
+
+    def test_same_seed_same_draws(self, name):
+        imputer = build(IMPUTERS, name)
+        if not imputer.probabilistic:
+            pytest.skip("not probabilistic")
+        one = imputer.recover(make_batch(), draws=2, seed=5).draws
+        two = imputer.recover(make_batch(), draws=2, seed=5).draws
+        other = imputer.recover(make_batch(), draws=2, seed=6).draws
+        assert all(torch.equal(one[n], two[n]) for n in one)
+        assert any(not torch.equal(one[n], other[n]) for n in one)
+        assert not torch.equal(one["volume"][0], one["volume"][1])
+
+    def test_save_and_load_give_the_same_recovery(self, name, tmp_path):
+        imputer = build(IMPUTERS, name)
+        save_file(dict(imputer.state_dict()), tmp_path / "w.safetensors")
+        other = build(IMPUTERS, name, seed=9)
+        other.load_state_dict(load_file(tmp_path / "w.safetensors"))
+        one, two = imputer.recover(make_batch()), other.recover(make_batch())
+        assert all(torch.equal(one.values[n], two.values[n]) for n in NAMES)
+
+    def test_nothing_observed_is_refused(self, name):
+        from dymo_med.errors import PatientDataError
+
+        batch = make_batch()
+        batch.observed.available[2] = False
+        with pytest.raises(PatientDataError, match=r"r2.*nothing can be recovered"):
+            build(IMPUTERS, name).recover(batch)
+
+    def test_a_training_step_reaches_every_parameter(self, name):
+        imputer = build(IMPUTERS, name).train()
+        loss = torch.zeros((), dtype=torch.float64)
+        for seed in range(4):
+            loss = (
+                loss
+                + imputer.loss(make_batch(seed=seed), torch.Generator().manual_seed(seed)).sum()
+            )
+        loss.backward()
+        without = [n for n, p in imputer.named_parameters() if p.grad is None]
+        assert not without
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+class TestBackbone:
+    def outputs(self, backbone, batch, used=None):
+        used = batch.observed.available if used is None else used
+        return encode_versions(backbone, batch)(
+            torch.arange(len(batch)), used, torch.zeros_like(used)
+        )
+
+    def test_noise_where_nothing_was_observed_changes_nothing(self, name):
+        backbone = build(BACKBONES, name)
+        one, two = (self.outputs(backbone, b) for b in (make_batch(), noisy(make_batch())))
+        assert torch.equal(one.logits, two.logits)
+        assert torch.equal(one.embedding, two.embedding)
+
+    def test_unused_modalities_change_nothing(self, name):
+        backbone = build(BACKBONES, name)
+        batch = make_batch()
+        used = batch.observed.available.clone()
+        used[:, 1] &= ~used[:, 0]
+        values = dict(batch.values)
+        change = (batch.observed.available & ~used)[:, 1].view(-1, 1, 1, 1)
+        assert change.any()
+        values["film"] = torch.where(change, values["film"] + 3, values["film"])
+        other = dataclasses.replace(batch, values=values)
+        one, two = self.outputs(backbone, batch, used), self.outputs(backbone, other, used)
+        torch.testing.assert_close(one.logits, two.logits, atol=1e-12, rtol=0)
+
+    def test_used_modalities_do_change_something(self, name):
+        backbone = build(BACKBONES, name)
+        batch = make_batch()
+        for m, modality_name in enumerate(NAMES):
+            values = dict(batch.values)
+            values[modality_name] = (
+                1 - values[modality_name].clamp(0, 1)
+                if modality_name == "labs"
+                else values[modality_name] * -1.5
+            )
+            changed = self.outputs(backbone, dataclasses.replace(batch, values=values)).logits
+            has = batch.observed.available[:, m]
+            moved = (changed - self.outputs(backbone, batch).logits).abs().amax(1) > 1e-9
+            assert torch.equal(moved, has)
+
+    def test_a_batch_of_one_equals_its_row(self, name):
+        backbone = build(BACKBONES, name)
+        batch = make_batch()
+        whole = self.outputs(backbone, batch)
+        for i in range(len(batch)):
+            alone = self.outputs(backbone, batch.rows(torch.tensor([i])))
+            torch.testing.assert_close(alone.logits[0], whole.logits[i], atol=1e-10, rtol=0)
+            torch.testing.assert_close(alone.embedding[0], whole.embedding[i], atol=1e-10, rtol=0)
+
+    def test_every_parameter_gets_a_gradient(self, name):
+        backbone = build(BACKBONES, name).train()
+        total = torch.zeros((), dtype=torch.float64)
+        for seed in range(4):
+            out = self.outputs(backbone, make_batch(seed=seed))
+            total = total + out.logits.square().sum() + (out.embedding * 1.3).sum()
+        total.backward()
+        without = [
+            n for n, p in backbone.named_parameters() if p.grad is None or not bool(p.grad.any())
+        ]
+        # The learned token of a blank cell stands for it but is, on purpose, never evidence.
+        assert [n for n in without if not n.endswith(".blank")] == []
+
+    def test_save_and_load_give_the_same_answer(self, name, tmp_path):
+        backbone = build(BACKBONES, name)
+        save_file(dict(backbone.state_dict()), tmp_path / "w.safetensors")
+        other = build(BACKBONES, name, seed=9)
+        other.load_state_dict(load_file(tmp_path / "w.safetensors"))
+        assert torch.equal(
+            self.outputs(backbone, make_batch()).logits, self.outputs(other, make_batch()).logits
+        )
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """A toy backbone's view of a batch: fuse, mask, candidates, statistics."""
+    imputer, backbone = build(IMPUTERS, "mopoe"), build(BACKBONES, "transformer")
+    train = make_batch(60, seed=3)
+    with torch.no_grad():
+        statistics = fit_statistics(
+            encode_versions(backbone, train),
+            train.observed.available,
+            train.labels,
+            torch.ones(60, dtype=torch.float64),
+            K,
+            backbone.distance,
+        )
+        batch = make_batch(12, seed=4)
+        recovery = imputer.recover(batch)
+        fuse = encode_versions(backbone, batch, recovery)
+    return fuse, batch.observed, recovery.candidates, statistics
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+class TestSelector:
+    def select(self, name, setting, rows=None):
+        fuse, observed, candidates, statistics = setting
+        if rows is not None:
+            inner = fuse
+
+            def fuse(r, used, admitted):
+                return inner(rows[r], used, admitted)
+
+            observed = ModalityMask(observed.names, observed.available[rows])
+            candidates = candidates[rows]
+        with torch.no_grad():
+            return SELECTORS[name]().select(fuse, observed, candidates, statistics)
+
+    def test_used_contains_observed_and_only_candidates_are_added(self, name, setting):
+        trace = self.select(name, setting)
+        assert bool((trace.used >= trace.observed).all())
+        assert torch.equal(trace.used, trace.observed | trace.admitted)
+        assert not bool((trace.admitted & ~trace.candidates).any())
+        assert torch.equal(trace.rejected, trace.candidates & ~trace.admitted)
+
+    def test_arguments_are_not_changed(self, name, setting):
+        _, observed, candidates, statistics = setting
+        before = observed.available.clone(), candidates.clone(), statistics.prototypes.clone()
+        self.select(name, setting)
+        after = observed.available, candidates, statistics.prototypes
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def test_no_candidates_gives_the_observed_prediction(self, name, setting):
+        fuse, observed, candidates, statistics = setting
+        trace = self.select(name, (fuse, observed, torch.zeros_like(candidates), statistics))
+        rows = torch.arange(len(candidates))
+        with torch.no_grad():
+            plain = fuse(rows, observed.available, torch.zeros_like(candidates))
+        assert torch.equal(trace.output.logits, plain.logits)
+        assert torch.equal(trace.used, observed.available)
+
+    def test_output_is_the_fusion_of_what_was_used(self, name, setting):
+        trace = self.select(name, setting)
+        with torch.no_grad():
+            again = setting[0](torch.arange(len(trace.used)), trace.used, trace.admitted)
+        torch.testing.assert_close(trace.output.logits, again.logits, atol=1e-10, rtol=0)
+
+    def test_permuting_patients_permutes_the_answer(self, name, setting):
+        rows = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+        whole, permuted = self.select(name, setting), self.select(name, setting, rows)
+        assert torch.equal(permuted.used, whole.used[rows])
+        torch.testing.assert_close(
+            permuted.output.logits, whole.output.logits[rows], atol=1e-10, rtol=0
+        )
+
+    def test_a_batch_of_one_equals_its_row(self, name, setting):
+        whole = self.select(name, setting)
+        for i in range(12):
+            alone = self.select(name, setting, torch.tensor([i]))
+            assert torch.equal(alone.used[0], whole.used[i])
+
+    def test_nothing_observed_is_refused(self, name, setting):
+        fuse, observed, candidates, statistics = setting
+        available = observed.available.clone()
+        available[0] = False
+        with pytest.raises(ValueError, match="at least one observed"):
+            self.select(
+                name, (fuse, ModalityMask(observed.names, available), candidates, statistics)
+            )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
+class TestModality:
+    def test_every_kind_is_covered(self, spec):
+        assert {s.kind for s in SPECS} == set(MODALITIES)
+
+    def test_encoder_yields_the_tokens_it_announces(self, spec):
+        encoder = modality(spec).encoder(16, {"width": 4, "grid": 2, "layers": 1, "heads": 2})
+        encoder = encoder.double()
+        batch = make_batch()
+        tokens = encoder(batch.values[spec.name], batch.observed_fields.get(spec.name))
+        assert tokens.values.shape == (len(batch), encoder.tokens, 16)
+        assert tokens.available.shape == (len(batch), encoder.tokens)
+        assert bool(tokens.values.isfinite().all())
+
+    def test_likelihood_is_highest_at_its_mean(self, spec):
+        handler = modality(spec)
+        torch.manual_seed(0)
+        decoder = handler.decoder(5, {"width": 4, "hidden": 8}).double()
+        parameters = decoder(torch.randn(4, 5, dtype=torch.float64))
+        mean = handler.mean(parameters)
+        assert mean.shape == (4, *spec.shape)
+        fields = torch.ones(mean.shape, dtype=torch.bool) if spec.kind == "table" else None
+        best = handler.log_likelihood(parameters, mean, fields)
+        other = make_batch(4).values[spec.name]
+        assert bool((best >= handler.log_likelihood(parameters, other, fields)).all())
+        assert best.shape == (4,)
+
+    def test_blank_cells_do_not_count_in_the_likelihood(self, spec):
+        if spec.kind != "table":
+            pytest.skip("images have no cells")
+        handler = modality(spec)
+        decoder = handler.decoder(5, {"hidden": 8}).double()
+        parameters = decoder(torch.randn(4, 5, dtype=torch.float64))
+        values = make_batch(4).values[spec.name]
+        nothing = torch.zeros(values.shape, dtype=torch.bool)
+        assert torch.equal(
+            handler.log_likelihood(parameters, values, nothing), torch.zeros(4).double()
+        )
+
+    def test_spec_survives_json(self, spec):
+        import json
+
+        assert ModalitySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
