@@ -21,7 +21,7 @@ from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
 from dymo_med.config import Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import PatientReader
+from dymo_med.data.patient import read_patient
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS
 from dymo_med.modalities import modality
@@ -272,10 +272,17 @@ def _read(
     listed = [(split, entry) for split in _FITTED_ON for entry in cohort.in_split(split)]
     records: dict[Split, list[PatientRecord]] = {split: [] for split in _FITTED_ON}
     problems: list[Problem] = []
-    reader = PatientReader(cohort.specs, cohort.missing_values)
     for done, (split, entry) in enumerate(listed, start=1):
         try:
-            record = reader.read_record(entry, require_something=False)
+            record = read_patient(
+                entry.folder,
+                cohort.specs,
+                record_id=entry.record_id,
+                patient_id=entry.patient_id,
+                label=entry.label,
+                missing_values=cohort.missing_values,
+                require_something=False,
+            )
         except PatientDataError as error:
             problems += error.problems
             continue

@@ -1,0 +1,116 @@
+"""A run that was killed and resumed ends with the same bundle, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dymo_med.data.simulate import simulate
+from dymo_med.errors import ConfigError
+from dymo_med.training.train import train
+
+RECIPE = """
+name: tiny
+seed: 3
+imputer: {name: mopoe, latent: 4, dim: 8, width: 4, grid: 2, hidden: 8}
+backbone: {name: transformer, dim: 16, heads: 2, layers: 1, projection: 4, width: 4, grid: 1}
+imputer_training: {epochs: 4, batch_size: 8}
+backbone_training:
+  epochs: 6
+  batch_size: 8
+  subsets: 3
+  prototype_epoch: 1
+  augmentation: {mirror_axes: [0], shift_voxels: 1, intensity: 0.1}
+"""
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    torch.set_num_threads(1)
+    cohort = simulate(folder / "cohort", patients=40, seed=5, size=16)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    whole = train(recipe, cohort, folder / "whole", device="cpu")
+    return recipe, cohort, whole
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_resume_after_an_interruption_gives_the_same_bits(setting, tmp_path, stop_after):
+    recipe, cohort, whole = setting
+    checksums = (whole / "checksums.json").read_text()
+    seen = 0
+
+    def stop(*_):
+        nonlocal seen
+        seen += 1
+        if seen == stop_after:
+            raise Interrupted
+
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(recipe, cohort, out, device="cpu", progress=stop)
+    bundle = train(recipe, cohort, out, device="cpu", resume=True)
+    assert (bundle / "checksums.json").read_text() == checksums
+    log = (out / "log.csv").read_text().splitlines()
+    assert len(log) == 1 + 4 + 6
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_then_resume_gives_the_same_bits(setting, tmp_path):
+    recipe, cohort, whole = setting
+    checksums = (whole / "checksums.json").read_text()
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "dymo_med", "train", str(recipe)]
+    command += ["--cohort", str(cohort), "--out", str(out), "--device", "cpu", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    moment = torch.Generator().manual_seed(time.time_ns())
+    for attempt in range(2):
+        resume = ["--resume"] if attempt else []
+        process = subprocess.Popen([*command, *resume], env=environment)
+        checkpoints = out / "checkpoints"
+        deadline = time.monotonic() + 90
+        while not checkpoints.exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(float(torch.rand(1, generator=moment)) * 1.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished = subprocess.run([*command, "--resume"], env=environment, timeout=300)
+    assert finished.returncode == 0
+    assert (out / "bundle" / "checksums.json").read_text() == checksums
+
+
+def test_another_recipe_cannot_resume(setting, tmp_path):
+    recipe, cohort, whole = setting
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("seed: 3", "seed: 4"))
+    with pytest.raises(ConfigError, match="belongs to another recipe"):
+        train(other, cohort, whole.parent, device="cpu", resume=True)
+
+
+def test_a_run_is_not_overwritten_without_resume(setting, tmp_path):
+    recipe, cohort, _ = setting
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("x")
+    with pytest.raises(ConfigError, match="not empty.*--resume"):
+        train(recipe, cohort, tmp_path / "run", device="cpu")
+
+
+def test_the_bundle_says_what_it_was_fitted_on(setting):
+    _, _, bundle = setting
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    hashed = metadata["provenance"]["patients"]
+    records = metadata["provenance"]["records"]
+    assert {s: len(set(v)) for s, v in hashed.items()} == records
+    assert not set(hashed["train"]) & set(hashed["calibration"])
+    assert "test" not in hashed
