@@ -23,7 +23,7 @@ from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_patient
 from dymo_med.inference.explain import Explanation, explain, explained
 from dymo_med.inference.files import check_replaceable, complete_folder, write_csv, write_json
-from dymo_med.inference.report import Cell, Exhibits, Scan, percentile, words, write_report
+from dymo_med.inference.report import Cell, Exhibits, Scan, State, percentile, words, write_report
 from dymo_med.selection import SELECTORS
 from dymo_med.types import (
     Batch,
@@ -424,7 +424,9 @@ def exhibits_of(
                 for column, value, measured in zip(spec.columns, values, filled, strict=True)
             ]
         else:
-            state = "observed" if observed else "trusted" if trace.admitted[row, m] else "rejected"
+            state: State = (
+                "observed" if observed else "trusted" if trace.admitted[row, m] else "rejected"
+            )
             shown = saliency.maps.get(spec.name) if saliency is not None else None
             scans.append(
                 Scan(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -26,7 +26,7 @@ from dymo_med.inference.files import write_text
 from dymo_med.types import Attribution, Prediction, SelectionStep
 
 Array = NDArray[Any]
-Drawable = Callable[[Array], Array]
+State = Literal["observed", "trusted", "rejected"]
 
 _PIXELS = 208  # longest side of one slice
 _GAP = 8
@@ -51,7 +51,7 @@ class Scan:
     modality: str
     values: Array
     spacing_mm: tuple[float, ...]
-    state: Literal["observed", "trusted", "rejected"]
+    state: State
     zero_is_background: bool
     saliency: Array | None = None
 
@@ -565,7 +565,8 @@ def _resize(image: Array, size: tuple[int, ...]) -> Array:
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
-    return np.clip(np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)), 0, 1)
+    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32)
+    return resized.clip(0, 1)
 
 
 def _glow(rgb: Array, heat: Array) -> Array:
