@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.blocks import ColumnDecoder, ColumnEncoder
+from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities.base import Modality, replace_file
@@ -282,7 +282,7 @@ class Table(Modality):
             columns.append(replace(column, mean=mean, std=std, percentiles=percentiles))
         return replace(self.spec, columns=tuple(columns))
 
-    def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:
+    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
         """Return an encoder to one token per column.
 
         Args:
@@ -313,11 +313,13 @@ class Table(Modality):
             values: `(B, F)`, natural units, categories as their index.
             observed_fields: Bool `(B, F)`, True = filled; None = all filled.
         """
+        if observed_fields is not None:
+            # A blank cell may hold anything; out with it before it can become NaN in a gradient.
+            values = values.where(observed_fields, values.new_zeros(()))
         total = parameters.new_zeros(len(parameters))
         for i, (column, start) in enumerate(zip(self.spec.columns, self._starts, strict=True)):
             if column.type == "continuous":
                 center, spread = column.mean or 0.0, column.std or 1.0
-                # A blank cell may hold anything; keep it out before it can become NaN * 0.
                 cell = (values[:, i] - center) / spread
                 log_std = parameters[:, start + 1].clamp(*self.log_std_range)
                 z = (cell - parameters[:, start]) * (-log_std).exp()

@@ -68,7 +68,7 @@ CODES = ["".join(c) for p in itertools.permutations("RAS") for c in [p]] + [
 def test_a_bright_spot_stays_at_its_world_coordinate(tmp_path, codes, tilt):
     shape, centre = (44, 32, 16), np.array([10.0, -20.0, 33.0])
     affine = affine_of(codes, (1.0, 1.5, 3.0), centre, shape, tilt)
-    spot = centre + [7.3, -6.1, 5.2]
+    spot = centre + np.array([7.3, -6.1, 5.2])
     nib.save(nib.Nifti1Image(bright_spot(affine, shape, spot), affine), tmp_path / "t1.nii.gz")
 
     value = modality(VOLUME).read(tmp_path, "Patient x")

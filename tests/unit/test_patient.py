@@ -1,0 +1,109 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dymo_med.data.patient import read_patient
+from dymo_med.errors import PatientDataError
+from tests.conftest import write_patient
+
+
+@pytest.fixture
+def patient(tmp_path):
+    folder = tmp_path / "p017"
+    write_patient(folder, np.random.default_rng(0), True, [])
+    return folder
+
+
+def test_a_missing_modality_has_no_key(cohort, cohort_dir):
+    by_id = {r.record_id: r for r in cohort.records}
+    full = read_patient(by_id["p000"].folder, cohort.specs)
+    assert list(full.modalities) == [s.name for s in cohort.specs]
+    assert full.record_id == full.patient_id == "p000"
+    lacking = read_patient(by_id["p000_v2"].folder, cohort.specs)
+    assert set(full.modalities) - set(lacking.modalities) == {"t2"}
+
+
+def test_values_have_the_shape_of_their_modality(cohort, records):
+    shapes = {s.name: s.shape for s in cohort.specs}
+    for record in records:
+        for name, value in record.modalities.items():
+            assert tuple(value.values.shape) == shapes[name]
+            assert value.values.dtype == torch.float32 and torch.isfinite(value.values).all()
+            assert type(value.values) is torch.Tensor
+            assert not value.source.file.startswith("/")
+            assert (value.observed_fields is None) == (len(shapes[name]) > 1)
+
+
+def test_reading_twice_gives_the_same(cohort, patient):
+    a, b = (read_patient(patient, cohort.specs) for _ in range(2))
+    for name in a.modalities:
+        assert torch.equal(a.modalities[name].values, b.modalities[name].values)
+
+
+def test_missing_values_are_blank(cohort, patient):
+    text = (patient / "ehr.csv").read_text().splitlines()
+    (patient / "ehr.csv").write_text(f"{text[0]}\nn/a,{text[1].split(',', 1)[1]}\n")
+    record = read_patient(patient, cohort.specs, missing_values=cohort.missing_values)
+    assert record.modalities["demographics"].observed_fields.tolist() == [False, True]
+    with pytest.raises(PatientDataError):
+        read_patient(patient, cohort.specs)
+
+
+def test_every_problem_at_once(cohort, patient):
+    (patient / "t1.nii.gz").write_bytes(b"")
+    (patient / "photo.png").write_text("no picture")
+    (patient / "ehr.csv").write_text("age,sex,ldh\n400,X,\n")
+    with pytest.raises(PatientDataError) as caught:
+        read_patient(patient, cohort.specs)
+    wheres = [p.where for p in caught.value.problems]
+    assert wheres == [
+        "Patient p017: t1.nii.gz",
+        "Patient p017: photo.png",
+        "Patient p017: ehr.csv, line 2, column age",
+        "Patient p017: ehr.csv, line 2, column sex",
+    ]
+    assert caught.value.exit_code == 3
+
+
+def test_trouble_with_a_shared_file_is_told_once(cohort, patient):
+    (patient / "ehr.csv").write_text("age\n1\n2\n")
+    with pytest.raises(PatientDataError) as caught:
+        read_patient(patient, cohort.specs)
+    assert len(caught.value.problems) == 1
+
+
+def test_nothing_observed(cohort, patient):
+    shutil.rmtree(patient)
+    patient.mkdir()
+    (patient / "ehr.csv").write_text("age,ldh\n,\n")
+    with pytest.raises(PatientDataError, match=r"nothing was observed.*t1\.nii\.gz.*ehr\.csv"):
+        read_patient(patient, cohort.specs)
+    record = read_patient(patient, cohort.specs, require_something=False)
+    assert record.modalities == {}
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text("a file")])
+def test_no_directory(cohort, tmp_path, make):
+    make(tmp_path / "p")
+    with pytest.raises(PatientDataError, match="no readable patient directory"):
+        read_patient(tmp_path / "p", cohort.specs)
+
+
+def test_ids_and_label_are_kept(cohort, patient):
+    record = read_patient(patient, cohort.specs, record_id="v1", patient_id="p", label=1)
+    assert (record.record_id, record.patient_id, record.label) == ("v1", "p", 1)
+
+
+def test_scans_far_apart_are_warned_about(cohort, patient):
+    import nibabel as nib
+
+    image = nib.load(patient / "t2.nii.gz")
+    affine = image.affine.copy()
+    affine[2, 3] += 45
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), patient / "t2.nii.gz")
+    record = read_patient(patient, cohort.specs)
+    assert record.modalities["t1"].warnings == ()
+    [warning] = record.modalities["t2"].warnings
+    assert "45 mm" in warning and "t1" in warning
