@@ -1,0 +1,119 @@
+"""What `dymo-med check` says of what people bring, and with which exit code."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dymo_med.errors import BundleError, ConfigError
+from dymo_med.inference.check import NOTHING, check
+from tests.conftest import write_patient
+
+MAIN = "from dymo_med.cli import main; main()"
+
+
+@pytest.fixture
+def copy(cohort_dir, tmp_path):
+    """A copy of the small cohort to spoil."""
+    return shutil.copytree(cohort_dir, tmp_path / "cohort")
+
+
+def run(*arguments):
+    command = [sys.executable, "-c", MAIN, "check", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_good_cohort(cohort_dir):
+    calls = []
+    report = check(cohort_dir, progress=lambda done, total: calls.append((done, total)))
+    assert report.kind == "cohort" and report.problems == () and report.exit_code == 0
+    assert sum(report.patterns.values()) == 24
+    assert next(iter(report.patterns)) == "t1, t2, photo, demographics, labs"
+    assert list(report.observed) == ["t1", "t2", "photo", "demographics", "labs"]
+    assert 0 < report.observed["t1"] < 24
+    assert calls[-1] == (24, 24)
+    assert check(cohort_dir / "cohort.yaml").to_dict()["patterns"] == dict(report.patterns)
+
+
+def test_wrong_patient_data_of_several_patients_at_once(copy):
+    (copy / "patients" / "p002" / "t1.nii.gz").write_bytes(b"\x1f\x8b broken")
+    (copy / "patients" / "p004" / "ehr.csv").write_text("age,sex\n-3,F\n")
+    for path in (copy / "patients" / "p006").iterdir():
+        path.unlink()
+    report = check(copy)
+    assert report.exit_code == 3
+    wheres = [p.where for p in report.problems]
+    assert wheres == ["Patient p002: t1.nii.gz", "Patient p004: ehr.csv, line 2, column age"]
+    assert report.patterns[NOTHING] == 1
+    assert sum(report.patterns.values()) == 22
+
+
+def test_a_wrong_description(copy):
+    text = (copy / "cohort.yaml").read_text()
+    (copy / "cohort.yaml").write_text(text.replace("spacing_mm", "spacing", 1))
+    report = check(copy)
+    assert report.exit_code == 2
+    assert "cohort.yaml:" in report.problems[0].where
+
+
+def test_a_patient_directory_needs_something_to_check_it_against(cohort_dir, tmp_path):
+    folder = tmp_path / "p1"
+    write_patient(folder, np.random.default_rng(0), False, ["t2"])
+    with pytest.raises(ConfigError, match="--against"):
+        check(folder)
+    report = check(folder, against=cohort_dir)
+    assert report.kind == "patient directory" and report.exit_code == 0
+    assert report.observed == {"t1": 1, "t2": 0, "photo": 1, "demographics": 1, "labs": 1}
+    (folder / "photo.png").write_bytes(b"")
+    report = check(folder, against=cohort_dir)
+    assert report.exit_code == 3 and report.problems[0].what == "the file is empty"
+
+
+def test_recipes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nimputer: {name: mopoe}\nbackbone: {name: transformer}\n")
+    assert check(recipe).exit_code == 0
+    recipe.write_text("name: x\nimputer: {name: mopoe}\nbackbon: {name: transformer}\n")
+    report = check(recipe)
+    assert report.kind == "recipe" and report.exit_code == 2
+    assert any("Did you mean 'backbone'" in p.remedy for p in report.problems)
+
+
+def test_a_damaged_bundle(tmp_path, cohort_dir):
+    (tmp_path / "bundle" / "configs").mkdir(parents=True)
+    (tmp_path / "bundle" / "configs" / "metadata.json").write_text("{")
+    report = check(tmp_path / "bundle")
+    assert report.kind == "bundle" and report.exit_code == 4 and report.problems
+    with pytest.raises(BundleError):
+        check(cohort_dir / "patients" / "p000", against=tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "notes.txt", "other.yaml"])
+def test_what_cannot_be_checked(tmp_path, name):
+    if name != "nothing.yaml":
+        (tmp_path / name).write_text("colour: red\n")
+    with pytest.raises(ConfigError):
+        check(tmp_path / name)
+
+
+def test_the_command(copy):
+    (copy / "patients" / "p002" / "ehr.csv").write_text("sex\nsomething private\n")
+    done = run(copy)
+    assert done.returncode == 3
+    assert "Patient p002: ehr.csv, line 2, column sex" in done.stderr
+    assert "F or M" in done.stderr
+    assert "private" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    done = run(copy, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == report["exit_code"] == 3
+    assert report["problems"][0]["expected"] == "F or M"
+
+
+def test_the_command_without_anything_to_check(tmp_path):
+    done = run(tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr and "Traceback" not in done.stderr
