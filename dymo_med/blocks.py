@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -53,10 +54,12 @@ class Block(nn.Module):
         return x
 
 
-def _stages(spatial: Sequence[int], grid: int, most: int = 4) -> int:
-    """Return how many halvings keep every axis at or above `grid`, at most `most`."""
+def _stages(spatial: Sequence[int], grid: Sequence[int], most: int = 4) -> int:
+    """Return how many halvings keep every axis at or above its `grid`, at most `most`."""
     stages = 0
-    while stages < most and all(-(-s // 2 ** (stages + 1)) >= grid for s in spatial):
+    while stages < most and all(
+        -(-s // 2 ** (stages + 1)) >= g for s, g in zip(spatial, grid, strict=True)
+    ):
         stages += 1
     return stages
 
@@ -72,25 +75,23 @@ class Encoder(nn.Module):
 
 
 class ConvEncoder(Encoder):
-    """A stack of strided convolutions, pooled to a small grid of tokens.
+    """A stack of strided convolutions, pooled to a grid of tokens.
 
     Args:
         shape: `(C, *spatial)` of one image, 2D or 3D.
         dim: Token width D.
         width: Channels after the first convolution; they double at each halving, up to 8 times.
-        grid: Tokens per axis.
+        grid: Tokens along each axis (at most the image's own size).
     """
 
-    def __init__(self, shape: Sequence[int], dim: int, width: int, grid: int) -> None:
+    def __init__(self, shape: Sequence[int], dim: int, width: int, grid: Sequence[int]) -> None:
         super().__init__()
         channels, spatial = shape[0], shape[1:]
         conv = _CONV[len(spatial)]
-        self.grid = tuple(min(grid, s) for s in spatial)
-        self.tokens = 1
-        for g in self.grid:
-            self.tokens *= g
+        self.grid = tuple(min(g, s) for g, s in zip(grid, spatial, strict=True))
+        self.tokens = prod(self.grid)
         layers: list[nn.Module] = []
-        for i in range(_stages(spatial, grid)):
+        for i in range(_stages(spatial, self.grid)):
             out = width * 2 ** min(i, 3)
             layers += [conv(channels, out, 3, stride=2, padding=1), _norm(out), nn.GELU()]
             channels = out
@@ -100,15 +101,14 @@ class ConvEncoder(Encoder):
         self.project = conv(channels, dim, 1)
 
     def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
-        """Return `grid ** axes` tokens, all available.
+        """Return one token per grid cell, all available.
 
         Args:
             values: `(B, C, *spatial)`.
             observed_fields: Not used; images have no cells.
         """
-        x = self.stack(values)
-        x = self.pool(x)
-        x = self.project(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = self.project(self.pool(self.stack(values)))
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         return Tokens(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
 
 
@@ -119,31 +119,39 @@ def _norm(channels: int) -> nn.Module:
 
 
 class ConvDecoder(nn.Module):
-    """From a latent vector to an image: a linear map, upsampling convolutions, a pixel shuffle.
+    """From a latent vector, and a latent map if there is one, to an image.
 
-    The last doubling rearranges channels into voxels, so that no convolution runs at full
-    resolution.
+    Upsampling convolutions; the last doubling rearranges channels into voxels, so that no
+    convolution runs at full resolution.
 
     Args:
         shape: `(C, *spatial)` of the image.
         latent: Length of the latent vector.
         width: Channels before the last doubling; more at the coarser levels.
+        map_channels: Channels of the latent map; 0 = there is none.
+        map_grid: Its cells along each axis.
     """
 
-    def __init__(self, shape: Sequence[int], latent: int, width: int) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latent: int,
+        width: int,
+        map_channels: int = 0,
+        map_grid: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         spatial = self.shape[1:]
         axes = len(spatial)
         conv = _CONV[axes]
-        stages = max(1, _stages(spatial, grid=3))
+        coarsest = tuple(map_grid) if map_channels else (3,) * axes
+        stages = max(1, _stages(spatial, coarsest))
         self.start = tuple(-(-s // 2**stages) for s in spatial)
         channels = width * 2 ** min(stages - 1, 3)
-        size = channels
-        for s in self.start:
-            size *= s
-        self.first = nn.Linear(latent, size)
         self.channels = channels
+        self.first = nn.Linear(latent, channels * (1 if map_channels else prod(self.start)))
+        self.mix = conv(map_channels, channels, 3, padding=1) if map_channels else None
         layers: list[nn.Module] = []
         for i in reversed(range(stages - 1)):
             out = width * 2 ** min(i, 3)
@@ -157,12 +165,24 @@ class ConvDecoder(nn.Module):
         self.stack = nn.Sequential(*layers)
         self.last = conv(channels, self.shape[0] * 2**axes, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Return images `(B, C, *spatial)` from latents `(B, latent)`."""
-        x = self.first(z).view(len(z), self.channels, *self.start)
+    def forward(self, z: Tensor, z_map: Tensor | None = None) -> Tensor:
+        """Return images `(B, C, *spatial)`.
+
+        Args:
+            z: `(B, latent)`.
+            z_map: `(B, map_channels, *map_grid)`, if the decoder has a map.
+        """
+        axes = len(self.start)
+        x = self.first(z)
+        if self.mix is not None and z_map is not None:
+            mixed = self.mix(z_map)
+            if mixed.shape[2:] != self.start:
+                mixed = F.interpolate(mixed, size=self.start, mode="nearest")
+            x = x.view(len(z), self.channels, *(1,) * axes) + mixed
+        else:
+            x = x.view(len(z), self.channels, *self.start)
         x = self.last(self.stack(F.gelu(x)))
         coarse = x.shape[2:]
-        axes = len(coarse)
         x = x.view(len(z), self.shape[0], *(2,) * axes, *coarse)
         # (B, C, 2, 2, 2, X, Y, Z) -> (B, C, X, 2, Y, 2, Z, 2)
         order = [0, 1]
@@ -255,7 +275,7 @@ class ColumnDecoder(nn.Module):
         size = sum(2 if c.type == "continuous" else len(c.values) for c in columns)
         self.net = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, size))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Return `(B, P)` from latents `(B, latent)`."""
+    def forward(self, z: Tensor, z_map: Tensor | None = None) -> Tensor:
+        """Return `(B, P)` from latents `(B, latent)`; a table has no use for a latent map."""
         out: Tensor = self.net(z)
         return out

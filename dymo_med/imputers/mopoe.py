@@ -9,7 +9,9 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dymo_med.blocks import ConvEncoder
 from dymo_med.config import Strict
 from dymo_med.imputers.base import Imputer
 from dymo_med.modalities import modality
@@ -75,6 +77,48 @@ def random_subsets(available: Tensor, generator: torch.Generator) -> Tensor:
     return result
 
 
+class _Expert(nn.Module):
+    """One modality's Gaussian expert over the latent vector and, for images, the latent map.
+
+    Args:
+        spec: The modality.
+        o: Sizes.
+        grid: Cells of the latent map along each axis, or empty if this modality has none.
+    """
+
+    def __init__(self, spec: ModalitySpec, o: MoPoE.Options, grid: Sequence[int]) -> None:
+        super().__init__()
+        sizes = {"width": o.width, "layers": 0, "heads": 1}
+        sizes |= {"stride": o.stride} if grid else {"grid": o.grid}
+        self.grid = tuple(grid)
+        self.encoder = modality(spec).encoder(o.dim, sizes)
+        self.trunk: ConvEncoder | None = None
+        self.map_head: nn.Linear | None = None
+        tokens = self.encoder.tokens
+        if grid:
+            self.trunk = ConvEncoder((o.dim, *grid), o.dim, o.dim, (o.grid,) * len(grid))
+            self.map_head = nn.Linear(o.dim, 2 * o.map_channels)
+            tokens = self.trunk.tokens
+        self.head = nn.Linear(tokens * o.dim, 2 * o.latent)
+
+    def forward(
+        self, values: Tensor, observed_fields: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return mean and log variance of the vector `(B, L)` and of the map `(B, C T)`."""
+        tokens = self.encoder(values, observed_fields)
+        x = tokens.values * tokens.available[..., None]
+        map_mean = map_log = None
+        if self.trunk is not None and self.map_head is not None:
+            parts = self.map_head(x).transpose(1, 2).chunk(2, dim=1)  # each (B, C, T)
+            map_mean, map_log = (part.flatten(1) for part in parts)
+            cells = x.transpose(1, 2).unflatten(2, self.grid)  # (B, D, *grid)
+            x = self.trunk(F.gelu(cells)).values
+        mean, log_variance = self.head(x.flatten(1)).chunk(2, dim=1)
+        # Bounded so that no expert becomes infinitely sure.
+        bounded = log_variance.clamp(-10, 10)
+        return mean, bounded, map_mean, None if map_log is None else map_log.clamp(-10, 10)
+
+
 class MoPoE(Imputer):
     """Mixture-of-products-of-experts VAE over any mix of modality kinds.
 
@@ -84,11 +128,15 @@ class MoPoE(Imputer):
     the patient has; likelihood terms exist only where data exist, so incomplete training cohorts
     work as they are. Recovery decodes the posterior mean of the observed modalities.
 
+    All modalities share a latent vector. Images that lie on one common grid (the sequences of
+    one MRI study) also share a latent map, a coarse grid of Gaussians fused cell by cell, so that
+    a lesion keeps its place; tables say nothing about the map.
+
     Deviations from the published model: one component per patient and step instead of a
-    contiguous slice of the batch per component (the same expectation), the prior is an expert in
-    every product and not only in the full one (so that a single confident expert cannot escape
-    it), and an image's log-likelihood is scaled down to `independent` voxels, because neighbouring
-    voxels are not independent and would drown tables and the prior.
+    contiguous slice of the batch per component (the same expectation); the prior is an expert in
+    every product and not only in the full one, so that a single overconfident expert cannot
+    escape it; the latent map (as in U-HVED, here at one scale); and a table's log-likelihood is
+    weighted up, as the published code weights small modalities, lest images drown it.
 
     Args:
         specs: Modalities in canonical order, fitted.
@@ -96,6 +144,7 @@ class MoPoE(Imputer):
 
     References:
         Sutter, Daunhawer, Vogt: Generalized Multimodal ELBO, ICLR 2021.
+        Dorent et al.: Hetero-Modal Variational Encoder-Decoder, MICCAI 2019.
     """
 
     class Options(Strict):
@@ -103,21 +152,25 @@ class MoPoE(Imputer):
 
         Attributes:
             latent: Length of the shared latent vector.
+            map_channels: Channels of the latent map; 0 = no map.
+            stride: Voxels per cell of the latent map along each axis.
             dim: Width of the tokens before the latent.
             width: First channels of image encoders, last of decoders.
-            grid: Tokens per axis of an image.
+            grid: Cells per axis at the coarsest level of an image.
             hidden: Hidden width of table decoders.
             beta: Weight of the prior.
-            independent: Voxels that an image's log-likelihood counts for, at most.
+            table_weight: Weight of a table's log-likelihood; an image's is 1 per voxel.
         """
 
         latent: Annotated[int, Field(ge=1)] = 64
+        map_channels: Annotated[int, Field(ge=0)] = 8
+        stride: Annotated[int, Field(ge=2)] = 4
         dim: Annotated[int, Field(ge=8)] = 32
         width: Annotated[int, Field(ge=4)] = 8
         grid: Annotated[int, Field(ge=1)] = 3
         hidden: Annotated[int, Field(ge=8)] = 64
         beta: Annotated[float, Field(ge=0)] = 1.0
-        independent: Annotated[int, Field(ge=1)] = 1000
+        table_weight: Annotated[float, Field(gt=0)] = 20.0
 
     probabilistic = True
 
@@ -126,51 +179,66 @@ class MoPoE(Imputer):
         o = MoPoE.Options.model_validate(options.model_dump())
         self.specs = tuple(specs)
         self.modalities = {spec.name: modality(spec) for spec in specs}
-        self.beta, self.latent = o.beta, o.latent
-        self.weight = {s.name: min(1.0, o.independent / prod(s.shape)) for s in specs}
-        sizes = {
-            "width": o.width,
-            "grid": o.grid,
-            "layers": 0,
-            "heads": 1,
-            "hidden": o.hidden,
-        }
-        self.encoders = nn.ModuleDict()
-        self.heads = nn.ModuleDict()
-        self.decoders = nn.ModuleDict()
-        for spec in specs:
-            encoder = self.modalities[spec.name].encoder(o.dim, sizes)
-            self.encoders[spec.name] = encoder
-            self.heads[spec.name] = nn.Linear(encoder.tokens * o.dim, 2 * o.latent)
-            self.decoders[spec.name] = self.modalities[spec.name].decoder(o.latent, sizes)
+        self.beta = o.beta
+        spatial = {spec.shape[1:] for spec in specs if len(spec.shape) > 1}
+        common = spatial.pop() if len(spatial) == 1 and o.map_channels else ()
+        self.grid = tuple(-(-s // o.stride) for s in common)
+        self.map_channels = o.map_channels if self.grid else 0
+        self.latent = o.latent
+        self.weight = {s.name: 1.0 if len(s.shape) > 1 else o.table_weight for s in specs}
+        self.elements = sum(self.weight[s.name] * prod(s.shape) for s in specs)
+        sizes = {"width": o.width, "hidden": o.hidden, "map": self.map_channels, "stride": o.stride}
+        self.experts = nn.ModuleDict(
+            {s.name: _Expert(s, o, self.grid if len(s.shape) > 1 else ()) for s in specs}
+        )
+        self.decoders = nn.ModuleDict(
+            {s.name: self.modalities[s.name].decoder(o.latent, sizes) for s in specs}
+        )
 
-    def experts(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return each modality's expert: mean and log variance `(M, B, L)`.
+    def posterior(self, batch: Batch, subset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the product of a subset's experts: mean and log variance `(B, L + C T)`.
 
-        Rows without the modality hold zeros and must not be used.
+        Args:
+            batch: B records.
+            subset: Bool `(B, M)`, part of what was observed. Other experts are not evaluated.
         """
-        means, logs = [], []
-        for m, spec in enumerate(self.specs):
-            rows = batch.observed.available[:, m].nonzero().squeeze(1)
+        b, m = subset.shape
+        size = self.latent + self.map_channels * prod(self.grid)
+        mean = next(self.parameters()).new_zeros(m, b, size)
+        log_variance = torch.zeros_like(mean)
+        has_map = torch.zeros(m, dtype=torch.bool, device=subset.device)
+        for i, spec in enumerate(self.specs):
+            rows = subset[:, i].nonzero().squeeze(1)
             fields = batch.observed_fields.get(spec.name)
-            tokens = self.encoders[spec.name](
+            parts = self.experts[spec.name](
                 batch.values[spec.name][rows], None if fields is None else fields[rows]
             )
-            x = tokens.values * tokens.available[..., None]
-            mean, log_variance = self.heads[spec.name](x.flatten(1)).chunk(2, dim=1)
-            blank = mean.new_zeros(len(batch), self.latent)
-            means.append(blank.index_copy(0, rows, mean))
-            # Bounded so that no expert becomes infinitely sure.
-            logs.append(blank.index_copy(0, rows, log_variance.clamp(-10, 10)))
-        return torch.stack(means), torch.stack(logs)
+            end = self.latent
+            mean[i, rows, :end], log_variance[i, rows, :end] = parts[0], parts[1]
+            if parts[2] is not None:
+                has_map[i] = True
+                mean[i, rows, end:], log_variance[i, rows, end:] = parts[2], parts[3]
+        vector = product_of_experts(
+            mean[..., : self.latent], log_variance[..., : self.latent], subset
+        )
+        cells = product_of_experts(
+            mean[..., self.latent :], log_variance[..., self.latent :], subset & has_map
+        )
+        return torch.cat([vector[0], cells[0]], 1), torch.cat([vector[1], cells[1]], 1)
+
+    def decode(self, name: str, z: Tensor) -> Tensor:
+        """Return the likelihood parameters of one modality from latents `(B, L + C T)`."""
+        z_map = None
+        if self.map_channels:
+            z_map = z[:, self.latent :].view(len(z), self.map_channels, *self.grid)
+        parameters: Tensor = self.decoders[name](z[:, : self.latent], z_map)
+        return parameters
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Return the negative evidence bound per record; see `Imputer.loss`."""
+        """Return the negative evidence bound per record and (weighted) element."""
         available = batch.observed.available
-        subset = random_subsets(available, generator)
-        mean, log_variance = product_of_experts(*self.experts(batch), subset)
-        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
-        z = mean + noise * (0.5 * log_variance).exp()
+        mean, log_variance = self.posterior(batch, random_subsets(available, generator))
+        z = _draw(mean, log_variance, generator)
         loss = self.beta * kl_to_standard_normal(mean, log_variance)
         for m, spec in enumerate(self.specs):
             rows = available[:, m].nonzero().squeeze(1)
@@ -178,20 +246,23 @@ class MoPoE(Imputer):
                 continue
             fields = batch.observed_fields.get(spec.name)
             fit = self.modalities[spec.name].log_likelihood(
-                self.decoders[spec.name](z[rows]),
+                self.decode(spec.name, z[rows]),
                 batch.values[spec.name][rows],
                 None if fields is None else fields[rows],
             )
             loss = loss.index_add(0, rows, -self.weight[spec.name] * fit)
-        return loss
+        return loss / self.elements
 
     def propose(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
         """See `Imputer.propose`."""
-        mean, log_variance = product_of_experts(*self.experts(batch), batch.observed.available)
-        z = mean
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-            z = mean + noise.to(mean.device) * (0.5 * log_variance).exp()
-        return {n: self.modalities[n].mean(self.decoders[n](z)) for n in wanted}
+        mean, log_variance = self.posterior(batch, batch.observed.available)
+        z = mean if generator is None else _draw(mean, log_variance, generator)
+        return {n: self.modalities[n].mean(self.decode(n, z)) for n in wanted}
+
+
+def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one draw per row of N(mean, e^log_variance)."""
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+    return mean + noise * (0.5 * log_variance).exp()

@@ -11,6 +11,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from dymo_med.blocks import Encoder
 from dymo_med.types import ModalitySpec, ModalityValue
 
 
@@ -108,7 +109,7 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:
+    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
         """Return a network `(values (B, *shape), observed_fields (B, F) | None) -> Tokens`.
 
         Args:
@@ -119,7 +120,11 @@ class Modality(ABC):
 
     @abstractmethod
     def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
-        """Return a network `(B, latent) -> (B, P)` or `(B, *shape)`: likelihood parameters."""
+        """Return a network from latents to likelihood parameters `(B, P)` or `(B, *shape)`.
+
+        It is called with a latent vector `(B, latent)` and, if `options` has `map` channels, a
+        latent map `(B, map, *grid)`.
+        """
 
     @abstractmethod
     def log_likelihood(

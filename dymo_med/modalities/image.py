@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from dymo_med.blocks import ConvDecoder, ConvEncoder
+from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities.base import Modality, replace_file
@@ -263,23 +263,32 @@ class Image(Modality):
         """Return the spec as it is: intensities are normalised scan by scan."""
         return self.spec
 
-    def encoder(self, dim: int, options: Mapping[str, int]) -> nn.Module:
+    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
         """Return a convolutional encoder to a small grid of tokens.
 
         Args:
             dim: Token width D.
-            options: `width` (first channels, 16) and `grid` (tokens per axis, 2).
+            options: `width` (first channels, 16), and `stride` (voxels per token along each axis)
+                or else `grid` (tokens per axis, 2).
         """
-        return ConvEncoder(self.spec.shape, dim, options.get("width", 16), options.get("grid", 2))
+        spatial = self.spec.shape[1:]
+        if "stride" in options:
+            grid = tuple(-(-s // options["stride"]) for s in spatial)
+        else:
+            grid = (options.get("grid", 2),) * len(spatial)
+        return ConvEncoder(self.spec.shape, dim, options.get("width", 16), grid)
 
     def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
         """Return a convolutional decoder to the image.
 
         Args:
             latent: Length of the latent vector.
-            options: `width` (channels at the finest level, 16).
+            options: `width` (channels at the finest level, 16); with a latent map also `map`
+                (its channels) and `stride` (voxels per cell along each axis).
         """
-        return ConvDecoder(self.spec.shape, latent, options.get("width", 16))
+        spatial, channels = self.spec.shape[1:], options.get("map", 0)
+        grid = tuple(-(-s // options["stride"]) for s in spatial) if channels else ()
+        return ConvDecoder(self.spec.shape, latent, options.get("width", 16), channels, grid)
 
     def log_likelihood(
         self, parameters: Tensor, values: Tensor, observed_fields: Tensor | None
