@@ -7,6 +7,7 @@ bundle: fitted on train, validation and calibration (a bundle sees all three), s
 patient counts once, however many visits; 95 % intervals are by bootstrap over patients.
 
 - `values`: the cells, blanks filled with the column's median (categories: the most frequent one).
+  Trees can still recognise a filled blank by that very value.
 - `values + blanks`: the same, and for each column whether it was blank.
 - `blanks only`: whether each column was blank and each picture absent; no measured value at all.
 
