@@ -201,6 +201,10 @@ def bootstrap(
     Patients are drawn with replacement, all their records together, and each draw is used for
     all methods: the difference of two methods is therefore a paired one.
 
+    The calibration error of a resample is larger than that of the records themselves, because
+    ties between drawn copies add noise to its bins: its interval can lie above the estimate and
+    should be read as an upper bound.
+
     Args:
         labels: n class indices.
         probabilities: Per method `(n, K)`, rows as in `labels`.

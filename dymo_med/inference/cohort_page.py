@@ -80,22 +80,29 @@ def view(
         "table": [
             {
                 "scenario": s,
-                "methods": [_interval(found.get((s, m, "auroc"))) for m in facts["methods"]],
+                "methods": [_estimate(found.get((s, m, "auroc"))) for m in facts["methods"]],
                 "differences": [
-                    _interval(found.get((s, d, "auroc")), signed=True) for d in differences
+                    _estimate(found.get((s, d, "auroc")), signed=True) for d in differences
                 ],
                 "records": found[s, own, "auroc"]["records"],
                 "patients": found[s, own, "auroc"]["patients"],
             }
             for s in scenarios
         ],
+        "scenarios": scenarios,
         "changes": [_changes(s, own, predictions) for s in scenarios],
-        "trust": [row for s in scenarios for row in _trust(s, own, predictions)],
+        "trust": _trust(scenarios, own, predictions),
         "metrics": [
             {
                 "scenario": s,
                 "method": m,
-                "values": [_interval(found[s, m, metric]) for metric in _SHOWN],
+                "values": [
+                    # Resampling inflates the calibration error: its interval would mislead.
+                    (_estimate(found[s, m, metric])[0], "")
+                    if metric == "ece"
+                    else _estimate(found[s, m, metric])
+                    for metric in _SHOWN
+                ],
             }
             for s in scenarios
             for m in facts["methods"]
@@ -136,18 +143,23 @@ def _headline(
     }
 
 
-def _interval(row: Row | None, *, signed: bool = False) -> str:
-    """Return an estimate with its interval, as text."""
-    if row is None or row["value"] is None or math.isnan(row["value"]):
-        return "–"
+def _estimate(row: Row | None, *, signed: bool = False) -> tuple[str, str]:
+    """Return an estimate and its interval, as text."""
+    if row is None or math.isnan(row["value"]):
+        return "–", ""
     sign = "+" if signed else ""
 
     def number(value: float) -> str:
         return f"{value:{sign}.3f}".replace("-", "\N{MINUS SIGN}")
 
-    if math.isnan(row["low"]):
-        return number(row["value"])
-    return f"{number(row['value'])} ({number(row['low'])} to {number(row['high'])})"
+    interval = "" if math.isnan(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
+    return number(row["value"]), interval
+
+
+def _interval(row: Row | None, *, signed: bool = False) -> str:
+    """Return an estimate with its interval, in one line."""
+    value, interval = _estimate(row, signed=signed)
+    return f"{value} ({interval})" if interval else value
 
 
 def _by_method(scenario: str, predictions: Sequence[Row]) -> dict[str, list[Row]]:
@@ -172,23 +184,22 @@ def _changes(scenario: str, own: str, predictions: Sequence[Row]) -> dict[str, A
     return result
 
 
-def _trust(scenario: str, own: str, predictions: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return how often each modality was recovered, and how often that was trusted."""
-    trusted: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    for row in _by_method(scenario, predictions)[own]:
-        trusted.update(filter(None, row["trusted"].split("+")))
-        rejected.update(filter(None, row["rejected"].split("+")))
-    return [
-        {
-            "scenario": scenario,
-            "modality": name,
-            "recovered": trusted[name] + rejected[name],
-            "trusted": trusted[name],
-            "share": trusted[name] / (trusted[name] + rejected[name]),
-        }
-        for name in sorted({*trusted, *rejected})
-    ]
+def _trust(
+    scenarios: Sequence[str], own: str, predictions: Sequence[Row]
+) -> dict[str, list[tuple[int, int]]]:
+    """Return per modality and scenario how often it was trusted, and how often recovered."""
+    trusted: Counter[tuple[str, str]] = Counter()
+    recovered: Counter[tuple[str, str]] = Counter()
+    for row in predictions:
+        if row["method"] == own:
+            names = [name for name in row["trusted"].split("+") if name]
+            others = [name for name in row["rejected"].split("+") if name]
+            trusted.update((row["scenario"], name) for name in names)
+            recovered.update((row["scenario"], name) for name in (*names, *others))
+    return {
+        name: [(trusted[s, name], recovered[s, name]) for s in scenarios]
+        for name in sorted({name for _, name in recovered})
+    }
 
 
 def _patients(out: Path, facts: Row, predictions: Sequence[Row]) -> list[dict[str, Any]]:
@@ -253,6 +264,7 @@ def _plot_auroc(path: Path, facts: Row, metrics: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("AUROC, 95 % interval")
     low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= 1])
     axes.set_xlim(low, high + 0.3 * (high - low))
     _plain(axes)
     axes.tick_params(axis="y", length=0)

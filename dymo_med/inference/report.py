@@ -33,6 +33,7 @@ _GAP = 8
 _SIGMA = 1.0  # smoothing of saliency, in voxels
 _TOP_CELLS = 8
 _MOST_CLASSES = 6
+_UNDECIDED = 0.1  # two classes closer than this are not told apart in words
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def view(prediction: Prediction, exhibits: Exhibits) -> dict[str, Any]:
         "chosen": prediction.classes[chosen],
         "probability": prediction.probabilities[chosen],
         "answer": _answer(prediction, chosen),
-        "had": _had(prediction, exhibits),
+        "had": _had(prediction),
         "change": _change(prediction, chosen),
         "pictures": _pictures(exhibits.scans),
         "recovered_cells": [
@@ -223,9 +224,12 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
     if prediction.trusted:
         used = text["and"].format(a=used, b=_count("trusted", len(prediction.trusted)))
     order = sorted(range(len(prediction.classes)), key=lambda k: -prediction.probabilities[k])
-    two = len(prediction.classes) == 2
+    form = "statement" if len(prediction.classes) == 2 else "statement_many"
+    if p - prediction.probabilities[order[1]] < _UNDECIDED:
+        form = "undecided"
+    other = prediction.classes[order[1]]
     return {
-        "statement": text["statement" if two else "statement_many"].format_map({"class": name}),
+        "statement": text[form].format_map({"class": name, "other": other}),
         "frequency": text[key].format_map({"class": name, "count": count, "rest": 100 - count}),
         "count": count,
         "base": text["base"].format_map(
@@ -246,7 +250,7 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
     }
 
 
-def _had(prediction: Prediction, exhibits: Exhibits) -> list[dict[str, str]]:
+def _had(prediction: Prediction) -> list[dict[str, str]]:
     """Return one row per modality, measured ones first."""
     text = words()["had"]
     rows = []
@@ -257,7 +261,6 @@ def _had(prediction: Prediction, exhibits: Exhibits) -> list[dict[str, str]]:
         if name in prediction.sources:
             source = prediction.sources[name]
             facts = [source.file, *source.facts.values()]
-        cells = [c for c in exhibits.cells if c.modality == name]
         if name in prediction.observed:
             state = "partly" if name in prediction.partly else "observed"
             word = (
@@ -266,9 +269,6 @@ def _had(prediction: Prediction, exhibits: Exhibits) -> list[dict[str, str]]:
                 else text[state]
             )
             use = text["used_completed"] if trusted else text["used"]
-            if cells:
-                filled = sum(c.measured for c in cells)
-                facts.append(text["filled"].format(n=filled, total=len(cells)))
         else:
             state = "trusted" if trusted else "rejected" if rejected else "absent"
             word = text[state]
@@ -383,7 +383,8 @@ def _drove(prediction: Prediction, exhibits: Exhibits, chosen: int) -> dict[str,
                 "value": a.value,
                 "left": 100 * min(at, at + a.value),
                 "width": 100 * abs(a.value),
-                "recovered": a.modality in prediction.recovered,
+                "made": a.modality in prediction.trusted,
+                "partly": a.modality in prediction.partly,
             }
         )
         at += a.value
@@ -449,7 +450,9 @@ def _maps(scans: Sequence[Scan]) -> list[dict[str, str]]:
     alt = words()["drove"]["maps_alt"]
     result = []
     for scan, magnitude in shown:
-        at = tuple(int(i) for i in np.unravel_index(int(magnitude.argmax()), magnitude.shape))
+        # One place for all scans on a grid, so that they can be compared.
+        total = sum(m for _, m in shown if m.shape == magnitude.shape)
+        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(total)), magnitude.shape))
         strip = _strip(scan, scans, at, synthetic=False, heat=np.clip(magnitude / top, 0, 1))
         result.append(
             {
