@@ -132,7 +132,7 @@ def _too_large(shape: Sequence[int]) -> None:
         )
 
 
-class NiftiReader(NibabelReader):
+class NiftiReader(NibabelReader):  # type: ignore[misc]
     """NIfTI through nibabel: affine in mm, RAS+; trailing axes of length one dropped."""
 
     def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -170,7 +170,7 @@ class NiftiReader(NibabelReader):
         return array, meta
 
 
-class PictureReader(PILReader):
+class PictureReader(PILReader):  # type: ignore[misc]
     """PNG, JPEG and TIFF through Pillow, rows downwards as on a screen.
 
     Args:
@@ -215,7 +215,7 @@ class PictureReader(PILReader):
         return array.astype(np.float32), meta
 
 
-class SimpleITKReader(ImageReader):
+class SimpleITKReader(ImageReader):  # type: ignore[misc]
     """NRRD, MetaImage and DICOM series through SimpleITK, with the affine turned to RAS+."""
 
     def verify_suffix(self, filename: Any) -> bool:
@@ -260,7 +260,7 @@ class SimpleITKReader(ImageReader):
             )
         names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
         header = SimpleITK.ImageFileReader()
-        positions = []
+        directions, origins = [], []
         for name in names:
             header.SetFileName(name)
             header.ReadImageInformation()
@@ -273,18 +273,11 @@ class SimpleITKReader(ImageReader):
                     expected="one file per slice",
                     remedy="Convert the series to NIfTI and put that in its place",
                 )
-            normal = np.asarray(header.GetDirection(), dtype=float).reshape(
-                len(header.GetSize()), -1
-            )[:3, -1]
-            positions.append(float(np.dot(normal, np.asarray(header.GetOrigin())[:3])))
-        gaps = np.abs(np.diff(positions))
-        if len(gaps) and (gaps.max() - gaps.min()) > max(0.1, 0.1 * float(np.median(gaps))):
-            raise ScanError(
-                "slices of the DICOM series are missing, doubled or unevenly spaced",
-                expected="one distance between neighbouring slices",
-                got=f"distances from {gaps.min():.3g} to {gaps.max():.3g} mm",
-                remedy="Export the whole series again",
-            )
+            axes = len(header.GetSize())
+            directions.append(np.asarray(header.GetDirection(), dtype=float).reshape(axes, axes))
+            origins.append(np.asarray(header.GetOrigin(), dtype=float))
+        if len(names) > 1:
+            _check_slices(np.stack(directions), np.stack(origins))
         if len(names) == 1:
             return header.Execute()
         reader = SimpleITK.ImageSeriesReader()
@@ -328,13 +321,47 @@ class SimpleITKReader(ImageReader):
         return array, meta
 
 
+def _check_slices(directions: np.ndarray, origins: np.ndarray) -> None:
+    """Refuse slices that do not stack to a volume with right angles and even spacing.
+
+    Args:
+        directions: `(n, 3, 3)` direction cosines, a column per axis.
+        origins: `(n, 3)` positions of the first pixel, in mm.
+
+    Raises:
+        ScanError: If they do not; the volume read would look fine and be wrong.
+    """
+    again = "Export the whole series again"
+    if np.abs(directions - directions[0]).max() > 1e-3:
+        raise ScanError("slices of the DICOM series are not parallel", remedy=again)
+    normal = directions[0, :, 2]
+    along = origins @ normal
+    gaps = np.abs(np.diff(along))
+    if gaps.max() - gaps.min() > max(0.1, 0.1 * float(np.median(gaps))):
+        raise ScanError(
+            "slices of the DICOM series are missing, doubled or unevenly spaced",
+            expected="one distance between neighbouring slices",
+            got=f"distances from {gaps.min():.3g} to {gaps.max():.3g} mm",
+            remedy=again,
+        )
+    aside = origins - origins[0] - np.outer(along - along[0], normal)
+    drift_mm = float(np.linalg.norm(aside, axis=1).max())
+    if drift_mm > 1.0:
+        raise ScanError(
+            "slices of the DICOM series are shifted sideways (a tilted gantry)",
+            expected="slices stacked along their normal",
+            got=f"a drift of {drift_mm:.1f} mm",
+            remedy="Straighten the series with a DICOM converter and bring the NIfTI file",
+        )
+
+
 def _spacing(affine: Any) -> tuple[float, ...]:
     """Return the length of each voxel axis in mm, `(3,)`, of a 4 x 4 affine."""
     matrix = np.asarray(affine, dtype=float)[:3, :3]
     return tuple(float(s) for s in np.sqrt((matrix**2).sum(0)))
 
 
-class LoadScand(MapTransform):
+class LoadScand(MapTransform):  # type: ignore[misc]
     """Reads a scan with the one reader that its name calls for.
 
     MONAI's own `LoadImaged` tries its other readers when the chosen one fails, and some of those
@@ -381,7 +408,7 @@ class LoadScand(MapTransform):
         return {**data, KEY: image, FACTS: meta[FACTS]}
 
 
-class CheckScand(MapTransform):
+class CheckScand(MapTransform):  # type: ignore[misc]
     """Refuses what would go wrong later without a word.
 
     Args:
@@ -465,7 +492,7 @@ class CheckScand(MapTransform):
         return dict(data)
 
 
-class ToScreend(MapTransform):
+class ToScreend(MapTransform):  # type: ignore[misc]
     """A single-slice volume becomes a picture `(C, rows, columns)` as a viewer shows it."""
 
     def __init__(self, channels: int) -> None:
@@ -489,7 +516,7 @@ class ToScreend(MapTransform):
         return {**data, KEY: image, "pixel_mm": pixel_mm}
 
 
-class FitFramed(MapTransform):
+class FitFramed(MapTransform):  # type: ignore[misc]
     """Resizes a picture so that it fits the frame, or to the declared pixel size.
 
     Bilinear, smoothed against aliasing; the aspect ratio of the thing shown is kept.
@@ -522,7 +549,7 @@ class FitFramed(MapTransform):
         return {**data, KEY: MetaTensor(values[0])}
 
 
-class CentredGridd(MapTransform):
+class CentredGridd(MapTransform):  # type: ignore[misc]
     """Resamples a volume to an RAS+ grid centred on the scan's field of view.
 
     Along an axis that becomes coarser the scan is smoothed first, to a resolution (full width at

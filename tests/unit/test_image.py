@@ -53,17 +53,14 @@ def spot_position(value):
     return (world * weight[..., None]).reshape(-1, 3).sum(0) / weight.sum()
 
 
-CODES = ["".join(c) for p in itertools.permutations("RAS") for c in [p]] + [
-    "LPS",
-    "LAS",
-    "PIR",
-    "SLA",
-    "IRP",
-    "AIL",
-]
+CODES = [
+    "".join(signs)
+    for order in itertools.permutations(("RL", "AP", "SI"))
+    for signs in itertools.product(*order)
+]  # all 48
 
 
-@pytest.mark.parametrize("tilt", [0.0, 12.0, 25.0])
+@pytest.mark.parametrize("tilt", [0.0, 25.0])
 @pytest.mark.parametrize("codes", CODES)
 def test_a_bright_spot_stays_at_its_world_coordinate(tmp_path, codes, tilt):
     shape, centre = (44, 32, 16), np.array([10.0, -20.0, 33.0])
@@ -189,7 +186,7 @@ def test_several_candidates_are_named(tmp_path):
         modality(VOLUME).read(tmp_path, "Patient x")
 
 
-def write_dicom_series(folder, uid, slices=8, skip=()):
+def write_dicom_series(folder, uid, slices=8, skip=(), drift_mm=0.0):
     """Write a series of 2 x 1.5 x 3 mm whose voxels rise with the slice number."""
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -208,7 +205,7 @@ def write_dicom_series(folder, uid, slices=8, skip=()):
             "0020|000d": "1.2.3.4",
             "0020|000e": uid,
             "0020|0013": str(k + 1),
-            "0020|0032": f"5\\6\\{3 * k}",
+            "0020|0032": f"5\\{6 + drift_mm * k}\\{3 * k}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
             "0018|0050": "3",
             "0010|0010": "Doe^Jane",
@@ -216,7 +213,7 @@ def write_dicom_series(folder, uid, slices=8, skip=()):
         }
         for tag, text in tags.items():
             image.SetMetaData(tag, text)
-        image.SetOrigin((5.0, 6.0, 3.0 * k))
+        image.SetOrigin((5.0, 6.0 + drift_mm * k, 3.0 * k))
         writer.SetFileName(str(folder / f"{uid}_{k:02d}.dcm"))
         writer.Execute(image)
 
@@ -250,6 +247,12 @@ def test_two_series_or_none_in_a_folder_are_an_error(tmp_path):
 def test_a_missing_slice_is_an_error(tmp_path):
     write_dicom_series(tmp_path / "t1", "1.2.3.4.5", skip=(3,))
     with pytest.raises(PatientDataError, match="missing, doubled or unevenly"):
+        modality(VOLUME).read(tmp_path, "Patient x")
+
+
+def test_a_tilted_gantry_is_an_error(tmp_path):
+    write_dicom_series(tmp_path / "t1", "1.2.3.4.5", drift_mm=0.8)
+    with pytest.raises(PatientDataError, match=r"drift of 5\.6 mm"):
         modality(VOLUME).read(tmp_path, "Patient x")
 
 
