@@ -216,6 +216,7 @@ def _patients(out: Path, facts: Row, predictions: Sequence[Row]) -> list[dict[st
                 **row,
                 "link": quote(report) if (out / report).is_file() else "",
                 "right": row["predicted"] == row["label"],
+                "states": [_state(row, name) for name in facts["modalities"]],
                 "probabilities": [
                     methods[m][i][positive or f"prob_{row['predicted']}"]
                     for m in dict.fromkeys(("observed_only", own, "trust_all"))
@@ -224,6 +225,14 @@ def _patients(out: Path, facts: Row, predictions: Sequence[Row]) -> list[dict[st
             }
         )
     return rows
+
+
+def _state(row: Row, name: str) -> str:
+    """Return what became of one modality of one record, by the words of the reports."""
+    if name in row["observed"].split("+"):
+        return "partly" if f"{name}~" in row["pattern"].split("+") else "observed"
+    states = ("trusted", "rejected")
+    return next((s for s in states if name in row[s].split("+")), "absent")
 
 
 # --- Plots ----------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ def evaluate(
         "split": split,
         "target": bundle.task.target,
         "classes": list(bundle.task.classes),
+        "modalities": [spec.name for spec in specs],
         "scenarios": [rule.text for rule in rules],
         "methods": list(dict.fromkeys(row["method"] for row in predictions)),
         "selector": bundle.selector.name,

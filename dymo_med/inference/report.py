@@ -343,7 +343,8 @@ def _sentence(step: SelectionStep) -> str:
     if step.decision == "admitted":
         key = "admitted"
     elif step.reward < 0:
-        key = "atypical" if step.factor < 1 else "unclear"
+        clearer = step.quality_after >= step.quality_before
+        key = "unclear" if step.factor == 1 else "atypical" if clearer else "both"
     else:
         key = "stopped"
     sentence = words()["why"][f"sentence_{key}"].format(
@@ -573,12 +574,18 @@ def _resize(image: Array, size: tuple[int, ...]) -> Array:
 
 
 def _glow(rgb: Array, heat: Array) -> Array:
-    """Return a picture with heat in 0..1 laid over it: faint is clear, strong is opaque."""
+    """Return a picture with heat in 0..1 laid over it, and an outline that prints in grey."""
     from matplotlib import colormaps
+    from scipy.ndimage import binary_dilation
 
     colour = colormaps["inferno"](0.35 + 0.6 * heat)[..., :3]
-    opacity = np.clip(1.3 * heat - 0.15, 0, 0.85)[..., None]
-    return np.asarray((1 - opacity) * rgb * 0.85 + opacity * colour)
+    opacity = np.clip(1.3 * heat - 0.15, 0, 0.8)[..., None]
+    result = (1 - opacity) * rgb * 0.85 + opacity * colour
+    inside = heat >= 0.5
+    line = binary_dilation(inside) & ~inside
+    result[binary_dilation(line) & ~inside] = 0.0
+    result[line] = 1.0
+    return np.asarray(result)
 
 
 def watermark(picture: Array) -> Array:
