@@ -147,9 +147,10 @@ def percent(probability: float) -> str:
         >>> percent(0.234), percent(0.999), percent(0.0)
         ('23 %', 'over 99 %', 'under 1 %')
     """
-    if probability < 0.005:
+    whole = round(100 * probability)
+    if whole < 1:
         return "under 1 %"
-    return "over 99 %" if probability > 0.995 else f"{100 * probability:.0f} %"
+    return "over 99 %" if whole > 99 else f"{whole} %"
 
 
 def points(change: float) -> str:
@@ -219,7 +220,7 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
     text = words()["answer"]
     name, p = prediction.classes[chosen], prediction.probabilities[chosen]
     count = round(100 * p)
-    key = "frequency_low" if p < 0.005 else "frequency_high" if p > 0.995 else "frequency"
+    key = "frequency_low" if count < 1 else "frequency_high" if count > 99 else "frequency"
     used = _count("observed", len(prediction.observed))
     if prediction.trusted:
         used = text["and"].format(a=used, b=_count("trusted", len(prediction.trusted)))

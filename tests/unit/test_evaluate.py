@@ -1,0 +1,322 @@
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dymo_med.data.cohort import read_cohort
+from dymo_med.data.missingness import apply, parse_scenario
+from dymo_med.data.patient import read_patient
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.inference import evaluate as module
+from dymo_med.inference.evaluate import evaluate
+from dymo_med.inference.predict import predict_batch
+from dymo_med.metrics import bootstrap
+from dymo_med.selection import SELECTORS
+
+SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
+TABLES = ("predictions.csv", "selections.csv", "metrics.csv", "failures.csv")
+
+
+def rows_of(path: Path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def done(bundle, cohort, tmp_path_factory):
+    """An evaluation of the training split, which is the largest, under every kind of scenario."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    seen = []
+    result = evaluate(
+        bundle,
+        cohort,
+        out,
+        split="train",
+        scenarios=SCENARIOS,
+        batch_size=5,
+        reports=2,
+        progress=lambda d, t: seen.append((d, t)),
+    )
+    assert seen[-1][0] == seen[-1][1] == result.records * len(SCENARIOS)
+    assert [d for d, _ in seen] == sorted(d for d, _ in seen)
+    return result
+
+
+@pytest.fixture
+def broken(cohort_dir, tmp_path):
+    """A copy of the cohort in which one test record cannot be read."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(cohort_dir, folder)
+    (folder / "patients" / "p017" / "t2.nii.gz").write_bytes(b"not a scan")
+    return read_cohort(folder)
+
+
+def test_everything_is_written(done):
+    names = {p.name for p in done.out.iterdir()}
+    assert names == {*TABLES, "run.json", "index.html", "plots", "reports", ".progress"}
+    assert {p.name for p in (done.out / "plots").iterdir()} == {"auroc.png", "calibration.png"}
+    assert len(list((done.out / "reports").glob("*/report.html"))) == 2
+    assert done.failures == 0 and rows_of(done.out / "failures.csv") == []
+    header = (done.out / "failures.csv").read_text()
+    assert header == "record_id,scenario,stage,message\n"
+    run = json.loads((done.out / "run.json").read_text())
+    assert run["scenarios"] == list(SCENARIOS) and run["records"] == done.records
+
+
+def test_every_method_answers_for_every_record(done, cohort):
+    rows = rows_of(done.out / "predictions.csv")
+    expected = [r.record_id for r in cohort.in_split("train") if r.label is not None]
+    for scenario in SCENARIOS:
+        methods = {}
+        for row in rows:
+            if row["scenario"] == scenario:
+                methods.setdefault(row["method"], []).append(row["record_id"])
+        known = {"observed_only", "trust_all", "dymo"}
+        assert set(methods) == (known if scenario == "as-is" else known | {"oracle"})
+        assert all(ids == expected for ids in methods.values())
+
+
+def test_rows_agree_with_predicting_the_same_hidden_record(done, bundle, cohort):
+    rows = rows_of(done.out / "predictions.csv")
+    scenario = parse_scenario("rate:0.5", cohort.specs)
+    for entry in cohort.in_split("train")[:4]:
+        record = read_patient(
+            entry.folder,
+            bundle.specs,
+            record_id=entry.record_id,
+            patient_id=entry.patient_id,
+            label=entry.label,
+            missing_values=cohort.missing_values,
+        )
+        hidden = apply(scenario, record, bundle.specs, 0)
+        (p,) = predict_batch(bundle, [hidden], explain=False)
+        (whole,) = predict_batch(bundle, [record], explain=False)
+        expected = {
+            "dymo": p.probabilities,
+            **p.alternatives,
+            "oracle": whole.alternatives["observed_only"],
+        }
+        for method, probabilities in expected.items():
+            (row,) = (
+                r
+                for r in rows
+                if (r["scenario"], r["record_id"], r["method"])
+                == ("rate:0.5", entry.record_id, method)
+            )
+            assert float(row["prob_high"]) == pytest.approx(probabilities[1], abs=1e-5)
+            assert row["label"] == cohort.task.classes[entry.label]
+            assert row["predicted"] == ("low", "high")[int(np.argmax(probabilities))]
+            if method == "dymo":
+                assert row["observed"] == "+".join(p.observed)
+                assert row["trusted"] == "+".join(p.trusted)
+                assert row["rejected"] == "+".join(p.rejected)
+                assert row["absent"] == "+".join(p.absent)
+                marked = [n + "~" if n in p.partly else n for n in p.observed]
+                assert row["pattern"] == "+".join(marked)
+
+
+def test_hidden_means_hidden(done):
+    for row in rows_of(done.out / "predictions.csv"):
+        if row["scenario"] == "drop:t1,labs" and row["method"] != "oracle":
+            assert not {"t1", "labs"} & set(row["observed"].split("+"))
+
+
+def test_selections_are_of_the_own_selector(done):
+    predictions = {
+        (r["scenario"], r["record_id"]): r
+        for r in rows_of(done.out / "predictions.csv")
+        if r["method"] == "dymo"
+    }
+    admitted = {key: set() for key in predictions}
+    for row in rows_of(done.out / "selections.csv"):
+        if row["decision"] == "admitted":
+            admitted[row["scenario"], row["record_id"]].add(row["modality"])
+    for key, row in predictions.items():
+        assert admitted[key] == set(filter(None, row["trusted"].split("+")))
+
+
+def test_metrics_are_those_of_the_predictions(done):
+    rows = [r for r in rows_of(done.out / "predictions.csv") if r["scenario"] == "cells:0.4"]
+    methods = {m: [r for r in rows if r["method"] == m] for m in ("observed_only", "dymo")}
+    own = methods["dymo"]
+    expected = bootstrap(
+        [("low", "high").index(r["label"]) for r in own],
+        {
+            m: np.array([[float(r["prob_low"]), float(r["prob_high"])] for r in part])
+            for m, part in methods.items()
+        },
+        [r["patient_id"] for r in own],
+        pairs=[("dymo", "observed_only")],
+    )
+    found = {
+        (r["method"], r["metric"]): r
+        for r in rows_of(done.out / "metrics.csv")
+        if r["scenario"] == "cells:0.4"
+    }
+    for method in ("dymo", "observed_only", "dymo - observed_only"):
+        for metric in ("auroc", "brier"):
+            row = found[method, metric]
+            for part in ("value", "low", "high"):
+                number = getattr(expected[method][metric], part)
+                assert float(row[part]) == pytest.approx(number, abs=1e-6), (method, metric, part)
+    assert ("dymo - trust_all", "auroc") in found
+    assert int(found["dymo", "auroc"]["records"]) == 12
+    assert int(found["dymo", "auroc"]["patients"]) == 10
+
+
+def test_the_page_links_what_exists_and_needs_no_network(done):
+    page = (done.out / "index.html").read_text()
+    for record in (p.name for p in (done.out / "reports").iterdir()):
+        assert f'href="reports/{record}/report.html"' in page
+    assert "http" not in page
+    assert "No clear difference" in page or "It h" in page
+    # All of them were trained on, and the page says so.
+    assert "used to make the model" in page
+
+
+def test_the_same_again_is_the_same(done, bundle, cohort, tmp_path):
+    out = tmp_path / "again"
+    evaluate(bundle, cohort, out, split="train", scenarios=SCENARIOS, batch_size=5, reports=0)
+    for name in TABLES:
+        assert (out / name).read_bytes() == (done.out / name).read_bytes(), name
+
+
+def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_path, monkeypatch):
+    out = tmp_path / "interrupted"
+    given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "reports": 2}
+    calls = []
+
+    def stop(number, total):
+        calls.append(number)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(bundle, cohort, out, **given, progress=stop)
+    assert not (out / "predictions.csv").exists()
+    with pytest.raises(ConfigError, match="--resume"):
+        evaluate(bundle, cohort, out, **given)
+    with pytest.raises(ConfigError, match="another seed"):
+        evaluate(bundle, cohort, out, **given, seed=1, resume=True)
+    read = []
+    original = module.read_patient
+    monkeypatch.setattr(
+        module, "read_patient", lambda *a, **k: (read.append(k["record_id"]), original(*a, **k))[1]
+    )
+    evaluate(bundle, cohort, out, **given, resume=True)
+    assert 0 < len(read) < done.records
+    for name in TABLES:
+        assert (out / name).read_bytes() == (done.out / name).read_bytes(), name
+    read.clear()
+    evaluate(bundle, cohort, out, **given, resume=True)
+    assert read == []
+
+
+def test_other_folders_are_left_alone(bundle, cohort, tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    for resume in (False, True):
+        with pytest.raises(ConfigError):
+            evaluate(bundle, cohort, tmp_path, resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="is a file"):
+        evaluate(bundle, cohort, tmp_path / "thesis.txt")
+
+
+def test_a_bad_patient_costs_a_row(bundle, cohort, broken, tmp_path):
+    scenarios = ("as-is", "rate:0.3")
+    result = evaluate(bundle, broken, tmp_path / "a", scenarios=scenarios, reports=False)
+    assert result.failures == 1
+    (row,) = rows_of(tmp_path / "a" / "failures.csv")
+    assert (row["record_id"], row["scenario"], row["stage"]) == ("p017", "all", "read")
+    assert "t2.nii.gz" in row["message"] and str(tmp_path) not in row["message"]
+    evaluate(bundle, cohort, tmp_path / "b", scenarios=scenarios, reports=False)
+    whole = rows_of(tmp_path / "b" / "predictions.csv")
+    left = rows_of(tmp_path / "a" / "predictions.csv")
+    assert left and [r["record_id"] for r in left] == [
+        r["record_id"] for r in whole if r["record_id"] != "p017"
+    ]
+    assert "p017" in (tmp_path / "a" / "index.html").read_text()
+
+
+def test_a_patient_the_scenario_empties_is_a_failure_too(bundle, cohort, tmp_path):
+    names = ",".join(s.name for s in cohort.specs)
+    result = evaluate(bundle, cohort, tmp_path / "o", scenarios=(f"drop:{names}",), reports=False)
+    assert result.failures == result.records > 0
+    assert {r["stage"] for r in rows_of(tmp_path / "o" / "failures.csv")} == {"hide"}
+    assert rows_of(tmp_path / "o" / "metrics.csv") == []
+    assert (tmp_path / "o" / "index.html").is_file()
+
+
+def test_one_that_fails_later_does_not_stop_its_batch(bundle, cohort, tmp_path, monkeypatch):
+    original = module.answer
+
+    def picky(bundle, records, *, seed):
+        if any(r.record_id == "p016" for r in records):
+            raise PatientDataError(Problem("Patient p016", "cannot be answered"))
+        return original(bundle, records, seed=seed)
+
+    monkeypatch.setattr(module, "answer", picky)
+    result = evaluate(bundle, cohort, tmp_path / "o", reports=True)
+    assert result.failures == 1
+    (row,) = rows_of(tmp_path / "o" / "failures.csv")
+    assert (row["record_id"], row["stage"]) == ("p016", "predict")
+    answered = {r["record_id"] for r in rows_of(tmp_path / "o" / "predictions.csv")}
+    assert len(answered) == result.records - 1
+
+
+def test_bugs_are_not_swallowed(bundle, cohort, tmp_path, monkeypatch):
+    def bug(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "answer", bug)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(bundle, cohort, tmp_path / "o")
+
+
+def test_wrong_questions_are_refused_before_anything_is_written(bundle, cohort, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"no split 'tets'.*test"):
+        evaluate(bundle, cohort, out, split="tets")
+    with pytest.raises(ConfigError):
+        evaluate(bundle, cohort, out, scenarios=("rate:7",))
+    unlabelled = replace(cohort, records=tuple(replace(r, label=None) for r in cohort.records))
+    with pytest.raises(ConfigError, match="no record whose grade is known"):
+        evaluate(bundle, unlabelled, out)
+    assert not out.exists()
+
+
+def test_a_cohort_about_something_else_does_not_fit(bundle, cohort, tmp_path):
+    first, *others = cohort.specs
+    other = replace(
+        cohort,
+        task=replace(cohort.task, classes=("no", "yes")),
+        specs=(replace(first, shape=(1, 8, 8, 8)), *others[1:]),
+    )
+    with pytest.raises(BundleError) as error:
+        evaluate(bundle, other, tmp_path / "out")
+    text = str(error.value)
+    assert "classes differ" in text and "'t1'" in text and "'t2'" in text
+
+
+def test_a_modality_may_lie_in_another_file(bundle, cohort_dir, tmp_path):
+    folder = tmp_path / "cohort"
+    shutil.copytree(cohort_dir, folder)
+    description = (folder / "cohort.yaml").read_text().replace("t2.nii.gz", "second.nii.gz")
+    (folder / "cohort.yaml").write_text(description)
+    for path in folder.glob("patients/*/t2.nii.gz"):
+        path.rename(path.with_name("second.nii.gz"))
+    evaluate(bundle, read_cohort(folder), tmp_path / "a", reports=False)
+    evaluate(bundle, read_cohort(cohort_dir), tmp_path / "b", reports=False)
+    name = "predictions.csv"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_another_selector_is_compared_with_what_it_is_not(bundle, cohort, tmp_path):
+    other = replace(bundle, selector=SELECTORS["trust_all"]())
+    evaluate(other, cohort, tmp_path / "o", scenarios=("rate:0.5",), reports=False)
+    methods = {r["method"] for r in rows_of(tmp_path / "o" / "metrics.csv")}
+    assert methods == {"observed_only", "trust_all", "oracle", "trust_all - observed_only"}

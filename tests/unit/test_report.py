@@ -1,0 +1,368 @@
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from importlib import resources
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dymo_med.inference.report import (
+    Cell,
+    Exhibits,
+    Scan,
+    percent,
+    percentile,
+    points,
+    slices,
+    view,
+    watermark,
+    words,
+    write_report,
+)
+from dymo_med.types import Attribution, Prediction, SelectionStep, Source
+
+HOSTILE = '<script>alert("x")</script>&\'{{ 7*7 }}'
+SECTIONS = ("banner", "answer", "had", "change", "madeup", "why", "drove", "trace")
+VOID = {"meta", "img", "br", "circle", "path", "use", "link"}
+
+
+class Page(HTMLParser):
+    """Tags in order, text, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def step(number, modality, before, after, reward, decision, **more):
+    given = {"version": "recovered", "factor": 1.0, "borrowed": False, **more}
+    return SelectionStep(
+        number,
+        modality,
+        given["version"],
+        before,
+        after,
+        -0.5,
+        given.get("typical", -0.4),
+        given["factor"],
+        reward,
+        decision,
+        given["borrowed"],
+    )
+
+
+def prediction(**changes):
+    given = {
+        "record_id": "sub-0042",
+        "patient_id": "hidden-patient-key",
+        "classes": ("low", "high"),
+        "probabilities": (0.23, 0.77),
+        "alternatives": {"observed_only": (0.32, 0.68), "trust_all": (0.56, 0.44)},
+        "observed": ("t1", "labs"),
+        "partly": ("labs",),
+        "recovered": ("t2", "flair", "labs"),
+        "trusted": ("flair", "labs"),
+        "rejected": ("t2",),
+        "absent": ("genetics",),
+        "method": "dymo",
+        "steps": (
+            step(1, "t2", 0.83, 0.61, -0.64, "rejected", factor=0.31, typical=-3.2),
+            step(1, "flair", 0.83, 0.91, 0.08, "admitted"),
+            step(1, "labs", 0.83, 0.86, 0.03, "not yet", version="completed", borrowed=True),
+            step(2, "labs", 0.91, 0.9101, 0.0001, "admitted", version="completed", borrowed=True),
+        ),
+        "attributions": (
+            Attribution("t1", "", 0.2, "shapley"),
+            Attribution("flair", "", 0.2, "shapley"),
+            Attribution("labs", "", -0.07, "shapley"),
+            Attribution("labs", "ldh", -0.03, "feature_ablation"),
+        ),
+        "warnings": ("Trusting every recovery would say low, not high.",),
+        "sources": {"t1": Source("t1.nii.gz", "ab" * 32, None, {"size": "240 x 240 x 155"})},
+        "bundle_id": "f00dface" * 8,
+        "bundle_name": "glioma",
+        "seed": 7,
+        "base_rates": (0.56, 0.44),
+        **changes,
+    }
+    return Prediction(**given)
+
+
+def volume(seed=0):
+    values = np.random.default_rng(seed).normal(size=(1, 10, 12, 8)).astype(np.float32)
+    values[:, :2] = 0
+    return values
+
+
+def exhibits(**changes):
+    saliency = np.zeros((10, 12, 8), np.float32)
+    saliency[6, 7, 3] = 1e-3
+    given = {
+        "target": "grade",
+        "bundle_version": "0.1.0",
+        "bundle_description": "For tests.",
+        "versions": {"dymo_med": "0.1.0"},
+        "device": "cpu",
+        "scans": (
+            Scan("t1", volume(), (1.0, 1.0, 2.0), "observed", True, saliency),
+            Scan("t2", volume(1), (1.0, 1.0, 2.0), "rejected", True),
+            Scan("flair", volume(2), (1.0, 1.0, 2.0), "trusted", True),
+        ),
+        "cells": (
+            Cell("labs", "ldh", "412", "U/L", 91.0, None, True),
+            Cell("labs", "smoker", "no", "", None, 0.6, False),
+        ),
+        "convergence": 0.001,
+        **changes,
+    }
+    return Exhibits(**given)
+
+
+def page_of(tmp_path, p, x):
+    write_report(p, x, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_every_section_is_there_in_order(tmp_path):
+    _, page = page_of(tmp_path, prediction(), exhibits())
+    ids = [a["id"] for _, a in page.tags if a.get("id") in SECTIONS]
+    assert tuple(ids) == SECTIONS
+    assert [t for t, _ in page.tags if t in ("header", "main", "footer")] == [
+        "header",
+        "main",
+        "footer",
+    ]
+    labelled = {a["aria-labelledby"] for t, a in page.tags if t == "section"}
+    assert labelled <= {a.get("id") for _, a in page.tags}
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    text, page = page_of(tmp_path, prediction(), exhibits())
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|url\(", text)
+    assert "script" not in {t for t, _ in page.tags}
+    used = {a["href"] for t, a in page.tags if t == "use"}
+    assert used <= {"#" + a["id"] for t, a in page.tags if t == "symbol"}
+
+
+def test_what_a_clinician_needs_is_said(tmp_path):
+    text, page = page_of(tmp_path, prediction(), exhibits())
+    said = page.words()
+    for sentence in (
+        "Not a diagnosis",
+        "answered with caution",
+        "77 %",
+        "Of 100 patients given this probability, about 77 are high; about 23 are not.",
+        "It rests on 2 measured modalities and 2 recovered ones that were trusted. "
+        "1 recovery was rejected. 1 modality is absent and could not be recovered.",
+        "Before anything is known: 44 % are high",
+        "partly filled; blanks recovered and trusted",
+        "recovered and rejected",
+        "everything filled in would say otherwise",
+        "changes to low",
+        "60 % of training patients",
+        "flair was trusted",
+        "the class would stand out less clearly",
+        "< +0.001",
+        "412 U/L",
+        "+20.0",
+        "\N{MINUS SIGN}7.0",
+        "f00dface" * 8,
+        "ab" * 32,
+        "Seed",
+    ):
+        assert sentence in said, sentence
+    assert "hidden-patient-key" not in text
+
+
+def test_pictures_have_words_and_synthetic_ones_are_marked(tmp_path):
+    _, page = page_of(tmp_path, prediction(), exhibits())
+    images = [a for t, a in page.tags if t == "img"]
+    assert len(images) == 4  # three scans and one map
+    assert all(a["alt"] for a in images)
+    assert [a["alt"].split(":")[0] for a in images] == [
+        "t1, observed",
+        "t2, recovered and rejected",
+        "flair, recovered and trusted",
+        "t1",
+    ]
+    for a in images:
+        data = base64.b64decode(a["src"].removeprefix("data:image/png;base64,"))
+        assert Image.open(io.BytesIO(data)).size[0] > 300
+
+
+def test_hostile_text_is_text(tmp_path):
+    p = prediction(
+        record_id=HOSTILE,
+        classes=("low", HOSTILE),
+        observed=("t1", HOSTILE),
+        partly=(),
+        recovered=("t2", "flair"),
+        trusted=("flair",),
+        absent=(HOSTILE + "2",),
+        warnings=(HOSTILE,),
+        bundle_name=HOSTILE,
+        sources={HOSTILE: Source(HOSTILE, "00", None, {"size": HOSTILE})},
+        attributions=(Attribution(HOSTILE, "", 0.1, "shapley"),),
+    )
+    x = exhibits(
+        target=HOSTILE,
+        bundle_description=HOSTILE,
+        scans=(Scan(HOSTILE, volume(), (), "observed", True, np.ones((10, 12, 8))),),
+        cells=(Cell("t2", HOSTILE, HOSTILE, HOSTILE, None, None, False),),
+    )
+    text, page = page_of(tmp_path, p, x)
+    assert "<script" not in text and "49" not in page.words().replace("49 %", "")
+    assert HOSTILE in " ".join(page.text)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+def test_any_number_of_classes(tmp_path, classes):
+    names = tuple(f"class {k}" for k in range(classes))
+    p = (0.4,) + (0.6 / (classes - 1),) * (classes - 1)
+    given = prediction(
+        classes=names,
+        probabilities=p,
+        alternatives={"observed_only": p, "trust_all": p},
+        base_rates=(1 / classes,) * classes,
+    )
+    _, page = page_of(tmp_path, given, exhibits())
+    most = "is the more likely answer" if classes == 2 else "is the most likely answer"
+    expected = "class 1 is the more likely answer" if classes == 2 else f"class 0 {most}"
+    assert expected in page.words()
+
+
+def test_a_close_call_is_called_undecided(tmp_path):
+    given = prediction(probabilities=(0.49, 0.51))
+    _, page = page_of(tmp_path, given, exhibits())
+    assert "Undecided: high and low are about equally likely" in page.words()
+
+
+def test_nothing_missing_nothing_explained(tmp_path):
+    p = prediction(
+        partly=(),
+        recovered=(),
+        trusted=(),
+        rejected=(),
+        absent=(),
+        steps=(),
+        attributions=(),
+        warnings=(),
+        alternatives={"observed_only": (0.23, 0.77), "trust_all": (0.23, 0.77)},
+    )
+    x = exhibits(scans=(), cells=(), convergence=None)
+    _, page = page_of(tmp_path, p, x)
+    said = page.words()
+    assert "Nothing was made up" in said
+    assert "nothing was recovered" in said
+    assert "Attributions were not computed" in said
+    assert "the same answer and the same probability" in said
+    assert "answered with caution" not in said
+    assert "SYNTHETIC" not in said
+
+
+def test_a_blind_selector_says_so(tmp_path):
+    _, page = page_of(tmp_path, prediction(steps=(), method="trust_all"), exhibits())
+    assert "it decides by rule" in page.words()
+
+
+def test_flat_and_colour_pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = Scan("film", rng.random((1, 20, 30)), (), "observed", False, rng.random((20, 30)))
+    colour = Scan("skin", rng.random((3, 20, 30)), (), "trusted", False)
+    _, page = page_of(tmp_path, prediction(), exhibits(scans=(grey, colour)))
+    alts = [a["alt"] for t, a in page.tags if t == "img"]
+    assert alts[:2] == ["film, observed", "skin, recovered and trusted"]
+
+
+def test_no_word_is_left_over():
+    """That every word in use exists is what the strict templates see to."""
+    folder = resources.files("dymo_med.inference").joinpath("templates")
+    inference = resources.files("dymo_med.inference")
+    used = "".join(f.read_text() for f in folder.iterdir() if f.name.endswith(".j2"))
+    code = "".join(f.read_text() for f in inference.iterdir() if f.name.endswith(".py"))
+    indexed = {"why": ("sentence_",), "warnings": ("flip_",), "had": ("partly_",)}
+    left_over = [
+        f"{section}.{key}"
+        for section, entries in words().items()
+        for key in (entries if isinstance(entries, dict) else ())
+        if f"t.{section}.{key}" not in used
+        and f"t.{section}[" not in used
+        and f'"{key}"' not in code
+        and not key.startswith(indexed.get(section, ("\0",)))
+    ]
+    assert left_over == []
+
+
+def test_slices_as_radiologists_look():
+    v = np.zeros((4, 5, 6))
+    v[3, 4, 5] = 1.0  # right, anterior, superior
+    axial, coronal, sagittal = slices(v, (3, 4, 5))
+    assert axial.shape == (5, 4) and axial[0, 0] == 1  # nose up, patient's right on the left
+    assert coronal.shape == (6, 4) and coronal[0, 0] == 1  # crown up
+    assert sagittal.shape == (6, 5) and sagittal[0, 0] == 1  # nose to the left
+
+
+@pytest.mark.parametrize("level", [0, 90, 128, 255])
+def test_the_watermark_is_in_the_pixels_and_legible_on_any_grey(level):
+    plain = np.full((120, 120, 3), level, np.uint8)
+    marked = watermark(plain)
+    assert marked.shape == plain.shape and marked.dtype == np.uint8
+    difference = np.abs(marked.astype(int) - plain).max(-1)
+    assert (difference > 60).mean() > 0.02
+
+
+def test_percentages_never_claim_certainty():
+    assert [percent(p) for p in (0, 0.005, 0.006, 0.5, 0.994, 0.996, 1)] == [
+        "under 1 %",
+        "under 1 %",
+        "1 %",
+        "50 %",
+        "99 %",
+        "over 99 %",
+        "over 99 %",
+    ]
+    assert points(-0.00001) == "0.0"
+
+
+def test_percentile_of_a_value():
+    line = [float(i) for i in range(101)]
+    assert percentile(-5, line) == 0 and percentile(200, line) == 100
+    assert percentile(12.5, line) == pytest.approx(12.5)
+    constant = [1.0] * 50 + [2.0] * 51
+    assert percentile(1.0, constant) == pytest.approx(24.5)
+
+
+def test_a_sentence_for_every_way_to_be_rejected():
+    def said(s):
+        return view(prediction(steps=(s,)), exhibits())["why"]["sentences"][0]
+
+    typical = said(step(1, "t2", 0.8, 0.82, -0.1, "rejected", factor=0.8))
+    assert "less like training patients" in typical
+    unclear = said(step(1, "t2", 0.8, 0.7, -0.1, "rejected"))
+    assert "less clearly" in unclear and "typicality" not in unclear
+    both = said(step(1, "t2", 0.8, 0.7, -0.4, "rejected", factor=0.5))
+    assert "less clearly" in both and "typicality" in both
+    assert "gained nothing" in said(step(1, "t2", 0.8, 0.8, 0.0, "stopped"))
