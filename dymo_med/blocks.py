@@ -121,8 +121,8 @@ def _norm(channels: int) -> nn.Module:
 class ConvDecoder(nn.Module):
     """From a latent vector, and a latent map if there is one, to an image.
 
-    Upsampling convolutions; the last doubling rearranges channels into voxels, so that no
-    convolution runs at full resolution.
+    A mean image plus a difference: upsampling convolutions, of which the last doubling
+    rearranges channels into voxels, so that no convolution runs at full resolution.
 
     Args:
         shape: `(C, *spatial)` of the image.
@@ -164,6 +164,7 @@ class ConvDecoder(nn.Module):
             channels = out
         self.stack = nn.Sequential(*layers)
         self.last = conv(channels, self.shape[0] * 2**axes, 3, padding=1)
+        self.mean_image = nn.Parameter(torch.zeros(self.shape))
 
     def forward(self, z: Tensor, z_map: Tensor | None = None) -> Tensor:
         """Return images `(B, C, *spatial)`.
@@ -190,7 +191,7 @@ class ConvDecoder(nn.Module):
             order += [2 + axes + a, 2 + a]
         x = x.permute(*order).reshape(len(z), self.shape[0], *(2 * c for c in coarse))
         image: Tensor = x[(..., *(slice(0, s) for s in self.shape[1:]))]
-        return image
+        return self.mean_image + image
 
 
 class ColumnEncoder(Encoder):

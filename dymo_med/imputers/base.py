@@ -43,6 +43,13 @@ class Imputer(nn.Module, ABC):
             generator: CPU generator behind every random number.
         """
 
+    def start_from(self, batch: Batch) -> None:
+        """Take what helps to begin with from the training records, before the first epoch.
+
+        Args:
+            batch: All training records.
+        """
+
     @abstractmethod
     def propose(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None

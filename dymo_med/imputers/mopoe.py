@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.blocks import ConvEncoder
+from dymo_med.blocks import ConvDecoder, ConvEncoder
 from dymo_med.config import Strict
 from dymo_med.imputers.base import Imputer
 from dymo_med.modalities import modality
@@ -225,6 +225,15 @@ class MoPoE(Imputer):
             mean[..., self.latent :], log_variance[..., self.latent :], subset & has_map
         )
         return torch.cat([vector[0], cells[0]], 1), torch.cat([vector[1], cells[1]], 1)
+
+    def start_from(self, batch: Batch) -> None:
+        """Start image decoders from the mean image of the training records."""
+        for m, spec in enumerate(self.specs):
+            decoder = self.decoders[spec.name]
+            if isinstance(decoder, ConvDecoder):
+                rows = batch.observed.available[:, m]
+                with torch.no_grad():
+                    decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))
 
     def decode(self, name: str, z: Tensor) -> Tensor:
         """Return the likelihood parameters of one modality from latents `(B, L + C T)`."""

@@ -117,6 +117,7 @@ def train(
         backbone_class = BACKBONES[plan.backbone.name]
         backbone = backbone_class(specs, classes, backbone_class.Options(**plan.backbone.options))
 
+    imputer.start_from(data["train"])
     train_stage(
         "imputer",
         ImputerObjective(
