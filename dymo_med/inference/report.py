@@ -598,19 +598,25 @@ def watermark(picture: Array) -> Array:
     from PIL import Image, ImageDraw, ImageFont
 
     rows, columns = picture.shape[:2]
-    mark = Image.new("L", (2 * columns, 2 * rows), 0)
+    mark = Image.new("RGBA", (2 * columns, 2 * rows), (0, 0, 0, 0))
     draw = ImageDraw.Draw(mark)
     font = ImageFont.load_default(size=max(10, min(rows, columns) // 8))
-    for dy in (-0.3, 0.3):
-        draw.text((columns, rows * (1 + dy)), "SYNTHETIC", fill=255, font=font, anchor="mm")
+    for place in (0.7, 1.3):
+        # White with a dark edge: legible on every grey, in print too.
+        draw.text(
+            (columns, rows * place),
+            "SYNTHETIC",
+            fill=(255, 255, 255, 215),
+            stroke_fill=(0, 0, 0, 215),
+            stroke_width=1,
+            font=font,
+            anchor="mm",
+        )
     turned = mark.rotate(28, resample=Image.Resampling.BICUBIC, center=(columns, rows))
-    box = (columns // 2, rows // 2, columns // 2 + columns, rows // 2 + rows)
-    opacity = np.asarray(turned.crop(box), dtype=float)[..., None] / 255
-    # White on dark and black on bright: legible on every picture, in print too.
-    ink = np.where(picture.mean(-1, keepdims=True) < 128, 255.0, 0.0)
-    return (
-        np.asarray((1 - 0.75 * opacity) * picture + 0.75 * opacity * ink).round().astype(np.uint8)
-    )
+    left, top = columns // 2, rows // 2
+    layer = turned.crop((left, top, left + columns, top + rows))
+    marked = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer)
+    return np.asarray(marked.convert("RGB"))
 
 
 def png(picture: Array) -> str:
