@@ -54,6 +54,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             )
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a class called `name`."""
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over names in table order."""
         return iter(self._entries)

@@ -96,7 +96,6 @@ def test_cohort_paths_stay_inside(key, value):
         CohortFile.model_validate({**base, key: value})
 
 
-@pytest.mark.xfail(reason="`name in registry` raises ConfigError, so the line number is lost")
 def test_names_and_options_of_table_entries(tmp_path):
     from dymo_med.bundle import TABLES
 

@@ -1,0 +1,52 @@
+"""The layers of the package, and what it must not contain."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "dymo_med").rglob("*.py"))
+
+
+def test_imports_go_down_only():
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_unpickled_fetched_or_reported_home():
+    forbidden = re.compile(
+        r"import pickle|pickle\.|torch\.load\(|joblib\.load|allow_pickle=True|yaml\.load\(|"
+        r"urllib\.request|\brequests\b|\bsocket\b|https?://(?!www\.w3\.org)"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in SOURCES
+        for line in path.read_text().splitlines()
+        if forbidden.search(line)
+    ]
+    assert not found
+
+
+def test_nothing_pulls_in_torchvision():
+    text = "\n".join(path.read_text() for path in SOURCES)
+    assert not re.search(r"^\s*(import|from) (torchvision|timm|multivae|torchcp)", text, re.M)
+
+
+def test_public_functions_say_what_they_take_and_return():
+    """Every public function or method has a docstring of the agreed form."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ruff"), "check", "dymo_med"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_public_names_exist():
+    import dymo_med
+
+    for name in dymo_med.__all__:
+        assert getattr(dymo_med, name) is not None
