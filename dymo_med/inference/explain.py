@@ -7,17 +7,17 @@ prediction used: a modality that was rejected or absent gets nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import factorial
 
 import torch
 from torch import Tensor
 
-from dymo_med.backbones import FusionBackbone, encode_versions
-from dymo_med.types import Attribution, Batch, Fuse, Recovery, SelectionTrace
+from dymo_med.backbones import FusionBackbone
+from dymo_med.types import Attribution, Batch, Recovery, SelectionTrace, Tokens
 
-# Requests to the fusion backbone at once.
-_ROWS = 4096
+# Upper bound on token values gathered at once (about 64 MB in float32).
+_MOST_VALUES = 16_000_000
 # Above this, 2^u subsets are sampled instead of listed.
 _MOST_EXACT = 12
 _PERMUTATIONS = 200
@@ -51,96 +51,125 @@ class Explanation:
     saliency: Saliency | None
 
 
-@dataclass(frozen=True)
-class Explained:
+class Subject:
     """One record in the version that was predicted from, and the probability to explain.
 
-    Attributes:
-        backbone: The network.
-        batch: One record; `observed` marks what was used, `observed_fields` the cells that were,
-            and recovered values stand where they were trusted.
-        chosen: Index of the class.
-        temperature: Probability calibration.
-        base_rate: Share of the class among training patients: the answer from nothing.
-    """
-
-    backbone: FusionBackbone
-    batch: Batch
-    chosen: int
-    temperature: float
-    base_rate: float
-
-    def probability(self, logits: Tensor) -> Tensor:
-        """Return the calibrated probability `(R,)` of the class from logits `(R, K)`."""
-        return torch.softmax(logits / self.temperature, dim=-1)[:, self.chosen]
-
-
-def explained(
-    backbone: FusionBackbone,
-    batch: Batch,
-    recovery: Recovery,
-    trace: SelectionTrace,
-    row: int,
-    *,
-    temperature: float,
-    base_rates: tuple[float, ...],
-) -> Explained:
-    """Gather what explanations of one record are about.
+    Every used modality is encoded once; only what an explanation changes is encoded again.
 
     Args:
         backbone: The network.
         batch: B records.
         recovery: Of these.
-        trace: Of these.
-        row: Which one.
+        trace: Of these, by the selector whose answer is to be explained.
+        row: Which record.
         temperature: Probability calibration.
-        base_rates: K class shares among training patients.
+        base_rates: K class shares among training patients: the answer from nothing.
 
-    Returns:
-        A batch of one in which each used modality holds the version that was used. Tensors are
-        copies, so gradients may flow even if the originals were made in inference mode.
+    Attributes:
+        backbone: The network.
+        names: Used modalities in canonical order, u of them.
+        values: Their values `(1, *shape)` in the version that was used; copies, so that
+            gradients may flow even if the originals were made in inference mode.
+        fields: Bool `(1, F)` of used tables: the cells that were used.
+        chosen: Index of the predicted class.
+        base_rate: Its share among training patients.
     """
-    index = torch.tensor([row], device=batch.labels.device)
-    one = batch.rows(index)
-    values, fields = dict(one.values), dict(one.observed_fields)
-    for m, name in enumerate(trace.names):
-        if bool(trace.admitted[row, m]):
-            values[name] = recovery.values[name][index]
-            if name in fields:
-                fields[name] = torch.ones_like(fields[name])
-    final = Batch(
-        record_ids=one.record_ids,
-        patient_ids=one.patient_ids,
-        values={name: value.clone() for name, value in values.items()},
-        observed=replace(one.observed, available=trace.used[index].clone()),
-        observed_fields={name: value.clone() for name, value in fields.items()},
-        labels=one.labels.clone(),
-    )
-    chosen = int(trace.output.logits[row].argmax())
-    return Explained(backbone, final, chosen, temperature, base_rates[chosen])
+
+    def __init__(
+        self,
+        backbone: FusionBackbone,
+        batch: Batch,
+        recovery: Recovery,
+        trace: SelectionTrace,
+        row: int,
+        *,
+        temperature: float,
+        base_rates: tuple[float, ...],
+    ) -> None:
+        self.backbone = backbone
+        self.temperature = temperature
+        self.chosen = int(trace.output.logits[row].argmax())
+        self.base_rate = base_rates[self.chosen]
+        used, admitted = trace.used[row].tolist(), trace.admitted[row].tolist()
+        self.names = tuple(n for n, u in zip(trace.names, used, strict=True) if u)
+        self.values: dict[str, Tensor] = {}
+        self.fields: dict[str, Tensor] = {}
+        for name, trusted in zip(trace.names, admitted, strict=True):
+            if name not in self.names:
+                continue
+            source = recovery.values if trusted else batch.values
+            self.values[name] = source[name][row : row + 1].clone()
+            if name in batch.observed_fields:
+                filled = batch.observed_fields[name][row : row + 1].clone()
+                self.fields[name] = torch.ones_like(filled) if trusted else filled
+        with torch.no_grad():
+            self.tokens = {
+                name: backbone.encode(name, self.values[name], self.fields.get(name))
+                for name in self.names
+            }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.values[self.names[0]].device
+
+    def probability(self, present: Tensor, changed: Mapping[str, Tokens] | None = None) -> Tensor:
+        """Return the calibrated probability of the predicted class.
+
+        Args:
+            present: Bool `(R, u)`: which of the used modalities to fuse.
+            changed: Tokens `(R, N, D)` that stand in for a modality's own.
+
+        Returns:
+            `(R,)`; the base rate where nothing is present.
+        """
+        tokens = {**self.tokens, **(changed or {})}
+        rows, size = len(present), sum(t.values[0].numel() for t in tokens.values())
+        chunk = max(1, _MOST_VALUES // size)
+        parts = []
+        for start in range(0, rows, chunk):
+            part = present[start : start + chunk]
+            values, available = [], []
+            for i, name in enumerate(self.names):
+                t = tokens[name]
+                own = slice(start, start + chunk) if len(t.values) == rows else slice(None)
+                values.append(t.values[own].expand(len(part), -1, -1))
+                available.append(t.available[own].expand(len(part), -1) & part[:, i : i + 1])
+            parts.append(self._fuse(torch.cat(values, 1), torch.cat(available, 1)))
+        return torch.cat(parts)
+
+    def _fuse(self, tokens: Tensor, available: Tensor) -> Tensor:
+        """Return the probability from tokens `(R, N, D)` side by side."""
+        something = available.any(1).nonzero().squeeze(1)
+        worth = tokens.new_full((len(tokens),), self.base_rate)
+        if not len(something):
+            return worth
+        logits = self.backbone.fuse(tokens[something], available[something]).logits
+        probability = torch.softmax(logits / self.temperature, dim=-1)[:, self.chosen]
+        return worth.index_copy(0, something, probability)
 
 
-def explain(subject: Explained, observed: Mapping[str, Tensor | None], *, seed: int) -> Explanation:
+def explain(subject: Subject, observed: Mapping[str, Tensor | None], *, seed: int) -> Explanation:
     """Explain one record in every way that applies to it.
 
     Args:
-        subject: From `explained`.
+        subject: What to explain.
         observed: What was measured: modality to its filled cells `(F,)`, None for images.
         seed: Seed of the permutations where there are too many modalities to list all subsets.
 
     Returns:
         The explanation.
     """
-    used = set(subject.batch.observed.of(0))
-    cells = {n: f for n, f in observed.items() if n in used and f is not None}
-    images = tuple(n for n, f in observed.items() if n in used and f is None)
+    cells = {n: f for n, f in observed.items() if n in subject.names and f is not None}
+    images = tuple(n for n, f in observed.items() if n in subject.names and f is None)
     return Explanation(
         (*modality_shapley(subject, seed=seed), *cell_ablation(subject, cells)),
         image_saliency(subject, images) if images else None,
     )
 
 
-def modality_shapley(subject: Explained, *, seed: int = 0) -> tuple[Attribution, ...]:
+@torch.no_grad()
+def modality_shapley(subject: Subject, *, seed: int = 0) -> tuple[Attribution, ...]:
     """Return the Shapley value of each used modality.
 
     The game is the probability from a subset of the used modalities; the empty subset plays the
@@ -157,21 +186,17 @@ def modality_shapley(subject: Explained, *, seed: int = 0) -> tuple[Attribution,
     References:
         Shapley, A Value for n-Person Games, 1953.
     """
-    names = subject.batch.observed.of(0)
-    columns = subject.batch.observed.available[0].nonzero().squeeze(1)
-    u = len(columns)
-    with torch.no_grad():
-        fuse = encode_versions(subject.backbone, subject.batch)
-        if u <= _MOST_EXACT:
-            ids = torch.arange(2**u, device=columns.device)
-            present = (ids[:, None] >> torch.arange(u, device=columns.device)) & 1 == 1
-            values = exact_shapley(_worth(subject, fuse, columns, present), u)
-        else:
-            values = _sampled_shapley(subject, fuse, columns, seed)
+    u = len(subject.names)
+    if u <= _MOST_EXACT:
+        ids = torch.arange(2**u, device=subject.device)
+        present = (ids[:, None] >> torch.arange(u, device=subject.device)) & 1 == 1
+        values = exact_shapley(subject.probability(present), u)
+    else:
+        values = _sampled_shapley(subject, seed)
     method = "shapley" if u <= _MOST_EXACT else "shapley_sampled"
     return tuple(
         Attribution(name, "", value, method)
-        for name, value in zip(names, values.tolist(), strict=True)
+        for name, value in zip(subject.names, values.tolist(), strict=True)
     )
 
 
@@ -205,8 +230,9 @@ def exact_shapley(worth: Tensor, players: int) -> Tensor:
     return torch.stack(values) if values else worth.new_empty(0)
 
 
+@torch.no_grad()
 def cell_ablation(
-    subject: Explained, cells: Mapping[str, Tensor], *, rows_at_once: int = 256
+    subject: Subject, cells: Mapping[str, Tensor], *, rows_at_once: int = 256
 ) -> tuple[Attribution, ...]:
     """Return how much the probability falls when a measured table cell is blanked.
 
@@ -233,45 +259,33 @@ def cell_ablation(
         return ()
     from captum.attr import FeatureAblation
 
-    batch = subject.batch
-    names = batch.observed.names
-    columns = batch.observed.available[0].nonzero().squeeze(1)
-    spec = {s.name: s for s in subject.backbone.specs}
+    columns = {spec.name: spec.columns for spec in subject.backbone.specs}
 
     def forward(kept: Tensor) -> Tensor:
         rows = len(kept)
-        variants = batch.rows(torch.zeros(rows, dtype=torch.int64, device=kept.device))
-        fields = {name: value.clone() for name, value in variants.observed_fields.items()}
+        fields = {n: subject.fields[n].expand(rows, -1).clone() for n in cells}
         for i, (name, f) in enumerate(places):
             fields[name][:, f] &= kept[:, i] > 0.5
-        available = variants.observed.available.clone()
-        for name in cells:
-            available[:, names.index(name)] &= fields[name].any(1)
-        variants = replace(
-            variants,
-            observed=replace(variants.observed, available=available),
-            observed_fields=fields,
-        )
-        return _worth(
-            subject,
-            encode_versions(subject.backbone, variants),
-            columns,
-            available[:, columns],
-            torch.arange(rows, device=kept.device),
-        )
+        changed = {
+            name: subject.backbone.encode(name, subject.values[name].expand(rows, -1), fields[name])
+            for name in cells
+        }
+        present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=kept.device)
+        for name, filled in fields.items():
+            present[:, subject.names.index(name)] = filled.any(1)
+        return subject.probability(present, changed)
 
-    with torch.no_grad():
-        everything = torch.ones(1, len(places), device=batch.labels.device)
-        values = FeatureAblation(forward).attribute(
-            everything, perturbations_per_eval=min(rows_at_once, len(places))
-        )
+    everything = torch.ones(1, len(places), device=subject.device)
+    values = FeatureAblation(forward).attribute(
+        everything, perturbations_per_eval=min(rows_at_once, len(places))
+    )
     return tuple(
-        Attribution(name, spec[name].columns[f].name, value, "feature_ablation")
+        Attribution(name, columns[name][f].name, value, "feature_ablation")
         for (name, f), value in zip(places, values[0].tolist(), strict=True)
     )
 
 
-def image_saliency(subject: Explained, images: tuple[str, ...], *, steps: int = _STEPS) -> Saliency:
+def image_saliency(subject: Subject, images: tuple[str, ...], *, steps: int = _STEPS) -> Saliency:
     """Return integrated gradients of the probability over the observed images.
 
     The path leads from empty images (zero is the background of a preprocessed image) to the
@@ -292,24 +306,16 @@ def image_saliency(subject: Explained, images: tuple[str, ...], *, steps: int = 
     """
     from captum.attr import IntegratedGradients
 
-    batch = subject.batch
-    columns = batch.observed.available[0].nonzero().squeeze(1)
-
     def forward(*values: Tensor) -> Tensor:
-        rows = torch.zeros(len(values[0]), dtype=torch.int64, device=values[0].device)
-        variants = batch.rows(rows)
-        variants = replace(
-            variants, values={**variants.values, **dict(zip(images, values, strict=True))}
-        )
-        return _worth(
-            subject,
-            encode_versions(subject.backbone, variants),
-            columns,
-            variants.observed.available[:, columns],
-            torch.arange(len(rows), device=rows.device),
-        )
+        rows = len(values[0])
+        present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=subject.device)
+        changed = {
+            name: subject.backbone.encode(name, value)
+            for name, value in zip(images, values, strict=True)
+        }
+        return subject.probability(present, changed)
 
-    inputs = tuple(batch.values[name] for name in images)
+    inputs = tuple(subject.values[name] for name in images)
     with torch.enable_grad():
         maps, delta = IntegratedGradients(forward).attribute(
             inputs,
@@ -324,47 +330,12 @@ def image_saliency(subject: Explained, images: tuple[str, ...], *, steps: int = 
     )
 
 
-def _worth(
-    subject: Explained,
-    fuse: Fuse,
-    columns: Tensor,
-    present: Tensor,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Return the probability from subsets of the used modalities; the base rate from none.
-
-    Args:
-        subject: What to explain.
-        fuse: Over the patients that `rows` means.
-        columns: Int64 `(u,)`, the used modalities.
-        present: Bool `(R, u)`, the subsets.
-        rows: Int64 `(R,)`; None = patient 0 throughout.
-
-    Returns:
-        `(R,)`.
-    """
-    available = subject.batch.observed.available
-    used = available.new_zeros(len(present), available.shape[1])
-    used[:, columns] = present
-    owner = torch.zeros(len(present), dtype=torch.int64, device=used.device)
-    owner = owner if rows is None else rows
-    something = present.any(1).nonzero().squeeze(1)
-    parts = [
-        subject.probability(fuse(owner[chunk], used[chunk], torch.zeros_like(used[chunk])).logits)
-        for chunk in something.split(_ROWS)
-        if len(chunk)
-    ]
-    dtype = parts[0].dtype if parts else torch.get_default_dtype()
-    worth = torch.full((len(present),), subject.base_rate, dtype=dtype, device=used.device)
-    return worth.index_copy(0, something, torch.cat(parts)) if parts else worth
-
-
-def _sampled_shapley(subject: Explained, fuse: Fuse, columns: Tensor, seed: int) -> Tensor:
+def _sampled_shapley(subject: Subject, seed: int) -> Tensor:
     """Return Shapley values averaged over random orders in which modalities join."""
-    u = len(columns)
+    u = len(subject.names)
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(u, generator=generator) for _ in range(_PERMUTATIONS)])
-    rank = order.argsort(1).to(columns.device)  # (P, u): when each one joins
+    rank = order.argsort(1).to(subject.device)  # (P, u): when each one joins
     present = rank[:, None, :] < torch.arange(u + 1, device=rank.device)[None, :, None]
-    worth = _worth(subject, fuse, columns, present.flatten(0, 1)).view(len(rank), u + 1)
+    worth = subject.probability(present.flatten(0, 1)).view(len(rank), u + 1)
     return torch.gather(worth.diff(dim=1), 1, rank).mean(0)

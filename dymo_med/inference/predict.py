@@ -21,7 +21,7 @@ from dymo_med.backbones import encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_patient
-from dymo_med.inference.explain import Explanation, explain, explained
+from dymo_med.inference.explain import Explanation, Subject, explain
 from dymo_med.inference.files import check_replaceable, complete_folder, write_csv, write_json
 from dymo_med.inference.report import Cell, Exhibits, Scan, State, percentile, words, write_report
 from dymo_med.selection import SELECTORS
@@ -233,7 +233,7 @@ def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int
         row: Which record of it.
         seed: Seed of sampled orders, where there are too many modalities to list all subsets.
     """
-    subject = explained(
+    subject = Subject(
         bundle.backbone,
         answers.batch,
         answers.recovery,

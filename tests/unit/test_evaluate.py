@@ -12,6 +12,7 @@ from dymo_med.data.missingness import apply, parse_scenario
 from dymo_med.data.patient import read_patient
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.inference import evaluate as module
+from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch
 from dymo_med.metrics import bootstrap
@@ -320,3 +321,81 @@ def test_another_selector_is_compared_with_what_it_is_not(bundle, cohort, tmp_pa
     evaluate(other, cohort, tmp_path / "o", scenarios=("rate:0.5",), reports=False)
     methods = {r["method"] for r in rows_of(tmp_path / "o" / "metrics.csv")}
     assert methods == {"observed_only", "trust_all", "oracle", "trust_all - observed_only"}
+
+
+def test_one_class_only_is_not_measurable_but_done(bundle, cohort, tmp_path):
+    records = tuple(replace(r, label=1) for r in cohort.records)
+    evaluate(bundle, replace(cohort, records=records), tmp_path / "o", reports=False)
+    row = next(r for r in rows_of(tmp_path / "o" / "metrics.csv") if r["metric"] == "auroc")
+    assert (row["value"], row["low"], row["high"]) == ("", "", "")
+    assert "Not measurable" in (tmp_path / "o" / "index.html").read_text()
+
+
+def test_many_classes_and_hostile_names_on_the_page(tmp_path):
+    hostile = '<img src=x onerror="alert(1)">'
+    classes = ("a", hostile, "c")
+    generator = np.random.default_rng(0)
+    predictions = []
+    for method in ("observed_only", "trust_all", "dymo"):
+        for i in range(12):
+            p = generator.dirichlet(np.ones(3))
+            predictions.append(
+                {
+                    "scenario": "as-is",
+                    "record_id": f"r{i}",
+                    "patient_id": f"r{i}",
+                    "label": classes[i % 3],
+                    "method": method,
+                    **{f"prob_{c}": float(x) for c, x in zip(classes, p, strict=True)},
+                    "predicted": classes[int(p.argmax())],
+                    "observed": "t1",
+                    "trusted": "t2",
+                    "rejected": "",
+                    "absent": hostile,
+                    "pattern": "t1~",
+                }
+            )
+    metrics = [
+        {
+            "scenario": "as-is",
+            "method": method,
+            "metric": metric,
+            "value": 0.5,
+            "low": -0.1,
+            "high": 0.6,
+            "records": 12,
+            "patients": 12,
+        }
+        for method in (
+            "observed_only",
+            "trust_all",
+            "dymo",
+            "dymo - observed_only",
+            "dymo - trust_all",
+        )
+        for metric in ("auroc", "balanced_accuracy", "brier", "ece")
+    ]
+    facts = {
+        "cohort": hostile,
+        "split": "test",
+        "target": hostile,
+        "classes": classes,
+        "modalities": ["t1", "t2", hostile],
+        "scenarios": ["as-is"],
+        "methods": ["observed_only", "trust_all", "dymo"],
+        "selector": "dymo",
+        "seed": 0,
+        "records": 12,
+        "patients": 12,
+        "failed_records": 1,
+        "patients_seen_in_training": 0,
+        "bundle": {"name": hostile, "version": "0", "id": "f" * 64},
+        "device": "cpu",
+        "versions": {"dymo_med": "0"},
+    }
+    failures = [{"record_id": hostile, "scenario": "all", "stage": "read", "message": hostile}]
+    write_pages(tmp_path, facts, predictions, metrics, failures)
+    page = (tmp_path / "index.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page
+    assert "Probability of the answer" in page
+    assert "1 of 12 records could not be answered" in page

@@ -7,10 +7,10 @@ import torch
 
 from dymo_med.backbones import encode_versions
 from dymo_med.inference.explain import (
+    Subject,
     cell_ablation,
     exact_shapley,
     explain,
-    explained,
     image_saliency,
     modality_shapley,
 )
@@ -19,7 +19,7 @@ from dymo_med.selection import SELECTORS
 
 
 def subject_of(bundle, answers, row=0):
-    return explained(
+    return Subject(
         bundle.backbone,
         answers.batch,
         answers.recovery,
@@ -64,9 +64,9 @@ def test_captum_finds_the_same_values(bundle, records):
     observed_only = dataclasses.replace(bundle, selector=SELECTORS["observed_only"]())
     answers = answer(observed_only, [record])
     subject = subject_of(bundle, answers)
-    columns = subject.batch.observed.available[0].nonzero().squeeze(1)
+    columns = answers.batch.observed.available[0].nonzero().squeeze(1)
     assert len(columns) == 4
-    fuse = encode_versions(bundle.backbone, subject.batch)
+    fuse = encode_versions(bundle.backbone, answers.batch)
 
     def forward(present):
         used = torch.zeros(len(present), len(bundle.specs), dtype=torch.bool)
@@ -74,7 +74,7 @@ def test_captum_finds_the_same_values(bundle, records):
         if not used.any():
             return torch.full((len(present),), subject.base_rate)
         output = fuse(torch.zeros(len(present), dtype=torch.int64), used, torch.zeros_like(used))
-        return subject.probability(output.logits)
+        return torch.softmax(output.logits / bundle.temperature, 1)[:, subject.chosen]
 
     expected = ShapleyValues(forward).attribute(torch.ones(1, 4))
     values = [a.value for a in modality_shapley(subject)]
@@ -123,6 +123,16 @@ def test_blanking_the_only_cell_removes_the_table(bundle, records):
     (whole,) = modality_shapley(subject)
     # Nothing is left, so both are the distance to the base rate.
     assert cell.name == "crp" and cell.value == pytest.approx(whole.value, abs=1e-6)
+
+
+def test_chunks_change_nothing(bundle, records, monkeypatch):
+    answers = answer(bundle, records[:1])
+    subject = subject_of(bundle, answers)
+    cells = {n: f[0].clone() for n, f in answers.batch.observed_fields.items()}
+    whole = (*modality_shapley(subject), *cell_ablation(subject, cells))
+    monkeypatch.setattr("dymo_med.inference.explain._MOST_VALUES", 3000)
+    parts = (*modality_shapley(subject), *cell_ablation(subject, cells))
+    assert [a.value for a in parts] == pytest.approx([a.value for a in whole], abs=1e-6)
 
 
 def test_small_steps_and_large_steps_of_ablation_agree(bundle, records):
