@@ -344,7 +344,7 @@ def _sentence(step: SelectionStep) -> str:
     if step.decision == "admitted":
         key = "admitted"
     elif step.reward < 0:
-        clearer = step.quality_after >= step.quality_before
+        clearer = step.quality_after > step.quality_before - 0.0005  # as far as is shown
         key = "unclear" if step.factor == 1 else "atypical" if clearer else "both"
     else:
         key = "stopped"
@@ -416,7 +416,7 @@ def _top_cell(attribution: Attribution, cell: Cell, largest: float) -> dict[str,
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def _pictures(scans: Sequence[Scan]) -> list[dict[str, str]]:
+def _pictures(scans: Sequence[Scan]) -> list[dict[str, str | bool]]:
     """Return every scan as a strip of slices, measured ones first."""
     text = words()
     result = []
@@ -432,6 +432,7 @@ def _pictures(scans: Sequence[Scan]) -> list[dict[str, str]]:
                 "modality": scan.modality,
                 "state": scan.state,
                 "word": state,
+                "flat": flat,
                 "alt": alt.format(modality=scan.modality, state=state),
                 "png": png(strip),
             }
@@ -439,7 +440,7 @@ def _pictures(scans: Sequence[Scan]) -> list[dict[str, str]]:
     return result
 
 
-def _maps(scans: Sequence[Scan]) -> list[dict[str, str]]:
+def _maps(scans: Sequence[Scan]) -> list[dict[str, str | bool]]:
     """Return the measured scans that have one with their saliency on top, on one scale."""
     from scipy.ndimage import gaussian_filter
 
@@ -449,7 +450,8 @@ def _maps(scans: Sequence[Scan]) -> list[dict[str, str]]:
     top = max((float(np.quantile(m, 0.999)) for _, m in shown), default=0.0)
     if top <= 0:
         return []
-    alt = words()["drove"]["maps_alt"]
+    text = words()["drove"]
+    alt = {False: text["maps_alt"], True: text["maps_alt_2d"]}
     result = []
     for scan, magnitude in shown:
         # One place for all scans on a grid, so that they can be compared.
@@ -459,7 +461,8 @@ def _maps(scans: Sequence[Scan]) -> list[dict[str, str]]:
         result.append(
             {
                 "modality": scan.modality,
-                "alt": alt.format(modality=scan.modality),
+                "alt": alt[scan.values.ndim == 3].format(modality=scan.modality),
+                "flat": scan.values.ndim == 3,
                 "png": png(strip),
             }
         )
