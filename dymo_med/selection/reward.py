@@ -92,7 +92,8 @@ def log_tail(embedding: Tensor, prototype: Tensor, spread: Tensor, distance: Dis
         delta = (embedding - prototype).square().sum(-1).sqrt()
     tiny = torch.finfo(spread.dtype).tiny
     ratio = (delta.clamp_min(0) / spread.clamp_min(tiny)).clamp_max(1e6)
-    return (math.log(2) + torch.special.log_ndtr(-ratio)).clamp_max(0)
+    tail: Tensor = torch.special.log_ndtr(-ratio)
+    return (tail + math.log(2)).clamp_max(0)
 
 
 def similarity_factor(before: Tensor, after: Tensor, calibration: SimilarityCalibration) -> Tensor:

@@ -244,13 +244,15 @@ class Dymo(Selector):
         """Return log quality, log tail probability, and whether statistics were borrowed."""
         row, unseen = lookup(statistics, used)
         predicted = output.logits.argmax(-1)
+        # In double precision: `1 - z . c` cancels, and a small spread would magnify the rounding.
+        embedding = output.embedding.double()
         quality = log_quality(
-            output.embedding, statistics.overall, statistics.distance, self.options.temperature
+            embedding, statistics.overall.double(), statistics.distance, self.options.temperature
         )
         tail = log_tail(
-            output.embedding,
-            statistics.prototypes[row, predicted],
-            statistics.spread[row, predicted],
+            embedding,
+            statistics.prototypes[row, predicted].double(),
+            statistics.spread[row, predicted].double(),
             statistics.distance,
         )
         return quality, tail, unseen | (statistics.borrowed_from[row, predicted] != row)

@@ -510,10 +510,10 @@ def test_networks_fit_the_shape(spec):
     assert kind.fit(values, None) == spec
 
 
-def test_the_likelihood_is_laplace():
+def test_the_likelihood_is_gaussian():
     kind = modality(with_(FILM, shape=(1, 8, 8)))
     location, value = torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8)
-    expected = torch.distributions.Laplace(location, 0.75).log_prob(value).sum((1, 2, 3))
+    expected = torch.distributions.Normal(location, 0.5).log_prob(value).sum((1, 2, 3))
     assert torch.allclose(kind.log_likelihood(location, value, None), expected)
 
 
