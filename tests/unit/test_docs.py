@@ -1,0 +1,130 @@
+"""The pages of the documentation, held to the code."""
+
+import importlib
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from dymo_med.cli import app
+from dymo_med.config import BackboneTraining, CohortFile, Document, Recipe, Schedule
+from dymo_med.data.batch import collate
+from dymo_med.imputers import IMPUTERS
+from dymo_med.inference.predict import STEP_COLUMNS
+from dymo_med.metrics import METRICS
+from dymo_med.types import Prediction
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    {*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "cohorts").rglob("*.md")},
+)
+COMMANDS = typer.main.get_command(app).commands
+
+
+def code_blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def anchors(page):
+    """The ids that headings get, as on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    broken = []
+    for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "README.md").read_text()
+    pages = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")]
+    assert not [p for p in pages if p != "README.md" and f"({p})" not in index]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_reference(command):
+    text = (DOCS / "reference" / "command-line.md").read_text()
+    section = text.split(f"\n## {command}\n")[1].split("\n## ")[0]
+    shared = text.split("\n## ")[0]
+    for parameter in COMMANDS[command].params:
+        if parameter.param_type_name == "argument":
+            assert parameter.name.upper() in section
+            continue
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            assert f"`{name}`" in section or name in ("--help", "-h")
+    for name in set(re.findall(r"`(--?[a-z-]+)`", section)):
+        known = {o for p in COMMANDS[command].params for o in p.opts}
+        assert name in known, f"{command} has no {name}"
+    assert "`--help`" in shared
+
+
+def test_every_field_of_a_prediction_is_in_the_reference():
+    text = (DOCS / "reference" / "outputs.md").read_text()
+    names = [f.name for f in fields(Prediction)]
+    assert not [n for n in (*names, *STEP_COLUMNS, *METRICS) if f"`{n}`" not in text]
+
+
+def test_every_key_of_recipes_and_cohorts_is_in_the_reference():
+    recipe = (DOCS / "reference" / "recipe.md").read_text()
+    for model in (Recipe, Schedule, BackboneTraining, *(i.Options for i in IMPUTERS.values())):
+        assert not [n for n in model.model_fields if f"`{n}" not in recipe]
+    cohort = (DOCS / "reference" / "cohort.md").read_text()
+    assert not [n for n in CohortFile.model_fields if f"`{n}`" not in cohort]
+
+
+@pytest.mark.parametrize(
+    ("page", "model"),
+    [
+        ("reference/recipe.md", Recipe),
+        ("how-to/train-a-bundle.md", Recipe),
+        ("reference/cohort.md", CohortFile),
+    ],
+)
+def test_yaml_examples_are_valid(page, model, tmp_path):
+    (block,) = code_blocks(DOCS / page, "yaml")
+    path = tmp_path / "example.yaml"
+    path.write_text(block)
+    Document(path).parse(model)
+
+
+def test_python_examples_run(bundle_dir, cohort_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/bundle").symlink_to(bundle_dir)
+    Path("cohort").symlink_to(cohort_dir)
+    Path("patient").symlink_to(cohort_dir / "patients" / "p001")
+    names = {}
+    for block in code_blocks(DOCS / "how-to" / "use-from-python.md", "python"):
+        exec(compile(block, "use-from-python.md", "exec"), names)
+    assert names["prediction"].recovered
+    assert all(file.is_file() for file in names["files"])
+    assert (names["folder"] / "checksums.json").is_file()
+
+
+def test_the_imputer_in_the_how_to_recovers(bundle, records, tmp_path, monkeypatch):
+    (block,) = code_blocks(DOCS / "how-to" / "add-an-imputer.md", "python")
+    (tmp_path / "average_of_the_page.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("average_of_the_page").Average
+    imputer = kind(bundle.specs, kind.Options())
+    batch = collate(records, bundle.specs)
+    recovery = imputer.recover(batch)
+    assert bool(recovery.recovered.any())
+    assert all(bool(v.isfinite().all()) for v in recovery.values.values())
+    loss = imputer.loss(batch, torch.Generator())
+    loss.sum().backward()
+    assert loss.shape == (len(records),)
