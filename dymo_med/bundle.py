@@ -172,9 +172,9 @@ class ModelBundle:
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "version": self.version,
-            "monai_version": "1.6",
+            "monai_version": str(self.provenance["versions"]["monai"]),
             "pytorch_version": str(self.provenance["versions"]["torch"]),
-            "numpy_version": "2",
+            "numpy_version": str(self.provenance["versions"]["numpy"]),
             "required_packages_version": {"dymo-med": self.version},
             "task": f"{self.task.type}: {self.task.target}",
             "description": self.description,
@@ -388,7 +388,7 @@ def _checksums(folder: Path) -> dict[str, str]:
         str(file.relative_to(folder).as_posix()): hashlib.sha256(file.read_bytes()).hexdigest()
         for part in ("configs", "docs", "models")
         for file in sorted((folder / part).rglob("*"))
-        if file.is_file()
+        if file.is_file() and not file.name.startswith(".")  # a file browser's own notes
     }
 
 

@@ -6,8 +6,8 @@ Heavy libraries load inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
-import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,8 +175,13 @@ def check(
         if report.patterns and not quiet:
             _print_patterns(report.patterns)
         count = len(report.problems)
-        reporter.say(f"{path}: {report.kind}, " + (f"{count} problems" if count else "no problem"))
+        reporter.say(f"{path}: {report.kind}, {_count(count, 'problem')}")
     raise typer.Exit(report.exit_code)
+
+
+def _count(number: int, noun: str) -> str:
+    """Return for example "no problem", "1 problem", "2 problems"."""
+    return f"{number or 'no'} {noun}{'s' if number > 1 else ''}"
 
 
 def _print_patterns(patterns: Mapping[str, int]) -> None:
@@ -311,7 +316,8 @@ def evaluate(
         )
     reporter.say(f"cohort page: {out / 'index.html'}")
     if result.failures:
-        err_console.print(f"{result.failures} records failed; see {out / 'failures.csv'}")
+        failed = _count(result.failures, "failure")
+        err_console.print(escape(f"{failed}; see {out / 'failures.csv'}"))
         raise typer.Exit(3)
 
 
@@ -342,8 +348,9 @@ def main(arguments: list[str] | None = None) -> Any:
     0 done; 1 a bug; 2 usage, recipe or cohort description wrong; 3 patient data wrong; 4 bundle
     wrong or incompatible.
     """
-    # The imaging library would warn at import about optional parts nobody asked for.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    if not sys.warnoptions:
+        # Libraries warn at import about optional parts nobody asked for.
+        warnings.simplefilter("ignore")
     try:
         return app(args=arguments, standalone_mode=True)
     except DymoMedError as error:
@@ -354,6 +361,3 @@ def main(arguments: list[str] | None = None) -> Any:
         name = error.filename or "a file"
         err_console.print(f"error: {escape(str(name))}: {error.strerror}. Check the path.")
         sys.exit(2)
-    except KeyboardInterrupt:
-        err_console.print("interrupted; nothing half-written is left")
-        sys.exit(130)

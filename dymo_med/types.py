@@ -35,7 +35,8 @@ class Column:
         frequencies: Share of each category among training patients' observed cells, one per
             entry of `values`; empty before fitting and for continuous columns.
         percentiles: The 101 percentiles 0..100 of a continuous column over training patients,
-            in `unit`; empty before fitting and for categorical columns.
+            in `unit`, the first and last replaced by the 1st and 99th; empty before fitting, for
+            categorical columns, and where too few cells were filled to hide single patients.
     """
 
     name: str
@@ -404,7 +405,7 @@ class SubsetStatistics:
             all of subset s; cosine means are not re-normalised.
         overall: Float `(K, D)`, unweighted mean of `prototypes` over subsets.
         spread: Float `(S, K)`, root mean square distance to the prototype.
-        counts: Int64 `(S, K)`, training patients behind each entry (0 = borrowed).
+        counts: Int64 `(S, K)`, training records that have all of s, per class.
         borrowed_from: Int64 `(S, K)`: index of the subset whose numbers were borrowed where
             counts is too small; its own index otherwise.
     """

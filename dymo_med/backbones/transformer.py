@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,6 +69,12 @@ class FusionTransformer(FusionBackbone):
         grid: Annotated[int, Field(ge=1)] = 2
         column_layers: Annotated[int, Field(ge=0)] = 1
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+        @model_validator(mode="after")
+        def _heads_divide(self) -> Self:
+            if self.dim % self.heads:
+                raise ValueError("dim must be a multiple of heads")
+            return self
 
     def __init__(self, specs: Sequence[ModalitySpec], classes: int, options: BaseModel) -> None:
         super().__init__(specs, classes, options)

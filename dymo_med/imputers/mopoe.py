@@ -77,6 +77,8 @@ def random_subsets(available: Tensor, generator: torch.Generator) -> Tensor:
     return result
 
 
+# The mean image of fewer records than this would show single patients to whoever has the bundle.
+_MOST_PRIVATE = 10
 # Log variance that experts start from.
 _SURE = -4.0
 
@@ -242,6 +244,8 @@ class MoPoE(Imputer):
             decoder = self.decoders[spec.name]
             if isinstance(decoder, ConvDecoder | PatchDecoder):
                 rows = batch.observed.available[:, m]
+                if int(rows.sum()) < _MOST_PRIVATE:
+                    continue
                 with torch.no_grad():
                     decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dymo_med.blocks import Encoder
+from dymo_med.errors import PatientDataError, Problem
 from dymo_med.types import ModalitySpec, ModalityValue
 
 
@@ -32,6 +33,39 @@ def replace_file(path: Path, content: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def refuse_unknown(declared: Path, where: str) -> None:
+    """Refuse a file that is named like a modality's but in a format that is not read.
+
+    A file that is there must never count as missing. Sidecars (`.json`, `.txt`) beside a scan and
+    hidden files are not data.
+
+    Args:
+        declared: Where the modality's file would be.
+        where: Who this is, for the message.
+
+    Raises:
+        PatientDataError: If there is one.
+    """
+    if not declared.parent.is_dir():
+        return
+    stem = declared.name.split(".")[0]
+    sidecars = (".json", ".txt")
+    found = sorted(
+        path.name
+        for path in declared.parent.iterdir()
+        if path.name.split(".")[0] == stem and path.suffix.lower() not in sidecars
+    )
+    if found:
+        raise PatientDataError(
+            Problem(
+                f"{where}: {found[0]}",
+                "the file is named like this modality but its format is not read",
+                expected=declared.name,
+                remedy="Convert it, or rename it if it is something else",
+            )
+        )
 
 
 class Modality(ABC):

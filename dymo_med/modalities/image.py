@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.modalities.base import Modality, replace_file
+from dymo_med.modalities.base import Modality, refuse_unknown, replace_file
 from dymo_med.types import ModalitySpec, ModalityValue, Source
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class Image(Modality):
                     remedy="Keep one of them",
                 )
             )
+        if not found:
+            refuse_unknown(exact, where)
         return found[0] if found else None
 
     def read(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.modalities.base import Modality, replace_file
+from dymo_med.modalities.base import Modality, refuse_unknown, replace_file
 from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
 from dymo_med.types import Column, ModalitySpec, ModalityValue, Source
@@ -30,6 +30,9 @@ from dymo_med.types import Column, ModalitySpec, ModalityValue, Source
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_A_NUMBER = frozenset({"nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
 _LARGEST = torch.finfo(torch.float32).max
+
+# Percentiles of fewer cells than this would list patients' values in the bundle.
+_FEWEST = 20
 
 
 class ColumnEntry(Strict):
@@ -171,6 +174,8 @@ class Table(Modality):
                     remedy="Keep one of them",
                 )
             )
+        if not found:
+            refuse_unknown(declared, where)
         return found[0] if found else None
 
     def read(
@@ -277,8 +282,11 @@ class Table(Modality):
             std = float(cells.std(correction=0))
             if std <= 1e-6 * max(1.0, abs(mean)):
                 std = 1.0
-            grid = torch.linspace(0, 1, 101, dtype=torch.float64)
-            percentiles = tuple(torch.quantile(cells, grid).tolist())
+            percentiles: tuple[float, ...] = ()
+            if len(cells) >= _FEWEST:
+                # The ends are single patients' values; the 1st and 99th stand in for them.
+                grid = torch.linspace(0, 1, 101, dtype=torch.float64).clamp(0.01, 0.99)
+                percentiles = tuple(torch.quantile(cells, grid).tolist())
             columns.append(replace(column, mean=mean, std=std, percentiles=percentiles))
         return replace(self.spec, columns=tuple(columns))
 

@@ -12,9 +12,9 @@ Let z be the embedding of the current subset and z' that of the subset with the 
 
 References:
     DyMo, ICLR 2026; the published code (snapshot 64e0f78, `calculate_reward`) evaluates
-    p in float32 as 2 (1 - cdf), which is 0 beyond 5.4 spreads. Here ln p comes from
-    `log_ndtr`, so it never underflows, and alpha is held in [0, 1]: a penalty cannot turn into a
-    bonus. The published 1e-9 is kept as a floor under probabilities.
+    p in float32 as 2 (1 - cdf), which is 0 beyond 5.4 spreads, and adds 1e-9 where it divides.
+    Here ln p comes from `log_ndtr`, so it never underflows and needs no floor: a penalty fades
+    neither far from all prototypes nor turns into a bonus. alpha is held in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from torch.nn import functional as F
 
 Distance = Literal["cosine", "euclidean"]
 SimilarityCalibration = Literal["log_ratio", "ratio", "none"]
-
-_LOG_FLOOR = math.log(1e-9)
 
 
 def log_quality(
@@ -117,13 +115,11 @@ def similarity_factor(before: Tensor, after: Tensor, calibration: SimilarityCali
     """
     if calibration == "none":
         return torch.ones_like(after)
-    floor = torch.full_like(after, _LOG_FLOOR)
     if calibration == "ratio":
-        alpha = (after - torch.logaddexp(before, floor)).exp()
+        alpha = (after - before).exp()
     else:
         # after < before <= 0 wherever this is used, so the denominator is not 0 there.
-        below = torch.logaddexp(after, floor).clamp_max(-torch.finfo(after.dtype).tiny)
-        alpha = before / below
+        alpha = before / after.clamp_max(-torch.finfo(after.dtype).tiny)
     return torch.where(after >= before, torch.ones_like(alpha), alpha.clamp(0, 1))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,11 @@ def train(
     data = {split: collate(records[split], described.specs) for split in _FITTED_ON}
     specs = fit_specs(described.specs, data["train"])
 
-    fabric = Fabric(accelerator="cuda" if where.type == "cuda" else "cpu", devices=1)
+    fabric = (
+        Fabric(accelerator="cuda", devices=[where.index or 0])
+        if where.type == "cuda"
+        else Fabric(accelerator="cpu", devices=1)
+    )
     log = Log(out / "log.csv")
     checkpoints = out / "checkpoints"
     classes = len(described.task.classes)
@@ -216,7 +221,10 @@ def train(
                 stage: max(rows_, key=lambda r: r["score"])["epoch"]
                 for stage, rows_ in log.stages.items()
             },
-            "versions": {"dymo_med": dymo_med.__version__, "torch": torch.__version__},
+            "versions": {
+                "dymo_med": dymo_med.__version__,
+                **{name: version(name) for name in ("torch", "monai", "numpy")},
+            },
         },
     )
     bundle.save(out / "bundle")

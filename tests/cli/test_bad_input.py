@@ -24,7 +24,7 @@ IMPUTE = ["impute", "-i", "{patient}", "-b", "{bundle}", "-o", "{out}"]
 def edit(name, old, new):
     def spoil(place):
         path = place[name] if name in place else place["root"] / name
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new, 1))
 
@@ -50,7 +50,7 @@ def truncate(place):
 def cell(column, text):
     def spoil(place):
         path = place["patient"] / "ehr.csv"
-        header, row = path.read_text().splitlines()
+        header, row = path.read_text(encoding="utf-8").splitlines()
         names, cells = header.split(","), row.split(",")
         cells[names.index(column)] = text
         path.write_text(f"{header}\n{','.join(cells)}\n")
@@ -89,7 +89,9 @@ def absent(place):
 
 def two_rows(place):
     path = place["patient"] / "ehr.csv"
-    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    path.write_text(
+        path.read_text(encoding="utf-8") + path.read_text(encoding="utf-8").splitlines()[1] + "\n"
+    )
 
 
 def occupied(place):
@@ -100,7 +102,7 @@ def occupied(place):
 def repeat_line(name, line):
     def spoil(place):
         path = place["cohort"] / name
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         path.write_text("\n".join([*lines, lines[line]]) + "\n")
 
     return spoil
@@ -108,7 +110,7 @@ def repeat_line(name, line):
 
 def second_split(place):
     path = place["cohort"] / "splits.csv"
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     patient = next(line.split(",")[0] for line in lines if line.endswith(",train"))
     path.write_text("\n".join([*lines, f"{patient},test"]) + "\n")
 
@@ -238,21 +240,21 @@ def test_no_error_repeats_a_value(place, capsys):
 def test_one_bad_patient_does_not_stop_an_evaluation(place, capsys):
     test_patients = [
         line.split(",")[0]
-        for line in (place["cohort"] / "splits.csv").read_text().splitlines()
+        for line in (place["cohort"] / "splits.csv").read_text(encoding="utf-8").splitlines()
         if line.endswith(",test")
     ]
     records = [
         line.split(",")[0]
-        for line in (place["cohort"] / "labels.csv").read_text().splitlines()[1:]
+        for line in (place["cohort"] / "labels.csv").read_text(encoding="utf-8").splitlines()[1:]
         if line.split(",")[1] in test_patients and line.split(",")[2]
     ]
     (place["cohort"] / "patients" / records[0] / "t1.nii.gz").write_bytes(b"broken")
     with pytest.raises(SystemExit) as stopped:
         main([part.format(**place) for part in [*EVALUATE, "-q"]])
     assert stopped.value.code == 3
-    failures = (place["out"] / "failures.csv").read_text().splitlines()
+    failures = (place["out"] / "failures.csv").read_text(encoding="utf-8").splitlines()
     assert len(failures) == 2 and records[0] in failures[1]
-    predictions = (place["out"] / "predictions.csv").read_text()
+    predictions = (place["out"] / "predictions.csv").read_text(encoding="utf-8")
     assert records[0] not in predictions
     assert all(r in predictions for r in records[1:])
-    assert json.loads((place["out"] / "run.json").read_text())
+    assert json.loads((place["out"] / "run.json").read_text(encoding="utf-8"))

@@ -52,7 +52,7 @@ def test_wrong_patient_data_of_several_patients_at_once(copy):
 
 
 def test_a_wrong_description(copy):
-    text = (copy / "cohort.yaml").read_text()
+    text = (copy / "cohort.yaml").read_text(encoding="utf-8")
     (copy / "cohort.yaml").write_text(text.replace("spacing_mm", "spacing", 1))
     report = check(copy)
     assert report.exit_code == 2

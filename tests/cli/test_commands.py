@@ -62,7 +62,7 @@ def test_predict_twice_gives_the_same_bits(bundle_dir, cohort, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 0
-        answer = json.loads((out / "prediction.json").read_text())
+        answer = json.loads((out / "prediction.json").read_text(encoding="utf-8"))
         for changing in ("created", "seconds"):
             answer.pop(changing, None)
         texts.append((json.dumps(answer), (out / "selection.csv").read_bytes()))

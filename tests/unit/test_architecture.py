@@ -23,14 +23,14 @@ def test_nothing_is_unpickled_fetched_or_reported_home():
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in SOURCES
-        for line in path.read_text().splitlines()
+        for line in path.read_text(encoding="utf-8").splitlines()
         if forbidden.search(line)
     ]
     assert not found
 
 
 def test_nothing_pulls_in_torchvision():
-    text = "\n".join(path.read_text() for path in SOURCES)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     assert not re.search(r"^\s*(import|from) (torchvision|timm|multivae|torchcp)", text, re.M)
 
 

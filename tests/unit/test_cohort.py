@@ -27,7 +27,7 @@ def problems(folder):
 
 
 def edit(folder, file, old, new):
-    text = (folder / file).read_text()
+    text = (folder / file).read_text(encoding="utf-8")
     assert old in text
     (folder / file).write_text(text.replace(old, new, 1))
 
@@ -54,7 +54,7 @@ def test_visits_of_a_patient_share_a_split(cohort):
 
 
 def test_record_id_is_optional(folder):
-    text = (folder / "labels.csv").read_text().splitlines()
+    text = (folder / "labels.csv").read_text(encoding="utf-8").splitlines()
     kept = [line.split(",", 1)[1] for line in text if "_v2" not in line]
     (folder / "labels.csv").write_text("\n".join(kept))
     assert [r.record_id for r in read_cohort(folder).records][:2] == ["p000", "p001"]
@@ -66,7 +66,7 @@ def test_no_folder_no_file(tmp_path):
 
 
 def test_wrong_modalities_are_located(folder):
-    described = yaml.safe_load((folder / "cohort.yaml").read_text())
+    described = yaml.safe_load((folder / "cohort.yaml").read_text(encoding="utf-8"))
     described["modalities"]["t1"]["kind"] = "imag"
     described["modalities"]["t2"]["sise"] = [1]
     del described["modalities"]["photo"]["kind"]
@@ -75,7 +75,7 @@ def test_wrong_modalities_are_located(folder):
     (folder / "cohort.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     found = problems(folder)
     assert len(found) == 5
-    lines = (folder / "cohort.yaml").read_text().splitlines()
+    lines = (folder / "cohort.yaml").read_text(encoding="utf-8").splitlines()
     assert "kind is not known" in found[0] and "Did you mean 'image'" in found[0]
     assert "unknown key" in found[1] and "Did you mean 'size'" in found[1]
     line = int(found[1].split("cohort.yaml:")[1].split()[0])

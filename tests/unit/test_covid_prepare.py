@@ -28,7 +28,7 @@ def prepare(source, out, *options):
 def source(tmp_path):
     """Thirty patients, the first of whom came twice; every third is not labelled."""
     rng = np.random.default_rng(0)
-    described = yaml.safe_load((FOLDER / "cohort.yaml").read_text())["modalities"]
+    described = yaml.safe_load((FOLDER / "cohort.yaml").read_text(encoding="utf-8"))["modalities"]
     columns = [n for m in described.values() for n in m.get("columns", {})]
     ehr, labels, splits = [], [], []
     for number in range(30):
@@ -68,7 +68,7 @@ def test_a_cohort_comes_out(source, tmp_path):
 
 def test_columns_that_state_the_outcome_stay_behind(source, tmp_path):
     prepare(source, tmp_path / "out")
-    text = "".join(p.read_text() for p in (tmp_path / "out").rglob("*.csv"))
+    text = "".join(p.read_text(encoding="utf-8") for p in (tmp_path / "out").rglob("*.csv"))
     assert not any(column in text for column in LEAKY)
 
 
@@ -76,7 +76,7 @@ def test_the_seed_decides_the_split(source, tmp_path):
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
         prepare(source, out, "--seed", seed)
-    a, b, c = ((out / "splits.csv").read_text() for out in outs)
+    a, b, c = ((out / "splits.csv").read_text(encoding="utf-8") for out in outs)
     assert a == b != c
 
 
@@ -94,7 +94,7 @@ def test_no_declared_column_is_marked_as_giving_the_label_away():
     path = shared_data("covid-cxr", "columns.csv")
     with path.open(newline="") as stream:
         leaks = {row["column"]: row["do_not_use_as_feature_for"] for row in csv.DictReader(stream)}
-    described = yaml.safe_load((FOLDER / "cohort.yaml").read_text())["modalities"]
+    described = yaml.safe_load((FOLDER / "cohort.yaml").read_text(encoding="utf-8"))["modalities"]
     columns = [n for m in described.values() for n in m.get("columns", {})]
     marked = [c for c in columns if "icu_or_death" in leaks[c] or "not a feature" in leaks[c]]
     assert marked == ["po2_mmhg"]  # "caution", not "do not use": README.md says why

@@ -26,18 +26,18 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def code_blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def anchors(page):
     """The ids that headings get, as on GitHub."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_resolve(page):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     broken = []
     for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
@@ -50,14 +50,14 @@ def test_relative_links_resolve(page):
 
 
 def test_every_page_is_in_the_index():
-    index = (DOCS / "README.md").read_text()
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
     pages = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")]
     assert not [p for p in pages if p != "README.md" and f"({p})" not in index]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_in_the_reference(command):
-    text = (DOCS / "reference" / "command-line.md").read_text()
+    text = (DOCS / "reference" / "command-line.md").read_text(encoding="utf-8")
     section = text.split(f"\n## {command}\n")[1].split("\n## ")[0]
     shared = text.split("\n## ")[0]
     for parameter in COMMANDS[command].params:
@@ -73,16 +73,16 @@ def test_every_option_is_in_the_reference(command):
 
 
 def test_every_field_of_a_prediction_is_in_the_reference():
-    text = (DOCS / "reference" / "outputs.md").read_text()
+    text = (DOCS / "reference" / "outputs.md").read_text(encoding="utf-8")
     names = [f.name for f in fields(Prediction)]
     assert not [n for n in (*names, *STEP_COLUMNS, *METRICS) if f"`{n}`" not in text]
 
 
 def test_every_key_of_recipes_and_cohorts_is_in_the_reference():
-    recipe = (DOCS / "reference" / "recipe.md").read_text()
+    recipe = (DOCS / "reference" / "recipe.md").read_text(encoding="utf-8")
     for model in (Recipe, Schedule, BackboneTraining, *(i.Options for i in IMPUTERS.values())):
         assert not [n for n in model.model_fields if f"`{n}" not in recipe]
-    cohort = (DOCS / "reference" / "cohort.md").read_text()
+    cohort = (DOCS / "reference" / "cohort.md").read_text(encoding="utf-8")
     assert not [n for n in CohortFile.model_fields if f"`{n}`" not in cohort]
 
 

@@ -62,9 +62,9 @@ def test_everything_is_written(done):
     assert {p.name for p in (done.out / "plots").iterdir()} == {"auroc.png", "calibration.png"}
     assert len(list((done.out / "reports").glob("*/report.html"))) == 2
     assert done.failures == 0 and rows_of(done.out / "failures.csv") == []
-    header = (done.out / "failures.csv").read_text()
+    header = (done.out / "failures.csv").read_text(encoding="utf-8")
     assert header == "record_id,scenario,stage,message\n"
-    run = json.loads((done.out / "run.json").read_text())
+    run = json.loads((done.out / "run.json").read_text(encoding="utf-8"))
     assert run["scenarios"] == list(SCENARIOS) and run["records"] == done.records
 
 
@@ -170,7 +170,7 @@ def test_metrics_are_those_of_the_predictions(done):
 
 
 def test_the_page_links_what_exists_and_needs_no_network(done):
-    page = (done.out / "index.html").read_text()
+    page = (done.out / "index.html").read_text(encoding="utf-8")
     for record in (p.name for p in (done.out / "reports").iterdir()):
         assert f'href="reports/{record}/report.html"' in page
     assert "http" not in page
@@ -240,7 +240,7 @@ def test_a_bad_patient_costs_a_row(bundle, cohort, broken, tmp_path):
     assert left and [r["record_id"] for r in left] == [
         r["record_id"] for r in whole if r["record_id"] != "p017"
     ]
-    assert "p017" in (tmp_path / "a" / "index.html").read_text()
+    assert "p017" in (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_patient_the_scenario_empties_is_a_failure_too(bundle, cohort, tmp_path):
@@ -306,7 +306,9 @@ def test_a_cohort_about_something_else_does_not_fit(bundle, cohort, tmp_path):
 def test_a_modality_may_lie_in_another_file(bundle, cohort_dir, tmp_path):
     folder = tmp_path / "cohort"
     shutil.copytree(cohort_dir, folder)
-    description = (folder / "cohort.yaml").read_text().replace("t2.nii.gz", "second.nii.gz")
+    description = (
+        (folder / "cohort.yaml").read_text(encoding="utf-8").replace("t2.nii.gz", "second.nii.gz")
+    )
     (folder / "cohort.yaml").write_text(description)
     for path in folder.glob("patients/*/t2.nii.gz"):
         path.rename(path.with_name("second.nii.gz"))
@@ -328,7 +330,7 @@ def test_one_class_only_is_not_measurable_but_done(bundle, cohort, tmp_path):
     evaluate(bundle, replace(cohort, records=records), tmp_path / "o", reports=False)
     row = next(r for r in rows_of(tmp_path / "o" / "metrics.csv") if r["metric"] == "auroc")
     assert (row["value"], row["low"], row["high"]) == ("", "", "")
-    assert "Not measurable" in (tmp_path / "o" / "index.html").read_text()
+    assert "Not measurable" in (tmp_path / "o" / "index.html").read_text(encoding="utf-8")
 
 
 def test_many_classes_and_hostile_names_on_the_page(tmp_path):
@@ -395,7 +397,7 @@ def test_many_classes_and_hostile_names_on_the_page(tmp_path):
     }
     failures = [{"record_id": hostile, "scenario": "all", "stage": "read", "message": hostile}]
     write_pages(tmp_path, facts, predictions, metrics, failures)
-    page = (tmp_path / "index.html").read_text()
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "Probability of the answer" in page
     assert "1 of 12 records could not be answered" in page

@@ -43,7 +43,7 @@ def test_reading_twice_gives_the_same(cohort, patient):
 
 
 def test_missing_values_are_blank(cohort, patient):
-    text = (patient / "ehr.csv").read_text().splitlines()
+    text = (patient / "ehr.csv").read_text(encoding="utf-8").splitlines()
     (patient / "ehr.csv").write_text(f"{text[0]}\nn/a,{text[1].split(',', 1)[1]}\n")
     record = read_patient(patient, cohort.specs, missing_values=cohort.missing_values)
     assert record.modalities["demographics"].observed_fields.tolist() == [False, True]
@@ -107,3 +107,19 @@ def test_scans_far_apart_are_warned_about(cohort, patient):
     assert record.modalities["t1"].warnings == ()
     [warning] = record.modalities["t2"].warnings
     assert "45 mm" in warning and "t1" in warning
+
+
+@pytest.mark.parametrize("name", ["t1.dcm", "t1.nii.gz.bak", "ehr.xlsx"])
+def test_a_file_in_a_format_that_is_not_read_is_an_error_not_missing(cohort, tmp_path, name):
+    write_patient(tmp_path / "p", np.random.default_rng(0), True, [])
+    folder = tmp_path / "p"
+    stem = name.split(".")[0]
+    next(folder.glob(f"{stem}.*")).rename(folder / name)
+    with pytest.raises(PatientDataError, match=f"{name}.*format is not read"):
+        read_patient(folder, cohort.specs)
+
+
+def test_a_sidecar_without_its_scan_is_no_scan(cohort, tmp_path):
+    write_patient(tmp_path / "p", np.random.default_rng(0), True, ["t1"])
+    (tmp_path / "p" / "t1.json").write_text("{}")
+    assert "t1" not in read_patient(tmp_path / "p", cohort.specs).modalities

@@ -147,7 +147,7 @@ def test_one_patient_from_folder_to_files(bundle, cohort_dir, tmp_path):
         "selection.csv",
     ]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    data = json.loads((out / "prediction.json").read_text())
+    data = json.loads((out / "prediction.json").read_text(encoding="utf-8"))
     assert next(iter(data)) == "schema_version"
     assert data["record_id"] == "p003" and data["seed"] == 5
     assert tuple(data["probabilities"]) == p.probabilities  # the same bits
@@ -184,7 +184,7 @@ def test_without_explanation_nothing_is_attributed(bundle, cohort_dir, tmp_path,
     monkeypatch.setattr(module, "explain", forbidden)
     p = predict_patient(cohort_dir / "patients" / "p003", bundle, tmp_path / "o", explain=False)
     assert p.attributions == ()
-    assert "not computed" in (tmp_path / "o" / "report.html").read_text()
+    assert "not computed" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
 
 
 def test_foreign_folders_are_left_alone(bundle, cohort_dir, tmp_path):
@@ -209,7 +209,7 @@ def test_an_earlier_output_is_replaced_whole(bundle, cohort_dir, tmp_path):
     (out / "stale").write_text("x")
     predict_patient(cohort_dir / "patients" / "p001", bundle, out, explain=False)
     assert not (out / "stale").exists()
-    assert json.loads((out / "prediction.json").read_text())["record_id"] == "p001"
+    assert json.loads((out / "prediction.json").read_text(encoding="utf-8"))["record_id"] == "p001"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -243,7 +243,10 @@ def test_impute_writes_only_what_was_missing(bundle, cohort_dir, tmp_path):
     assert len(written) == len(p.recovered) > 0
     assert all(path.is_file() and path.parent == out / "recovered" for path in written)
     assert all("synthetic" in path.name for path in written)
-    assert json.loads((out / "recovered" / "recovered.json").read_text())["synthetic"] is True
+    assert (
+        json.loads((out / "recovered" / "recovered.json").read_text(encoding="utf-8"))["synthetic"]
+        is True
+    )
     impute_patient(cohort_dir / "patients" / "p003", bundle, out)
 
 

@@ -301,8 +301,12 @@ def test_no_word_is_left_over():
     """That every word in use exists is what the strict templates see to."""
     folder = resources.files("dymo_med.inference").joinpath("templates")
     inference = resources.files("dymo_med.inference")
-    used = "".join(f.read_text() for f in folder.iterdir() if f.name.endswith(".j2"))
-    code = "".join(f.read_text() for f in inference.iterdir() if f.name.endswith(".py"))
+    used = "".join(
+        f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".j2")
+    )
+    code = "".join(
+        f.read_text(encoding="utf-8") for f in inference.iterdir() if f.name.endswith(".py")
+    )
     indexed = {"why": ("sentence_",), "warnings": ("flip_",), "had": ("partly_",)}
     left_over = [
         f"{section}.{key}"

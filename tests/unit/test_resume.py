@@ -47,7 +47,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("stop_after", [1, 4, 7])
 def test_resume_after_an_interruption_gives_the_same_bits(setting, tmp_path, stop_after):
     recipe, cohort, whole = setting
-    checksums = (whole / "checksums.json").read_text()
+    checksums = (whole / "checksums.json").read_text(encoding="utf-8")
     seen = 0
 
     def stop(*_):
@@ -60,15 +60,15 @@ def test_resume_after_an_interruption_gives_the_same_bits(setting, tmp_path, sto
     with pytest.raises(Interrupted):
         train(recipe, cohort, out, device="cpu", progress=stop)
     bundle = train(recipe, cohort, out, device="cpu", resume=True)
-    assert (bundle / "checksums.json").read_text() == checksums
-    log = (out / "log.csv").read_text().splitlines()
+    assert (bundle / "checksums.json").read_text(encoding="utf-8") == checksums
+    log = (out / "log.csv").read_text(encoding="utf-8").splitlines()
     assert len(log) == 1 + 4 + 6
 
 
 @pytest.mark.slow
 def test_kill_at_random_moments_then_resume_gives_the_same_bits(setting, tmp_path):
     recipe, cohort, whole = setting
-    checksums = (whole / "checksums.json").read_text()
+    checksums = (whole / "checksums.json").read_text(encoding="utf-8")
     out = tmp_path / "run"
     command = [sys.executable, "-m", "dymo_med", "train", str(recipe)]
     command += ["--cohort", str(cohort), "--out", str(out), "--device", "cpu", "-q"]
@@ -87,11 +87,11 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(setting, tmp_pat
         process.wait()
     finished = subprocess.run([*command, "--resume"], env=environment, timeout=300)
     assert finished.returncode == 0
-    assert (out / "bundle" / "checksums.json").read_text() == checksums
+    assert (out / "bundle" / "checksums.json").read_text(encoding="utf-8") == checksums
 
 
 def test_another_recipe_cannot_resume(setting, tmp_path):
-    recipe, cohort, whole = setting
+    _recipe, cohort, whole = setting
     other = tmp_path / "other.yaml"
     other.write_text(RECIPE.replace("seed: 3", "seed: 4"))
     with pytest.raises(ConfigError, match="belongs to another recipe"):
@@ -108,7 +108,7 @@ def test_a_run_is_not_overwritten_without_resume(setting, tmp_path):
 
 def test_the_bundle_says_what_it_was_fitted_on(setting):
     _, _, bundle = setting
-    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     hashed = metadata["provenance"]["patients"]
     records = metadata["provenance"]["records"]
     assert {s: len(set(v)) for s, v in hashed.items()} == records

@@ -290,7 +290,7 @@ class TestFiles:
 
     def test_description(self, cohort: Path) -> None:
         """`cohort.yaml` reads back as it was meant."""
-        description = yaml.safe_load((cohort / "cohort.yaml").read_text())
+        description = yaml.safe_load((cohort / "cohort.yaml").read_text(encoding="utf-8"))
         assert description == cohort_description(SIZE)
         assert list(description["modalities"]) == list(MODALITIES)
         assert description["modalities"]["flair"]["spacing_mm"] == [8.0, 8.0, 8.0]

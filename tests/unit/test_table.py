@@ -167,11 +167,20 @@ def fitted():
     return modality(modality(SPEC).fit(values, filled))
 
 
+def test_percentiles_hide_the_lowest_and_highest_patient():
+    values = torch.arange(100.0, 200.0)[:, None].expand(100, 4).clone()
+    values[:, [1, 3]] = 0
+    ldh = modality(SPEC).fit(values, torch.ones(100, 4, dtype=torch.bool)).columns[0]
+    assert len(ldh.percentiles) == 101
+    assert ldh.percentiles[50] == pytest.approx(149.5)
+    assert ldh.percentiles[0] == ldh.percentiles[1] > 100
+    assert ldh.percentiles[100] == ldh.percentiles[99] < 199
+
+
 def test_fit_uses_filled_cells_only():
     ldh, sex, crp, group = fitted().spec.columns
     assert ldh.mean == pytest.approx(300) and ldh.std == pytest.approx(163.299, abs=1e-2)
-    assert len(ldh.percentiles) == 101
-    assert ldh.percentiles[0] == 100 and ldh.percentiles[50] == 300 and ldh.percentiles[100] == 500
+    assert ldh.percentiles == ()  # too few cells to hide single patients
     assert (crp.mean, crp.std) == (1, 1)  # one distinct value
     assert sex.frequencies == pytest.approx((2 / 5, 3 / 5))
     assert group.frequencies == pytest.approx((3 / 6, 2 / 6, 1 / 6))
@@ -263,7 +272,7 @@ def test_a_recovered_table_says_what_was_measured(tmp_path):
         {"column": "crp", "value": "0.25", "unit": "", "source": "recovered"},
         {"column": "group", "value": "0", "unit": "", "source": "observed"},
     ]
-    text = kind.write(tmp_path, torch.zeros(4), None, None).read_text()
+    text = kind.write(tmp_path, torch.zeros(4), None, None).read_text(encoding="utf-8")
     assert "observed" not in text and text.count("recovered") == 4
 
 
