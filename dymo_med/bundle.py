@@ -153,7 +153,9 @@ class ModelBundle:
             (work / "docs" / "README.md").write_text(self._model_card(), encoding="utf-8")
             sums = _checksums(work)
             _write_json(work / "checksums.json", sums)
-            work.chmod(0o755)
+            work.chmod(0o755)  # temporary folders and saved weights start out private
+            for file in work.rglob("*.safetensors"):
+                file.chmod(0o644)
             if folder.exists():
                 old = work.with_name(work.name + "-old")
                 folder.rename(old)

@@ -12,12 +12,14 @@ from dymo_med.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from dymo_med.bundle import ModelBundle
+    from dymo_med.types import Cohort
 
-PATIENTS = 24
+PATIENTS = 60
 TRAINING_PATIENTS = 160
-# What the one patient of the demo lacks: the most informative sequence, which nothing replaces,
-# and one that another sequence can stand in for.
-ABSENT = ("t1ce.nii.gz", "flair.nii.gz")
+# What the one patient of the demo lacks: a scan that another sequence can stand in for, and a
+# table that nothing else tells much about.
+ABSENT_SCAN = "flair"
+ABSENT_TABLE = "labs"
 SCENARIOS = ("as-is", "rate:0.5")
 
 
@@ -79,16 +81,9 @@ def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: 
     if train_first:
         bundle = load_bundle(_train(bundle, out, device, seed, reporter), device)
     described = read_cohort(cohort)
-    test = described.in_split("test")
-    complete = next(
-        (r for r in test if all((r.folder / name).exists() for name in ABSENT)), test[0]
-    )
-    patient = out / "patient" / complete.record_id
-    shutil.copytree(complete.folder, patient)
-    for name in ABSENT:
-        (patient / name).unlink(missing_ok=True)
-    reporter.say(f"Patient {complete.record_id} lacks {', '.join(ABSENT)}")
-    prediction = predict_patient(patient, bundle, out / "prediction", seed=seed)
+    chosen = _instructive(bundle, described, out / "incomplete", seed)
+    reporter.say(f"Patient {chosen.name} lacks {ABSENT_SCAN} and {ABSENT_TABLE}")
+    prediction = predict_patient(chosen, bundle, out / "prediction", seed=seed)
     for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
         reporter.say(f"  {name}: {probability:.1%}")
     reporter.say(f"  trusted: {', '.join(prediction.trusted) or 'nothing'}")
@@ -107,6 +102,37 @@ def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: 
     reporter.say(f"cohort page: {out / 'evaluation' / 'index.html'}")
     reporter.say(f"recovered:   {out / 'prediction' / 'recovered'}")
     reporter.say(f"done in {time.monotonic() - began:.0f} s")
+
+
+def _instructive(bundle: ModelBundle, cohort: Cohort, folder: Path, seed: int) -> Path:
+    """Take a scan and a table from every test patient; return one patient worth showing.
+
+    That is the first of whose two recoveries one was trusted and the other was not; else the
+    first.
+    """
+    from dymo_med.data.patient import read_patient
+    from dymo_med.inference.predict import predict_batch
+
+    specs = {spec.name: spec for spec in cohort.specs}
+    blank = {column.name for column in specs[ABSENT_TABLE].columns}
+    patients = []
+    for record in cohort.in_split("test"):
+        patient = folder / record.record_id
+        shutil.copytree(record.folder, patient)
+        (patient / specs[ABSENT_SCAN].file).unlink(missing_ok=True)
+        table = patient / specs[ABSENT_TABLE].file
+        header, cells = (line.split(",") for line in table.read_text(encoding="utf-8").splitlines())
+        cells = ["" if h in blank else c for h, c in zip(header, cells, strict=True)]
+        table.write_text(f"{','.join(header)}\n{','.join(cells)}\n", encoding="utf-8")
+        patients.append(patient)
+    records = [read_patient(patient, bundle.specs) for patient in patients]
+    both = {ABSENT_SCAN, ABSENT_TABLE}
+    for patient, answer in zip(
+        patients, predict_batch(bundle, records, explain=False, seed=seed), strict=True
+    ):
+        if both & set(answer.trusted) and both & set(answer.rejected):
+            return patient
+    return patients[0]
 
 
 def _train(shipped: ModelBundle, out: Path, device: str, seed: int, reporter: Reporter) -> Path:

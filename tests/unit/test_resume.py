@@ -102,7 +102,7 @@ def test_a_run_is_not_overwritten_without_resume(setting, tmp_path):
     recipe, cohort, _ = setting
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious.txt").write_text("x")
-    with pytest.raises(ConfigError, match="not empty.*--resume"):
+    with pytest.raises(ConfigError, match=r"not empty.*--resume"):
         train(recipe, cohort, tmp_path / "run", device="cpu")
 
 
