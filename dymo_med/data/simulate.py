@@ -677,7 +677,8 @@ def _write_patient(
     lesion = Lesion.from_latents(evidence.latents)
     scans = render(lesion, for_images, size, evidence.degraded)
 
-    record_id = f"p{index:04d}"
+    # The seed is part of the id: two cohorts hold different patients.
+    record_id = f"s{seed}-p{index:04d}"
     folder = root / "patients" / record_id
     hidden = root / "truth" / record_id
     folder.mkdir(parents=True)

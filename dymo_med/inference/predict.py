@@ -37,6 +37,9 @@ from dymo_med.types import (
 )
 
 SCHEMA_VERSION = 1
+# Standard deviations from the training mean beyond which a value is called far from what was seen.
+_FAR = 4.0
+
 STEP_COLUMNS = tuple(SelectionStep.__dataclass_fields__)
 RECOVERED = "recovered"
 
@@ -535,8 +538,9 @@ def _warnings(
                 spec.columns, value.values.tolist(), value.observed_fields.tolist(), strict=True
             )
             if filled
-            and column.percentiles
-            and not column.percentiles[0] <= x <= column.percentiles[-1]
+            and column.mean is not None
+            and column.std is not None
+            and abs(x - column.mean) > _FAR * column.std
         ]
         if outside:
             result.append(text["outside"].format(modality=spec.name, columns=", ".join(outside)))

@@ -297,7 +297,7 @@ class TestFiles:
 
     def test_images(self, cohort: Path) -> None:
         """Shape, type, affine and units are those of the description."""
-        image = nib.load(cohort / "truth" / "p0000" / "lesion.nii.gz")
+        image = nib.load(cohort / "truth" / "s3-p0000" / "lesion.nii.gz")
         assert image.shape == (SIZE,) * 3
         path = next((cohort / "patients").rglob("t1.nii.gz"))
         image = nib.load(path)
@@ -340,8 +340,8 @@ class TestFiles:
         simulate(again, 12, seed=3, size=SIZE)
         assert hashes(again) == hashes(cohort)
         other = hashes(simulate(tmp_path / "other", 1, seed=4, size=SIZE))
-        ehr = "patients/p0000/ehr.csv"
-        assert other[ehr] != hashes(cohort)[ehr]
+        ehr = "patients/s4-p0000/ehr.csv"
+        assert other[ehr] != hashes(cohort)[ehr.replace("s4", "s3")]
 
     def test_a_patient_does_not_depend_on_the_others(self, cohort: Path, tmp_path: Path) -> None:
         """The first patients of a larger cohort are those of a smaller one."""
@@ -354,7 +354,7 @@ class TestFiles:
     def test_evidence_does_not_depend_on_size(self, cohort: Path, tmp_path: Path) -> None:
         """The same patients at another resolution have the same tables."""
         simulate(tmp_path / "small", 2, seed=3, size=16)
-        ehr = Path("patients") / "p0001" / "ehr.csv"
+        ehr = Path("patients") / "s3-p0001" / "ehr.csv"
         assert (tmp_path / "small" / ehr).read_bytes() == (cohort / ehr).read_bytes()
 
     def test_splits(self, cohort: Path) -> None:
