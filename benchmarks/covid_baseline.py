@@ -36,7 +36,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_record
 from dymo_med.metrics import bootstrap, patient_weights
 from dymo_med.types import Batch, Cohort
 
@@ -46,15 +46,7 @@ FITTED_ON = ("train", "validation", "calibration")
 def read_split(cohort: Cohort, splits: tuple[str, ...]) -> Batch:
     """Return all labelled records of some splits."""
     records = [
-        read_patient(
-            entry.folder,
-            cohort.specs,
-            record_id=entry.record_id,
-            patient_id=entry.patient_id,
-            label=entry.label,
-            missing_values=cohort.missing_values,
-            require_something=False,
-        )
+        read_record(entry, cohort.specs, cohort.missing_values, require_something=False)
         for split in splits
         for entry in cohort.in_split(split)
         if entry.label is not None

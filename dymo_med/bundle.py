@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dymo_med.backbones import BACKBONES, FusionBackbone
 from dymo_med.config import Recipe
 from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.errors import BundleError, ConfigError, Problem
+from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.modalities import MODALITIES, modality
 from dymo_med.modalities.base import Modality
@@ -138,33 +137,25 @@ class ModelBundle:
 
         Returns:
             The bundle's id.
+
+        Raises:
+            ConfigError: If the folder holds something that is not a bundle.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with complete_folder(folder, "checksums.json") as work:
             for name in ("configs", "models", "docs"):
                 (work / name).mkdir()
-            _write_json(work / "configs" / "metadata.json", self._metadata())
-            _write_json(work / "configs" / "inference.json", self._inference())
-            save_file(_cpu(self.imputer.state_dict()), work / "models" / "imputer.safetensors")
-            save_file(_cpu(self.backbone.state_dict()), work / "models" / "backbone.safetensors")
+            write_json(work / "configs" / "metadata.json", self._metadata())
+            write_json(work / "configs" / "inference.json", self._inference())
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
-            save_file(_cpu(statistics), work / "models" / "statistics.safetensors")
-            (work / "docs" / "README.md").write_text(self._model_card(), encoding="utf-8")
+            for name, tensors in (
+                ("imputer", self.imputer.state_dict()),
+                ("backbone", self.backbone.state_dict()),
+                ("statistics", statistics),
+            ):
+                write_bytes(work / "models" / f"{name}.safetensors", save(_cpu(tensors)))
+            write_text(work / "docs" / "README.md", self._model_card())
             sums = _checksums(work)
-            _write_json(work / "checksums.json", sums)
-            work.chmod(0o755)  # temporary folders and saved weights start out private
-            for file in work.rglob("*.safetensors"):
-                file.chmod(0o644)
-            if folder.exists():
-                old = work.with_name(work.name + "-old")
-                folder.rename(old)
-                work.rename(folder)
-                shutil.rmtree(old)
-            else:
-                work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            write_json(work / "checksums.json", sums)
         return _identity(sums)
 
     def _metadata(self) -> dict[str, Any]:
@@ -400,7 +391,3 @@ def _identity(sums: Mapping[str, str]) -> str:
 
 def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

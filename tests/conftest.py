@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_record
 
 SPLIT_OF_PATIENT = (
     ["train"] * 10 + ["validation"] * 3 + ["calibration"] * 3 + ["test"] * 4
@@ -148,17 +148,7 @@ def cohort(cohort_dir):
 @pytest.fixture(scope="session")
 def records(cohort):
     """All records of the small cohort, read."""
-    return [
-        read_patient(
-            entry.folder,
-            cohort.specs,
-            record_id=entry.record_id,
-            patient_id=entry.patient_id,
-            label=entry.label,
-            missing_values=cohort.missing_values,
-        )
-        for entry in cohort.records
-    ]
+    return [read_record(entry, cohort.specs, cohort.missing_values) for entry in cohort.records]
 
 
 @pytest.fixture(autouse=True)

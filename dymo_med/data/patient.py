@@ -12,10 +12,29 @@ import numpy as np
 
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities import Modality, modality
-from dymo_med.types import ModalitySpec, ModalityValue, PatientRecord
+from dymo_med.types import CohortRecord, ModalitySpec, ModalityValue, PatientRecord
 
 # Grids are centred on each scan's own field of view; further apart than this, say so.
 APART_MM = 20.0
+
+
+def read_record(
+    entry: CohortRecord,
+    specs: Sequence[ModalitySpec],
+    missing_values: Sequence[str] = (),
+    *,
+    require_something: bool = True,
+) -> PatientRecord:
+    """Read one record of a cohort; see `read_patient`."""
+    return read_patient(
+        entry.folder,
+        specs,
+        record_id=entry.record_id,
+        patient_id=entry.patient_id,
+        label=entry.label,
+        missing_values=missing_values,
+        require_something=require_something,
+    )
 
 
 def read_patient(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dymo_med.bundle import load_bundle, read_recipe
 from dymo_med.config import Document
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_patient, read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.types import ModalitySpec, PatientRecord
 
@@ -129,12 +129,8 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
     observed: dict[str, int] = dict.fromkeys((spec.name for spec in cohort.specs), 0)
     for done, entry in enumerate(cohort.records, start=1):
         try:
-            record = read_patient(
-                entry.folder,
-                cohort.specs,
-                record_id=entry.record_id,
-                missing_values=cohort.missing_values,
-                require_something=False,
+            record = read_record(
+                entry, cohort.specs, cohort.missing_values, require_something=False
             )
         except PatientDataError as error:
             problems.extend(error.problems)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dymo_med.inference.files import write_text
+from dymo_med.files import write_text
 from dymo_med.inference.report import environment, words
 from dymo_med.metrics import patient_weights
 

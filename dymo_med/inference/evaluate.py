@@ -20,10 +20,10 @@ from torch import Tensor
 
 from dymo_med.bundle import ModelBundle, hashed_id
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.files import write_csv, write_json
 from dymo_med.inference.cohort_page import write_pages
-from dymo_med.inference.files import write_csv, write_json
 from dymo_med.inference.predict import (
     STEP_COLUMNS,
     Answers,
@@ -485,14 +485,7 @@ def _read(
     read, failures = [], []
     for position, entry in enumerate(chunk):
         try:
-            record = read_patient(
-                entry.folder,
-                specs,
-                record_id=entry.record_id,
-                patient_id=entry.patient_id,
-                label=entry.label,
-                missing_values=missing_values,
-            )
+            record = read_record(entry, specs, missing_values)
         except PatientDataError as error:
             failures.append(_failure(entry.record_id, "all", "read", _message(error)))
         else:

@@ -21,8 +21,8 @@ from dymo_med.backbones import encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_patient
+from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json
 from dymo_med.inference.explain import Explanation, Subject, explain
-from dymo_med.inference.files import check_replaceable, complete_folder, write_csv, write_json
 from dymo_med.inference.report import Cell, Exhibits, Scan, State, percentile, words, write_report
 from dymo_med.selection import SELECTORS
 from dymo_med.types import (

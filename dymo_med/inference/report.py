@@ -22,7 +22,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from dymo_med.inference.files import write_text
+from dymo_med.files import write_text
 from dymo_med.types import Attribution, Prediction, SelectionStep
 
 Array = NDArray[Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,25 +13,6 @@ from torch import Tensor, nn
 from dymo_med.blocks import Encoder
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.types import ModalitySpec, ModalityValue
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader sees the old one or the whole new one, never a part.
-
-    Args:
-        path: Where to, in an existing folder.
-        content: The bytes.
-
-    Returns:
-        `path`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def refuse_unknown(declared: Path, where: str) -> None:

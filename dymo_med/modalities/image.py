@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.modalities.base import Modality, refuse_unknown, replace_file
+from dymo_med.files import write_bytes
+from dymo_med.modalities.base import Modality, refuse_unknown
 from dymo_med.types import ModalitySpec, ModalityValue, Source
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class Image(Modality):
         image.header["descrip"] = SYNTHETIC.encode()
         image.header.set_xyzt_units("mm")
         content = gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
-        return replace_file(folder / f"{self.spec.name}_synthetic.nii.gz", content)
+        return write_bytes(folder / f"{self.spec.name}_synthetic.nii.gz", content)
 
     def _write_picture(self, folder: Path, array: np.ndarray) -> Path:
         import io
@@ -261,7 +262,7 @@ class Image(Modality):
         text.add_text("Description", SYNTHETIC)
         stream = io.BytesIO()
         picture.save(stream, format="PNG", pnginfo=text)
-        return replace_file(folder / f"{self.spec.name}_synthetic.png", stream.getvalue())
+        return write_bytes(folder / f"{self.spec.name}_synthetic.png", stream.getvalue())
 
     def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
         """Return the spec as it is: intensities are normalised scan by scan."""

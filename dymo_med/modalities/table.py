@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.modalities.base import Modality, refuse_unknown, replace_file
+from dymo_med.files import write_bytes
+from dymo_med.modalities.base import Modality, refuse_unknown
 from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
 from dymo_med.types import Column, ModalitySpec, ModalityValue, Source
@@ -250,7 +251,7 @@ class Table(Modality):
             writer.writerow(
                 [column.name, text, column.unit, "observed" if observed else "recovered"]
             )
-        return replace_file(folder / f"{self.spec.name}_synthetic.csv", stream.getvalue().encode())
+        return write_bytes(folder / f"{self.spec.name}_synthetic.csv", stream.getvalue().encode())
 
     # -- networks ------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dymo_med.training.loop import write_atomically
+from dymo_med.files import write_bytes
 
 
 def draw_curves(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
@@ -33,4 +33,4 @@ def draw_curves(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path)
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())

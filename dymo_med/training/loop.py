@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from dymo_med.config import Schedule
 from dymo_med.errors import ConfigError, Problem
+from dymo_med.files import write_bytes
 from dymo_med.types import Batch
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
@@ -85,17 +85,6 @@ class _State:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class Log:
     """`log.csv`: one row per stage and epoch, rewritten whole so that a resume leaves no gap."""
 
@@ -117,7 +106,8 @@ class Log:
                 main = [f"{row['loss']:.6g}", f"{row['score']:.6g}"]
                 seconds = f"{row['seconds']:.3f}"
                 out.writerow([stage, int(row["epoch"]), *main, figures, seconds])
-        write_atomically(self.path, text.getvalue().encode())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.path, text.getvalue().encode())
 
 
 def train_stage(
@@ -216,7 +206,8 @@ def _store(
         tensors |= {f"optimizer/{index}/{k}": torch.as_tensor(v) for k, v in values.items()}
     about = {"fingerprint": fingerprint, **vars(state)}
     packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(packed, metadata={"state": json.dumps(about)}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(packed, metadata={"state": json.dumps(about)}))
 
 
 def _restore(

@@ -22,7 +22,7 @@ from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
 from dymo_med.config import Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_record
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS
 from dymo_med.modalities import modality
@@ -283,14 +283,8 @@ def _read(
     problems: list[Problem] = []
     for done, (split, entry) in enumerate(listed, start=1):
         try:
-            record = read_patient(
-                entry.folder,
-                cohort.specs,
-                record_id=entry.record_id,
-                patient_id=entry.patient_id,
-                label=entry.label,
-                missing_values=cohort.missing_values,
-                require_something=False,
+            record = read_record(
+                entry, cohort.specs, cohort.missing_values, require_something=False
             )
         except PatientDataError as error:
             problems += error.problems

@@ -9,7 +9,7 @@ import pytest
 
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.missingness import apply, parse_scenario
-from dymo_med.data.patient import read_patient
+from dymo_med.data.patient import read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.inference import evaluate as module
 from dymo_med.inference.cohort_page import write_pages
@@ -85,14 +85,7 @@ def test_rows_agree_with_predicting_the_same_hidden_record(done, bundle, cohort)
     rows = rows_of(done.out / "predictions.csv")
     scenario = parse_scenario("rate:0.5", cohort.specs)
     for entry in cohort.in_split("train")[:4]:
-        record = read_patient(
-            entry.folder,
-            bundle.specs,
-            record_id=entry.record_id,
-            patient_id=entry.patient_id,
-            label=entry.label,
-            missing_values=cohort.missing_values,
-        )
+        record = read_record(entry, bundle.specs, cohort.missing_values)
         hidden = apply(scenario, record, bundle.specs, 0)
         (p,) = predict_batch(bundle, [hidden], explain=False)
         (whole,) = predict_batch(bundle, [record], explain=False)
@@ -204,9 +197,9 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     with pytest.raises(ConfigError, match="another seed"):
         evaluate(bundle, cohort, out, **given, seed=1, resume=True)
     read = []
-    original = module.read_patient
+    original = module.read_record
     monkeypatch.setattr(
-        module, "read_patient", lambda *a, **k: (read.append(k["record_id"]), original(*a, **k))[1]
+        module, "read_record", lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1]
     )
     evaluate(bundle, cohort, out, **given, resume=True)
     assert 0 < len(read) < done.records

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dymo_med.errors import ConfigError, PatientDataError
+from dymo_med.files import complete_folder, write_csv, write_json
 from dymo_med.inference import predict as module
-from dymo_med.inference.files import complete_folder, write_csv, write_json
 from dymo_med.inference.predict import (
     answer,
     calibrated,

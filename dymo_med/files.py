@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,19 +17,32 @@ from typing import Any
 from dymo_med.errors import ConfigError, Problem
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file so that a reader sees the old content or the new, never half of it.
 
     Args:
         path: Where to; its folder exists.
-        text: The whole content, written as UTF-8 with its line ends as they are.
+        content: The whole content. It is on the disk before it takes the name, so that a power
+            cut cannot leave an empty file either.
+
+    Returns:
+        `path`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as UTF-8, its line ends as they are; see `write_bytes`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, data: Any) -> None:
