@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -48,6 +48,13 @@ CohortPath = Annotated[
 ]
 
 
+class Update(Protocol):
+    """Tells how far some work is."""
+
+    def __call__(self, done: int, total: int, title: str | None = None, /) -> None:
+        """Report `done` of `total`; `title` renames the work from then on."""
+
+
 class Reporter:
     """Prints progress: a bar on a terminal, plain lines in a log, nothing when quiet.
 
@@ -64,10 +71,10 @@ class Reporter:
             out_console.print(escape(text))
 
     @contextmanager
-    def bar(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function to call with (done, total)."""
+    def bar(self, title: str) -> Iterator[Update]:
+        """Yield a function of (done, total), and optionally another title from then on."""
         if self.quiet:
-            yield lambda done, total: None
+            yield lambda done, total, title=None: None
             return
         if not out_console.is_terminal:
             yield self._lines(title)
@@ -88,14 +95,22 @@ class Reporter:
         )
         with Progress(*columns, console=out_console, transient=True) as progress:
             task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
 
-    def _lines(self, title: str) -> Callable[[int, int], None]:
+            def update(done: int, total: int, title: str | None = None) -> None:
+                if title is not None:
+                    progress.update(task, description=escape(title))
+                progress.update(task, completed=done, total=total)
+
+            yield update
+
+    def _lines(self, title: str) -> Update:
         """Return a function that prints a line at every tenth of the way."""
         printed = -1
 
-        def update(done: int, total: int) -> None:
-            nonlocal printed
+        def update(done: int, total: int, other: str | None = None) -> None:
+            nonlocal printed, title
+            if other is not None and other != title:
+                title, printed = other, -1
             tenth = 10 * done // max(1, total)
             if tenth > printed:
                 printed = tenth
@@ -212,7 +227,15 @@ def train(
     from dymo_med.training.train import train as run
 
     reporter = Reporter(quiet)
-    with reporter.bar("Reading records") as reading, _epochs(reporter, verbose) as progress:
+    with reporter.bar("Reading records") as update:
+
+        def epoch(stage: str, done: int, most: int, figures: Mapping[str, float]) -> None:
+            if out_console.is_terminal:
+                update(done, most, f"{stage}: loss {figures['loss']:.4f}")
+            elif verbose or done == 1 or done % 5 == 0:
+                shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "epoch")
+                reporter.say(f"{stage} epoch {done} of at most {most}: {shown}")
+
         bundle = run(
             recipe,
             cohort,
@@ -220,25 +243,11 @@ def train(
             resume=resume,
             device=device,
             seed=seed,
-            progress=progress,
-            reading=reading,
+            progress=epoch,
+            reading=update,
         )
     reporter.say(f"bundle: {bundle}")
     reporter.say(f"next: dymo-med evaluate --bundle {bundle} --cohort {cohort} --out EVALUATION")
-
-
-@contextmanager
-def _epochs(
-    reporter: Reporter, verbose: bool
-) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
-    """Yield a function that reports training epochs."""
-
-    def update(stage: str, epoch: int, epochs: int, figures: Mapping[str, float]) -> None:
-        if verbose or epoch == 1 or epoch % 5 == 0 or epoch == epochs:
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "epoch")
-            reporter.say(f"{stage} epoch {epoch} of at most {epochs}: {shown}")
-
-    yield update
 
 
 @app.command()
