@@ -6,7 +6,7 @@ Five 28 x 28 colour images per patient, four of them missing (eta = 0.8), token 
 weights, statistics fitted on random patients: speed depends on neither.
 
 - *ours*: encode every version once, then `dymo`.
-- *plain loop*: what the published code does, written straightforwardly: every step and candidate runs
+- *plain loop*: what the published code does, written plainly: every step and candidate runs
   the whole network for the before-value and for the after-value on the whole batch, unavailable
   tokens masked; class statistics are looked up patient by patient.
 - *bound*: encode every version once, plus exactly the fusions that greedy selection cannot avoid
