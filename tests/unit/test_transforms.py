@@ -1,0 +1,54 @@
+"""The picture transforms that replace MONAI's give MONAI's numbers, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import ResizeWithPadOrCrop, ScaleIntensityRangePercentiles
+from PIL import Image
+
+from dymo_med.modalities.transforms import (
+    KEY,
+    FitFramed,
+    PercentileRanged,
+    pipeline,
+    read_scan,
+)
+from dymo_med.types import ModalitySpec
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 31, 17), (1, 1100, 1000), (1, 20, 22, 24)])
+def test_percentiles(shape):
+    values = torch.from_numpy(np.random.default_rng(0).normal(100, 40, shape).astype(np.float32))
+    theirs = ScaleIntensityRangePercentiles(1, 99, b_min=0.0, b_max=1.0, clip=True)(values)
+    assert torch.equal(PercentileRanged()({KEY: values})[KEY], theirs.as_tensor())
+    tracked = MetaTensor(values, affine=torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0])))
+    ours = PercentileRanged()({KEY: tracked})[KEY]
+    assert torch.equal(ours.as_tensor(), theirs.as_tensor())
+    assert torch.equal(ours.affine, tracked.affine)
+
+
+def test_equal_percentiles_are_a_warning():
+    mask = torch.zeros(1, 30, 30)
+    mask[0, 0, 0] = 1
+    with pytest.warns(UserWarning, match="not scaled"):
+        assert torch.equal(PercentileRanged()({KEY: mask})[KEY], mask)
+
+
+@pytest.mark.parametrize("rows", [8, 9, 12, 13])
+@pytest.mark.parametrize("columns", [8, 9, 12, 13])
+def test_pad_and_crop(rows, columns):
+    picture = torch.rand(1, rows, columns)
+    for size in ((10, 11), (11, 10)):
+        fitted = FitFramed(size, (1.0, 1.0))({KEY: picture, "pixel_mm": (1.0, 1.0)})[KEY]
+        assert torch.equal(fitted, ResizeWithPadOrCrop(size)(picture).as_tensor())
+
+
+def test_a_picture_comes_out_as_monai_gives_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    spec = ModalitySpec("m", "image", "m.png", (3, 28, 28), (), "none")
+    image, facts = read_scan(pipeline(spec), tmp_path / "m.png")
+    assert isinstance(image, MetaTensor)
+    assert np.array_equal(image.as_tensor().numpy(), np.moveaxis(pixels, -1, 0))
+    assert facts.shown() == {"size": "28 x 28", "dtype": "RGB"}
