@@ -141,8 +141,9 @@ class ModelBundle:
         Raises:
             ConfigError: If the folder holds something that is not a bundle.
         """
-        with complete_folder(folder, "checksums.json") as work:
-            for name in ("configs", "models", "docs"):
+        parts = ("configs", "models", "docs")
+        with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
+            for name in parts:
                 (work / name).mkdir()
             write_json(work / "configs" / "metadata.json", self._metadata())
             write_json(work / "configs" / "inference.json", self._inference())

@@ -5,6 +5,7 @@ Heavy libraries load inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import warnings
@@ -29,6 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Trouble with a path or a disk, not a bug.
+_ENVIRONMENT = {
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+}
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -366,7 +372,9 @@ def main(arguments: list[str] | None = None) -> Any:
         for problem in error.problems:
             err_console.print(f"error: {escape(str(problem))}")
         sys.exit(error.exit_code)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
         name = error.filename or "a file"
         err_console.print(f"error: {escape(str(name))}: {error.strerror}. Check the path.")
         sys.exit(2)

@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,23 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, obj
     write_text(path, buffer.getvalue())
 
 
-def check_replaceable(out: Path, marker: str) -> None:
+def check_replaceable(out: Path, marker: str, names: Collection[str]) -> None:
     """Check that a folder may be written: new, empty, or this command's own earlier output.
 
     Args:
         out: The folder.
         marker: File that only this command's output has.
+        names: All that this command's output has at its top; hidden files do not matter.
 
     Raises:
-        ConfigError: If there is something else.
+        ConfigError: If there is something else, which replacing would delete.
     """
     if not out.exists():
         return
+    if out.resolve() == Path.cwd():
+        raise ConfigError(
+            Problem(str(out), "is the folder you are in", remedy="Name a folder inside it")
+        )
     if not out.is_dir():
         raise ConfigError(
             Problem(str(out), "is a file", expected="a folder", remedy="Name another one")
@@ -96,15 +101,29 @@ def check_replaceable(out: Path, marker: str) -> None:
                 remedy="Name another folder with --out",
             )
         )
+    others = sorted(
+        p.name for p in out.iterdir() if p.name not in names and not p.name.startswith(".")
+    )
+    if others:
+        raise ConfigError(
+            Problem(
+                str(out),
+                "holds files that this command did not write and would delete",
+                got=", ".join(others[:5]),
+                remedy="Move them away, or name another folder with --out",
+            )
+        )
 
 
 @contextmanager
-def complete_folder(out: Path, marker: str) -> Iterator[Path]:
+def complete_folder(out: Path, marker: str, names: Collection[str]) -> Iterator[Path]:
     """Give a folder to fill, which becomes `out` if nothing goes wrong and vanishes otherwise.
 
     Args:
-        out: The folder that is to appear. An earlier output there is replaced.
+        out: The folder that is to appear. An earlier output there is replaced; a link to a folder
+            stays a link.
         marker: See `check_replaceable`.
+        names: See `check_replaceable`.
 
     Yields:
         An empty folder beside `out`.
@@ -112,15 +131,16 @@ def complete_folder(out: Path, marker: str) -> Iterator[Path]:
     Raises:
         ConfigError: See `check_replaceable`.
     """
-    check_replaceable(out, marker)
+    check_replaceable(out, marker, names)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     tag = secrets.token_hex(4)
-    temporary = out.with_name(f".{out.name}.{tag}")
-    earlier = out.with_name(f".{out.name}.{tag}.earlier")
+    temporary = out.with_name(f".dymo-med.{tag}")
+    earlier = out.with_name(f".dymo-med.{tag}.earlier")
     temporary.mkdir()
     try:
         yield temporary
-        check_replaceable(out, marker)
+        check_replaceable(out, marker, names)
         if out.exists():
             out.rename(earlier)
         temporary.rename(out)

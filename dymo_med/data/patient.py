@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -63,6 +64,15 @@ def read_patient(
             not there, or nothing was observed.
     """
     record_id = record_id or folder.resolve().name
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in record_id):  # Cs: no UTF-8
+        raise PatientDataError(
+            Problem(
+                f"Patient {record_id!a}",
+                "the folder's name is the record's id and cannot be printed",
+                expected="UTF-8 without control characters",
+                remedy="Rename the folder",
+            )
+        )
     where = f"Patient {record_id}"
     try:
         with os.scandir(folder) as entries:

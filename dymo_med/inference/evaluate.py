@@ -126,7 +126,7 @@ def evaluate(
         "batch_size": batch_size,
         "reports": int(reports) if reports is not True else None,
         "first_scenario": rules[0].text,
-        "records": sha256("\n".join(r.record_id for r in records).encode()).hexdigest(),
+        "records, label or patient": _digest(records),
     }
     _open(out, known, resume)
     parts: dict[Scenario, list[Row]] = {rule: [] for rule in rules}
@@ -470,6 +470,12 @@ def _open(out: Path, known: Row, resume: bool) -> None:
         return
     marker.parent.mkdir(parents=True)
     write_json(marker, known)
+
+
+def _digest(records: Sequence[CohortRecord]) -> str:
+    """Return a hash of what finished batches say of their records besides the answers."""
+    rows = [(r.record_id, r.patient_id, r.label) for r in records]
+    return sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _file_name(rule: Scenario, number: int) -> str:

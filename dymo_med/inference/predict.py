@@ -42,6 +42,7 @@ _FAR = 4.0
 
 STEP_COLUMNS = tuple(SelectionStep.__dataclass_fields__)
 RECOVERED = "recovered"
+_WRITTEN = ("prediction.json", "selection.csv", "report.html", RECOVERED)
 
 
 @dataclass(frozen=True)
@@ -172,13 +173,13 @@ def predict_patient(
         ConfigError: If `out` holds something else.
     """
     if out is not None:
-        check_replaceable(out, "prediction.json")
+        check_replaceable(out, "prediction.json", _WRITTEN)
     record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
     prediction = assemble(bundle, record, answers, 0, explanation, seed=seed)
     if out is not None:
-        with complete_folder(out, "prediction.json") as folder:
+        with complete_folder(out, "prediction.json", _WRITTEN) as folder:
             files = write_recovered(bundle, record, answers, 0, folder / RECOVERED)
             write_json(folder / "prediction.json", to_json(prediction, bundle, files))
             write_csv(folder / "selection.csv", STEP_COLUMNS, [asdict(s) for s in prediction.steps])
@@ -206,10 +207,10 @@ def impute_patient(
         ConfigError: If `out` holds something else.
     """
     marker = f"{RECOVERED}/recovered.json"
-    check_replaceable(out, marker)
+    check_replaceable(out, marker, (RECOVERED,))
     record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
     answers = answer(bundle, [record], seed=seed)
-    with complete_folder(out, marker) as folder:
+    with complete_folder(out, marker, (RECOVERED,)) as folder:
         files = write_recovered(bundle, record, answers, 0, folder / RECOVERED)
         write_json(
             folder / marker,

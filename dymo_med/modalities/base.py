@@ -16,9 +16,10 @@ from dymo_med.types import ModalitySpec, ModalityValue
 
 
 def refuse_unknown(declared: Path, where: str) -> None:
-    """Refuse a file that is named like a modality's but in a format that is not read.
+    """Refuse a file that is named like a modality's but cannot be taken for it.
 
-    A file that is there must never count as missing. Sidecars (`.json`, `.txt`) beside a scan and
+    A file that is there must never count as missing: one in a format that is not read, one whose
+    name differs in capitals, a link to nothing. Sidecars (`.json`, `.txt`) beside a scan and
     hidden files are not data.
 
     Args:
@@ -31,21 +32,24 @@ def refuse_unknown(declared: Path, where: str) -> None:
     if not declared.parent.is_dir():
         return
     stem = declared.name.split(".")[0]
-    sidecars = (".json", ".txt")
+    sidecars = {".json", ".txt"} - ({".json"} if declared.suffix in (".csv", ".json") else set())
     found = sorted(
-        path.name
+        path
         for path in declared.parent.iterdir()
-        if path.name.split(".")[0] == stem and path.suffix.lower() not in sidecars
+        if path.name.split(".")[0].lower() == stem.lower() and path.suffix.lower() not in sidecars
     )
-    if found:
-        raise PatientDataError(
-            Problem(
-                f"{where}: {found[0]}",
-                "the file is named like this modality but its format is not read",
-                expected=declared.name,
-                remedy="Convert it, or rename it if it is something else",
-            )
-        )
+    if not found:
+        return
+    what = "the file is named like this modality but its format is not read"
+    remedy = "Convert it, or rename it if it is something else"
+    if not found[0].exists():
+        what, remedy = "the link leads nowhere", "Put the file in its place, or remove the link"
+    elif found[0].name.split(".")[0] != stem or found[0].name.lower() == declared.name.lower():
+        what = "the name differs from this modality's in capital letters"
+        remedy = "Rename it"
+    raise PatientDataError(
+        Problem(f"{where}: {found[0].name}", what, expected=declared.name, remedy=remedy)
+    )
 
 
 class Modality(ABC):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 EXTENSIONS = VOLUMES + PICTURES
+# A volume that shows this many times more or less than the grid gets a warning.
+UNLIKE = 8
 SYNTHETIC = "SYNTHETIC: recovered by dymo-med"
 
 
@@ -185,6 +187,16 @@ class Image(Modality):
                     remedy="Check its permissions",
                 )
             ) from error
+        if image.min() == image.max():
+            raise PatientDataError(
+                Problem(
+                    f"{where}: {path.name}",
+                    "nothing of the scan is left on the grid of this modality",
+                    expected=f"something within {self._extent()} around the scan's centre",
+                    got=", ".join(f"{name} {fact}" for name, fact in facts.shown().items()),
+                    remedy="Check the voxel size in its header",
+                )
+            )
         affine = None
         if len(self.spec.shape) == 4:
             affine = tuple(tuple(float(x) for x in row) for row in image.affine.tolist())
@@ -196,7 +208,34 @@ class Image(Modality):
                 affine=affine,
                 facts=facts.shown(),
             ),
-            warnings=(f"{path.name}: {facts.warning}",) if facts.warning else (),
+            warnings=tuple(
+                f"{path.name}: {text}"
+                for text in (facts.warning, self._coverage(facts.size, facts.spacing_mm))
+                if text
+            ),
+        )
+
+    def _extent(self) -> str:
+        """Return the grid's field of view for people."""
+        size, spacing_mm = self.spec.shape[1:], self.spec.spacing_mm
+        if not spacing_mm:
+            return " x ".join(str(n) for n in size)
+        sides = zip(size, spacing_mm, strict=True)
+        return " x ".join(f"{n * s:.4g}" for n, s in sides) + " mm"
+
+    def _coverage(self, size: Sequence[int], spacing_mm: Sequence[float] | None) -> str:
+        """Return a warning if a volume shows far less, or far more, than the grid."""
+        if len(self.spec.shape) != 4 or spacing_mm is None:
+            return ""
+        stated = [n * s for n, s in zip(size[:3], spacing_mm, strict=True)]
+        grid = [n * s for n, s in zip(self.spec.shape[1:], self.spec.spacing_mm, strict=True)]
+        share = math.prod(stated) / math.prod(grid)
+        if 1 / UNLIKE <= share <= UNLIKE:
+            return ""
+        sides = " x ".join(f"{side:.3g}" for side in stated)
+        return (
+            f"It shows {sides} mm, and the model looks at {self._extent()}; check that it is the"
+            " right scan and that its header states the right voxel size."
         )
 
     def write(

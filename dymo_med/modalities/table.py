@@ -209,7 +209,20 @@ class Table(Modality):
         values = torch.zeros(self.spec.shape, dtype=torch.float32)
         filled = torch.zeros(self.spec.shape, dtype=torch.bool)
         problems: list[Problem] = []
+        declared = {column.name for column in self.spec.columns}
+        alike = {header.lower(): header for header in row.cells if header not in declared}
         for i, column in enumerate(self.spec.columns):
+            other = alike.get(column.name.lower())
+            if column.name not in row.cells and other is not None:
+                problems.append(
+                    Problem(
+                        f"{at}, column {other}",
+                        "the name differs from a declared column's in capital letters",
+                        expected=column.name,
+                        remedy="Rename the column",
+                    )
+                )
+                continue
             cell = row.cells.get(column.name, "")
             if cell in blank:
                 continue

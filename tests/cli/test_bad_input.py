@@ -4,8 +4,10 @@ A new case is one line in `CASES`: what it is called, how to spoil the folder, w
 exit code, and what the message must say.
 """
 
+import errno
 import gzip
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -227,6 +229,22 @@ def test_bad_input(place, capsys, spoil, command, code, says):
         assert [p.name for p in place["out"].iterdir()] == ["thesis.txt"]
     after = sorted(p for p in place["root"].rglob("*") if place["out"] not in p.parents)
     assert before == [p for p in after if p != place["out"] or place["out"] in before]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.ENAMETOOLONG, 2), (errno.EBADF, None)],
+)
+def test_a_full_or_read_only_disk_is_no_bug(place, capsys, monkeypatch, number, code):
+    def fail(*_):
+        raise OSError(number, os.strerror(number), "out")
+
+    monkeypatch.setattr("dymo_med.inference.predict.write_json", fail)
+    with pytest.raises((SystemExit, OSError)) as stopped:
+        main([part.format(**place) for part in PREDICT])
+    assert getattr(stopped.value, "code", None) == code
+    assert code is None or os.strerror(number) in capsys.readouterr().err
+    assert not place["out"].exists()
 
 
 def test_no_error_repeats_a_value(place, capsys):

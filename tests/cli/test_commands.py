@@ -22,7 +22,7 @@ def test_help_is_fast_and_imports_no_torch():
     best = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
         best = min(best, time.perf_counter() - began)
         assert done.returncode == 0, done.stderr
     for command in ("demo", "simulate", "check", "train", "predict", "evaluate", "impute"):

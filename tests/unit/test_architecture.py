@@ -11,7 +11,7 @@ SOURCES = sorted((ROOT / "dymo_med").rglob("*.py"))
 
 def test_imports_go_down_only():
     linter = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

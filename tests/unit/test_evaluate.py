@@ -210,6 +210,14 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     assert read == []
 
 
+def test_corrected_labels_are_not_mixed_with_old_batches(bundle, cohort, tmp_path):
+    evaluate(bundle, cohort, tmp_path / "e", reports=0)
+    turned = [replace(r, label=None if r.label is None else 1 - r.label) for r in cohort.records]
+    corrected = replace(cohort, records=tuple(turned))
+    with pytest.raises(ConfigError, match="another records, label or patient"):
+        evaluate(bundle, corrected, tmp_path / "e", reports=0, resume=True)
+
+
 def test_other_folders_are_left_alone(bundle, cohort, tmp_path):
     (tmp_path / "thesis.txt").write_text("irreplaceable")
     for resume in (False, True):

@@ -117,6 +117,24 @@ def test_an_unstated_orientation_is_a_warning(tmp_path):
     assert "orientation" in modality(VOLUME).read(tmp_path, "Patient x").warnings[0]
 
 
+@pytest.mark.parametrize("intensity", ["zscore", "percentile", "none"])
+def test_a_scan_that_vanishes_on_the_grid_is_an_error(tmp_path, intensity):
+    array = np.zeros((200, 30, 30), np.float32)
+    array[:20] = np.arange(30)  # all of it lies beyond the grid
+    nib.save(nib.Nifti1Image(array, np.diag([2.0, 2, 2, 1])), tmp_path / "t1.nii.gz")
+    with pytest.raises(PatientDataError, match="nothing of the scan is left"):
+        modality(with_(VOLUME, intensity=intensity)).read(tmp_path, "Patient p")
+
+
+@pytest.mark.parametrize(("spacing_mm", "warned"), [(2.0, False), (0.7, True), (5.0, True)])
+def test_a_field_of_view_unlike_the_grid_is_a_warning(tmp_path, spacing_mm, warned):
+    array = np.random.default_rng(0).random((24, 26, 28)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, np.diag([spacing_mm] * 3 + [1.0])), tmp_path / "t1.nii.gz")
+    warnings = modality(VOLUME).read(tmp_path, "Patient p").warnings
+    assert len(warnings) == warned
+    assert all("the model looks at 48 x 52 x 56 mm" in w for w in warnings)
+
+
 def test_coarsening_averages_instead_of_skipping(tmp_path):
     noise = np.random.default_rng(0).normal(100, 10, (48, 48, 48)).astype(np.float32)
     nib.save(nib.Nifti1Image(noise, np.eye(4)), tmp_path / "t1.nii.gz")

@@ -119,6 +119,36 @@ def test_a_file_in_a_format_that_is_not_read_is_an_error_not_missing(cohort, tmp
         read_patient(folder, cohort.specs)
 
 
+@pytest.mark.parametrize("name", ["T1.nii.gz", "t1.NII.GZ", "EHR.CSV", "Ehr.csv", "EHR.json"])
+def test_a_name_in_other_capitals_is_never_missing(cohort, tmp_path, name):
+    folder = tmp_path / "p"
+    write_patient(folder, np.random.default_rng(0), True, [])
+    stem = name.split(".")[0].lower()
+    next(folder.glob(f"{stem}.*")).rename(folder / name)
+    try:
+        record = read_patient(folder, cohort.specs)
+    except PatientDataError as error:
+        assert f"{name}: the name differs" in str(error)
+    else:  # an extension in capitals is read
+        assert "t1" in record.modalities and name == "t1.NII.GZ"
+
+
+@pytest.mark.parametrize("name", ["t1.nii.gz", "ehr.csv"])
+def test_a_link_to_nothing_is_an_error(cohort, patient, name):
+    (patient / name).unlink()
+    (patient / name).symlink_to(patient / "gone")
+    with pytest.raises(PatientDataError, match=f"{name}: the link leads nowhere"):
+        read_patient(patient, cohort.specs)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\udcff\udcfe"])
+def test_a_folder_name_that_no_file_can_hold_is_an_error(cohort, patient, name):
+    patient.rename(patient.with_name(name))
+    with pytest.raises(PatientDataError, match="Rename the folder") as caught:
+        read_patient(patient.with_name(name), cohort.specs)
+    str(caught.value).encode()
+
+
 def test_a_sidecar_without_its_scan_is_no_scan(cohort, tmp_path):
     write_patient(tmp_path / "p", np.random.default_rng(0), True, ["t1"])
     (tmp_path / "p" / "t1.json").write_text("{}")

@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,9 +207,9 @@ def test_an_earlier_output_is_replaced_whole(bundle, cohort_dir, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     predict_patient(cohort_dir / "patients" / "p003", bundle, out)
-    (out / "stale").write_text("x")
+    (out / "recovered" / "stale").write_text("x")
     predict_patient(cohort_dir / "patients" / "p001", bundle, out, explain=False)
-    assert not (out / "stale").exists()
+    assert not (out / "recovered" / "stale").exists()
     assert json.loads((out / "prediction.json").read_text(encoding="utf-8"))["record_id"] == "p001"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -263,8 +264,35 @@ def test_recovered_volumes_lie_on_the_observed_grid(bundle, records, tmp_path):
     )
 
 
+def test_replacing_deletes_nothing_that_was_not_written(tmp_path, monkeypatch):
+    def fill(out):
+        with complete_folder(out, "m", ("m",)) as folder:
+            (folder / "m").write_text("x")
+
+    out = tmp_path / "out"
+    fill(out)
+    (out / ".DS_Store").touch()
+    fill(out)
+    assert [p.name for p in out.iterdir()] == ["m"]
+    (out / "notes.txt").write_text("irreplaceable")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        fill(out)
+    assert (out / "notes.txt").is_file()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link")
+    fill(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "m").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="folder you are in"):
+        fill(Path())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link", "out", "real"]
+    fill(tmp_path / ("n" * 255))  # as long as a name may be
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path):
-    with pytest.raises(ValueError), complete_folder(tmp_path / "out", "m") as folder:
+    with pytest.raises(ValueError), complete_folder(tmp_path / "out", "m", ("m",)) as folder:
         (folder / "half").write_text("x")
         raise ValueError
     assert list(tmp_path.iterdir()) == []

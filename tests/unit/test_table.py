@@ -34,6 +34,12 @@ def problems(folder, text, name="ehr.csv", **options):
     return caught.value.problems
 
 
+def test_a_header_in_other_capitals_is_an_error_not_a_blank(tmp_path):
+    [problem] = problems(tmp_path, "LDH,sex\n312.5,M\n")
+    assert "column LDH" in problem.where and problem.expected == "ldh"
+    assert read(tmp_path, "LDH,ldh,sex\n1,312.5,M\n").values[0] == 312.5
+
+
 def test_a_row_is_read_in_natural_units(tmp_path):
     value = read(tmp_path, "group,ldh,sex,other\nB, 312.5 ,M,x\n")
     assert value.values.tolist() == [312.5, 1, 0, 1]
