@@ -96,7 +96,7 @@ class Recipe(Strict):
     Attributes:
         name: Name of the bundle that comes out.
         description: One sentence for the model card.
-        seed: Seed of every random choice.
+        seed: Seed of every random choice, 0 or more.
         imputer: Entry of the imputer table and its options.
         backbone: Entry of the backbone table and its options.
         selector: Entry of the selector table and its options.
@@ -106,7 +106,7 @@ class Recipe(Strict):
 
     name: str
     description: str = ""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     imputer: Named
     backbone: Named
     selector: Named = Named(name="dymo")

@@ -55,6 +55,11 @@ def test_every_problem_at_once(tmp_path):
     assert "sede" in text
 
 
+def test_a_negative_seed_is_refused(tmp_path):
+    [problem] = problems(tmp_path, RECIPE + "seed: -1\n")
+    assert "recipe.yaml:7 seed" in problem
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
