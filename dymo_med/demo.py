@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PATIENTS = 60
 TRAINING_PATIENTS = 160
+REPORTS = 12
 # What the one patient of the demo lacks: a scan that another sequence can stand in for, and a
 # table that nothing else tells much about.
 ABSENT_SCAN = "flair"
@@ -81,6 +83,8 @@ def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: 
     if train_first:
         bundle = load_bundle(_train(bundle, out, device, seed, reporter), device)
     described = read_cohort(cohort)
+    # None of them took part in making the bundle, so all of them may be reported on.
+    described = replace(described, splits=dict.fromkeys(described.splits, "test"))
     chosen = _instructive(bundle, described, out / "incomplete", seed)
     reporter.say(f"Patient {chosen.name} lacks {ABSENT_SCAN} and {ABSENT_TABLE}")
     prediction = predict_patient(chosen, bundle, out / "prediction", seed=seed)
@@ -96,6 +100,7 @@ def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: 
             split="test",
             scenarios=SCENARIOS,
             seed=seed,
+            reports=REPORTS,
             progress=progress,
         )
     reporter.say(f"report:      {out / 'prediction' / 'report.html'}")

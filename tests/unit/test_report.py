@@ -174,7 +174,8 @@ def test_what_a_clinician_needs_is_said(tmp_path):
         "Not a diagnosis",
         "answered with caution",
         "77 %",
-        "Of 100 patients given this probability, about 77 are high; about 23 are not.",
+        "Among patients like those it was calibrated on, of 100 given this probability about 77"
+        " are high; about 23 are not.",
         "It rests on 2 measured modalities and 2 recovered ones that were trusted. "
         "1 recovery was rejected. 1 modality is absent and could not be recovered.",
         "Before anything is known: 44 % are high",
