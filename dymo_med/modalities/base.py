@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,6 +51,26 @@ def refuse_unknown(declared: Path, where: str) -> None:
     raise PatientDataError(
         Problem(f"{where}: {found[0].name}", what, expected=declared.name, remedy=remedy)
     )
+
+
+def the_one(found: Sequence[Path], declared: Path, where: str, ambiguous: Problem) -> Path | None:
+    """Return the one file found for a modality, or None if there is none.
+
+    Args:
+        found: Files that could be it.
+        declared: Where it would be by its declared name.
+        where: Who this is, for messages.
+        ambiguous: What to say of several; `got` is filled in here.
+
+    Raises:
+        PatientDataError: If there are several, or something that must not count as missing.
+    """
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise PatientDataError(replace(ambiguous, got=names, remedy="Keep one of them"))
+    if not found:
+        refuse_unknown(declared, where)
+    return found[0] if found else None
 
 
 class Modality(ABC):

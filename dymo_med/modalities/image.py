@@ -19,7 +19,7 @@ from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.modalities.base import Modality, refuse_unknown
+from dymo_med.modalities.base import Modality, the_one
 from dymo_med.types import ModalitySpec, ModalityValue, Source
 
 if TYPE_CHECKING:
@@ -147,19 +147,12 @@ class Image(Modality):
             for p in exact.parent.iterdir()
             if p.name == stem or (p.is_file() and p.name != stem == _stem(p.name))
         )
-        if len(found) > 1:
-            raise PatientDataError(
-                Problem(
-                    f"{where}: {self.spec.name}",
-                    "several files could be this scan",
-                    expected=f"{self.spec.file} or one other",
-                    got=", ".join(p.name for p in found),
-                    remedy="Keep one of them",
-                )
-            )
-        if not found:
-            refuse_unknown(exact, where)
-        return found[0] if found else None
+        ambiguous = Problem(
+            f"{where}: {self.spec.name}",
+            "several files could be this scan",
+            expected=f"{self.spec.file} or one other",
+        )
+        return the_one(found, exact, where, ambiguous)
 
     def read(
         self, folder: Path, where: str, missing_values: Sequence[str] = ()

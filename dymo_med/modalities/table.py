@@ -22,7 +22,7 @@ from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.modalities.base import Modality, refuse_unknown
+from dymo_med.modalities.base import Modality, the_one
 from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
 from dymo_med.types import Column, ModalitySpec, ModalityValue, Source
@@ -165,19 +165,12 @@ class Table(Modality):
             if path.exists()
         ]
         found = list(dict.fromkeys(found))
-        if len(found) > 1:
-            raise PatientDataError(
-                Problem(
-                    where,
-                    "two files hold the same table",
-                    expected=f"one of {declared.stem}.csv and {declared.stem}.json",
-                    got=", ".join(path.name for path in found),
-                    remedy="Keep one of them",
-                )
-            )
-        if not found:
-            refuse_unknown(declared, where)
-        return found[0] if found else None
+        ambiguous = Problem(
+            where,
+            "two files hold the same table",
+            expected=f"one of {declared.stem}.csv and {declared.stem}.json",
+        )
+        return the_one(found, declared, where, ambiguous)
 
     def read(
         self, folder: Path, where: str, missing_values: Sequence[str] = ()

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -117,13 +117,23 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream(plan.seed, "imputer weights").initial_seed() % 2**31))
         imputer_class = IMPUTERS[plan.imputer.name]
-        imputer = imputer_class(specs, imputer_class.Options(**plan.imputer.options))
+        imputer_options = imputer_class.Options(**plan.imputer.options)
+        imputer = imputer_class(specs, imputer_options)
         torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
         backbone_class = BACKBONES[plan.backbone.name]
-        backbone = backbone_class(specs, classes, backbone_class.Options(**plan.backbone.options))
+        backbone_options = backbone_class.Options(**plan.backbone.options)
+        backbone = backbone_class(specs, classes, backbone_options)
+    run_stage = partial(
+        train_stage,
+        seed=plan.seed,
+        fabric=fabric,
+        fingerprint=fingerprint,
+        log=log,
+        progress=progress,
+    )
 
     imputer.start_from(data["train"])
-    train_stage(
+    run_stage(
         "imputer",
         ImputerObjective(
             imputer, data["validation"], _weights(data["validation"]), fabric.device, plan.seed
@@ -131,14 +141,11 @@ def train(
         data["train"],
         _weights(data["train"]),
         plan.imputer_training,
-        plan.seed,
-        fabric=fabric,
         checkpoint=checkpoints / "imputer.safetensors",
-        fingerprint=fingerprint,
-        log=log,
-        progress=progress,
     )
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+    fitting, held_back = labelled["train"], labelled["calibration"]
+    weights = _weights(fitting)
     objective = FusionObjective(
         backbone,
         classes,
@@ -148,32 +155,25 @@ def train(
         fabric.device,
         plan.seed,
     )
-    train_stage(
+    run_stage(
         "backbone",
         objective,
-        labelled["train"],
-        _weights(labelled["train"]),
+        fitting,
+        weights,
         plan.backbone_training,
-        plan.seed,
-        fabric=fabric,
         checkpoint=checkpoints / "backbone.safetensors",
-        fingerprint=fingerprint,
-        log=log,
-        progress=progress,
     )
     draw_curves(log.stages, out / "curves.png")
 
     with torch.no_grad():
-        fitting = labelled["train"]
         statistics = fit_statistics(
             encode_all(backbone, fitting, fabric.device),
             fitting.observed.available.to(fabric.device),
             fitting.labels.to(fabric.device),
-            _weights(fitting).to(fabric.device),
+            weights.to(fabric.device),
             classes,
             backbone.distance,
         )
-        held_back = labelled["calibration"]
         logits, rows = subset_logits(
             encode_all(backbone, held_back, fabric.device),
             held_back.observed.available.to(fabric.device),
@@ -185,7 +185,6 @@ def train(
         )
     selector_class = SELECTORS[plan.selector.name]
     selector_options = selector_class.Options(**plan.selector.options)
-    weights = _weights(fitting)
     shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
     bundle = ModelBundle(
         name=plan.name,
@@ -194,12 +193,9 @@ def train(
         specs=specs,
         missing_values=described.missing_values,
         imputer=imputer,
-        imputer_entry={"name": plan.imputer.name, **_options(imputer_class, plan.imputer.options)},
+        imputer_entry={"name": plan.imputer.name, **imputer_options.model_dump()},
         backbone=backbone,
-        backbone_entry={
-            "name": plan.backbone.name,
-            **_options(backbone_class, plan.backbone.options),
-        },
+        backbone_entry={"name": plan.backbone.name, **backbone_options.model_dump()},
         selector=selector_class(selector_options),
         selector_entry={"name": plan.selector.name, **selector_options.model_dump()},
         statistics=statistics,
@@ -321,12 +317,6 @@ def _weights(batch: Batch) -> Tensor:
     visits = Counter(batch.patient_ids)
     weights = torch.tensor([1.0 / visits[p] for p in batch.patient_ids])
     return weights / weights.mean()
-
-
-def _options(entry: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry's options with every default spelled out."""
-    options: dict[str, Any] = entry.Options(**given).model_dump()
-    return options
 
 
 def _fingerprint(recipe: Recipe, cohort: Cohort, records: dict[Split, list[PatientRecord]]) -> str:
