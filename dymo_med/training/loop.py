@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def train_stage(
             batch = data.rows(index).to(fabric.device)
             loss = module(Step(batch, weights[index].to(fabric.device), generator))
             optimizer.zero_grad()
-            fabric.backward(loss)
+            with _same_order(fabric.device):
+                fabric.backward(loss)
             fabric.clip_gradients(module, optimizer, max_norm=5.0, error_if_nonfinite=True)
             optimizer.step()
             total += float(loss.detach()) * len(index)
@@ -189,6 +191,20 @@ def train_stage(
             progress(name, state.epoch, schedule.epochs, row)
     objective.load_state_dict(best)
     objective.eval()
+
+
+@contextmanager
+def _same_order(device: torch.device) -> Iterator[None]:
+    """Add gradients of gathered tokens in a fixed order, whatever the number of CPU threads.
+
+    Elsewhere than on the CPU bits are not promised, and some operations have no ordered form.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _store(
