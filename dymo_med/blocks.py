@@ -37,21 +37,37 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Tensor | None = None, *, first: int | None = None
+    ) -> Tensor:
         """Return the tokens after one block.
 
         Args:
             x: `(B, N, D)`.
             attend: Bool, broadcastable to `(B, 1, N, N)`: True where a query may see a key;
                 None = every query sees every key.
+            first: Return only the first so many tokens: after a last block of which only the
+                class token is read, the others need no query and no MLP. None = all.
         """
         b, n, d = x.shape
-        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D / heads)
+        normed = self.norm1(x)
+        if first is None:
+            first = n
+            q, k, v = self._heads(self.qkv(normed), 3)
+        else:
+            weight = self.qkv.weight
+            (q,) = self._heads(F.linear(normed[:, :first], weight[:d]), 1)
+            k, v = self._heads(F.linear(normed, weight[d:]), 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
-        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        x = x[:, :first] + self.out(y.transpose(1, 2).reshape(b, first, d))
         x = x + self.mlp(self.norm2(x))
         return x
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Return the parts of `(B, N, parts D)`, each `(B, heads, N, D / heads)`."""
+        b, n, d = x.shape
+        x = x.view(b, n, parts, self.heads, d // parts // self.heads)
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _stages(spatial: Sequence[int], grid: Sequence[int], most: int = 4) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from math import cos, pi
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -48,6 +49,7 @@ class Schedule(Strict):
         weight_decay: Decoupled weight decay (AdamW).
         patience: Stop after this many epochs without a better validation score.
         min_improvement: What counts as better.
+        decay: `cosine` lowers the step size along half a cosine to near 0 in the last epoch.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 100
@@ -56,6 +58,13 @@ class Schedule(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     patience: Annotated[int, Field(ge=1)] = 20
     min_improvement: Annotated[float, Field(ge=0)] = 1e-4
+    decay: Literal["none", "cosine"] = "none"
+
+    def step_size(self, epoch: int) -> float:
+        """Return the step size of an epoch, counted from 0."""
+        if self.decay == "none":
+            return self.learning_rate
+        return self.learning_rate * (1 + cos(pi * epoch / self.epochs)) / 2
 
 
 class Augmentation(Strict):

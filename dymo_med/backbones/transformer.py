@@ -127,8 +127,9 @@ class FusionTransformer(FusionBackbone):
             if size and not bool((counts[rows] == size).all()):
                 real = available[rows[:, None], index]
                 attend = F.pad(real, (1, 0), value=True)[:, None, None, :]  # (rows, 1, 1, 1 + size)
-            for block in self.blocks:
+            for block in self.blocks[:-1]:
                 x = block(x, attend)
+            x = self.blocks[-1](x, attend, first=1)  # only the class token is read
             state = state.index_copy(0, rows, x[:, 0].to(state.dtype))
         embedding = self.projection(state)
         if self.distance == "cosine":

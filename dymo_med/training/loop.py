@@ -161,6 +161,8 @@ def train_stage(
         generator = stream(seed, name, state.epoch)
         objective.train()
         objective.begin_epoch(state.epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.step_size(state.epoch)
         order = torch.randperm(len(data), generator=generator)
         total = 0.0
         for start in range(0, len(data), schedule.batch_size):
