@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dymo_med.imputers.base import Imputer, require_recovery
-from dymo_med.imputers.iterative import Iterative
+from dymo_med.imputers.base import Imputer
+from dymo_med.imputers.cmvae import CMVAE
+from dymo_med.imputers.mmvae_plus import MMVAEPlus
 from dymo_med.imputers.mopoe import MoPoE
-from dymo_med.imputers.template import Template
-from dymo_med.imputers.tip import TIP
 from dymo_med.registry import Registry
 
 IMPUTERS: Registry[Imputer] = Registry(
     "imputer",
     {
         "mopoe": MoPoE,
-        "tip": TIP,
-        "iterative": Iterative,
-        "template": Template,
+        "mmvae_plus": MMVAEPlus,
+        "cmvae": CMVAE,
     },
 )
 
-__all__ = ["IMPUTERS", "Imputer", "require_recovery"]
+__all__ = ["IMPUTERS", "Imputer"]

@@ -14,9 +14,6 @@ from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
 SMALL = {
     "mopoe": {"latent": 6, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
-    "tip": {"dim": 16, "heads": 2, "layers": 2, "projection": 6, "width": 4, "grid": 2},
-    "iterative": {"rounds": 3},
-    "template": {},
     "mmvae_plus": {"latent": 6, "private": 3, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
     "cmvae": {"latent": 6, "private": 3, "clusters": 3, "dim": 8, "width": 4, "grid": 2},
     "transformer": {
@@ -97,9 +94,7 @@ def build(table, name, seed=0):
     entry = table[name]
     options = entry.Options(**SMALL[name])
     if table is IMPUTERS:
-        imputer = entry(SPECS, options).double().eval()
-        imputer.start_from(make_batch(30, seed=100 + seed))
-        return imputer
+        return entry(SPECS, options).double().eval()
     return entry(SPECS, K, options).double().eval()
 
 
@@ -179,10 +174,6 @@ class TestImputer:
 
     def test_a_training_step_reaches_every_parameter(self, name):
         imputer = build(IMPUTERS, name).train()
-        if next(imputer.parameters(), None) is None:
-            with pytest.raises(TypeError, match="no trainable parameters"):
-                imputer.loss(make_batch(), torch.Generator())
-            return
         loss = torch.zeros((), dtype=torch.float64)
         for seed in range(4):
             loss = (
