@@ -1,17 +1,31 @@
 """Laws of the selection rule over random features and statistics, and its edges."""
 
 import dataclasses
+import functools
 import math
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dymo_med.backbones import BACKBONES, encode_versions
+from dymo_med.files import write_csv
+from dymo_med.inference.predict import STEP_COLUMNS, selection_steps
 from dymo_med.selection import SELECTORS, fit_statistics
 from dymo_med.selection.reward import log_tail, reward, similarity_factor
 from dymo_med.selection.statistics import lookup
-from dymo_med.types import FusionOutput, ModalityMask, SubsetStatistics, subset_id
+from dymo_med.types import (
+    Batch,
+    Column,
+    FusionOutput,
+    ModalityMask,
+    ModalitySpec,
+    Recovery,
+    SubsetStatistics,
+    subset_id,
+)
 
 K, D = 3, 4
 
@@ -62,7 +76,7 @@ cases = st.tuples(
 )
 
 
-def run(b, m, seed, distance, rows=None, columns=None):
+def run(b, m, seed, distance):
     observed, candidates = draw_masks(b, m, seed)
     fuse = Table(b, m, seed, distance)
     return SELECTORS["dymo"]().select(
@@ -99,6 +113,222 @@ def test_the_trace_replays_to_the_same_decision(case):
             if best >= 0:
                 used[i, best] = True
     assert torch.equal(used, trace.used)
+
+
+@given(case=cases)
+@settings(deadline=None, max_examples=40)
+def test_a_saved_trace_replays_to_the_same_decision(case, tmp_path_factory):
+    """From the file that `dymo-med predict` writes, and from nothing else."""
+    trace = run(*case)
+    path = tmp_path_factory.mktemp("trace") / "selection.csv"
+    for i in range(case[0]):
+        steps = selection_steps(trace, i)
+        write_csv(path, STEP_COLUMNS, [dataclasses.asdict(step) for step in steps])
+        table = pd.read_csv(path, dtype={"modality": str})
+        admitted, out = [], set()
+        for _, step in table.groupby("step"):
+            assert not out & set(step.modality)
+            again = step.factor * step.quality_after - step.quality_before
+            assert bool(((again - step.reward).abs() < 1e-7).all())
+            # The largest positive reward, the first in canonical order among equals.
+            best = step.modality[step.reward.idxmax()] if (step.reward > 0).any() else None
+            for modality, gain, decision in zip(
+                step.modality, step.reward, step.decision, strict=True
+            ):
+                assert decision == (
+                    "admitted"
+                    if modality == best
+                    else "rejected"
+                    if gain < 0
+                    else "stopped"
+                    if best is None
+                    else "not yet"
+                )
+            out |= set(step.modality[step.reward < 0]) | {best}
+            admitted += [best] if best is not None else []
+        expected = [n for n, a in zip(trace.names, trace.admitted[i].tolist(), strict=True) if a]
+        assert sorted(admitted) == expected
+        assert trace.used[i].tolist() == [
+            seen or name in admitted
+            for name, seen in zip(trace.names, trace.observed[i].tolist(), strict=True)
+        ]
+
+
+@given(cases, st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_permuting_modalities_permutes_the_answer(case, random):
+    """Where two candidates are equally good the first wins, so equals are left out."""
+    b, m, seed, distance = case
+    whole = run(*case)
+    positive = whole.reward.masked_fill(~(whole.reward > 0), torch.nan).sort(-1).values
+    assert not bool((positive.diff(dim=-1) == 0).any())
+    order = torch.tensor(random.sample(range(m), m))  # new column j is old column order[j]
+    inner, stats = Table(b, m, seed, distance), statistics(m, seed, distance)
+    observed, candidates = draw_masks(b, m, seed)
+
+    def back(subsets):
+        return torch.zeros_like(subsets).index_copy(1, order, subsets)
+
+    moved = stats.subsets[:, order]
+    rank = subset_id(moved).argsort()
+    permuted = SELECTORS["dymo"]().select(
+        lambda rows, used, admitted: inner(rows, back(used), back(admitted)),
+        ModalityMask(tuple(map(str, order.tolist())), observed[:, order]),
+        candidates[:, order],
+        dataclasses.replace(
+            stats,
+            subsets=moved[rank],
+            prototypes=stats.prototypes[rank],
+            spread=stats.spread[rank],
+        ),
+    )
+    assert torch.equal(permuted.used, whole.used[:, order])
+    assert torch.equal(permuted.output.logits, whole.output.logits)
+    assert len(permuted.reward) == len(whole.reward)
+    torch.testing.assert_close(
+        permuted.reward, whole.reward[:, :, order], atol=1e-12, rtol=0, equal_nan=True
+    )
+
+
+SPECS = (
+    ModalitySpec("film", "image", "f.png", (1, 6, 6), (), "none"),
+    ModalitySpec("scan", "image", "s.png", (1, 4, 4), (), "none"),
+    ModalitySpec(
+        "labs",
+        "table",
+        "ehr.csv",
+        (2,),
+        columns=(
+            Column("crp", "continuous", mean=0.0, std=1.0),
+            Column("ldh", "continuous", mean=0.0, std=1.0),
+        ),
+    ),
+    ModalitySpec(
+        "age", "table", "ehr.csv", (1,), columns=(Column("age", "continuous", mean=0.0, std=1.0),)
+    ),
+)
+
+
+def draw_values(n, g):
+    return {s.name: torch.randn(n, *s.shape, generator=g, dtype=torch.float64) for s in SPECS}
+
+
+def make_batch(values, available, fields):
+    n = len(available)
+    ids = tuple(map(str, range(n)))
+    names = tuple(s.name for s in SPECS)
+    return Batch(ids, ids, values, ModalityMask(names, available), fields, torch.arange(n) % K)
+
+
+@functools.cache
+def real_backbone():
+    """The fusion transformer with random weights, and its statistics of random patients."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        entry = BACKBONES["transformer"]
+        options = entry.Options(dim=8, heads=2, layers=2, projection=4, width=4, grid=2)
+        backbone = entry(SPECS, K, options).double().eval()
+    n = 24
+    everything = torch.ones(n, len(SPECS), dtype=torch.bool)
+    fields = {"labs": torch.ones(n, 2).bool(), "age": torch.ones(n, 1).bool()}
+    batch = make_batch(draw_values(n, torch.Generator().manual_seed(1)), everything, fields)
+    with torch.no_grad():
+        return backbone, fit_statistics(
+            encode_versions(backbone, batch),
+            everything,
+            batch.labels,
+            torch.ones(n, dtype=torch.float64),
+            K,
+            backbone.distance,
+        )
+
+
+@given(st.integers(1, 5), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=30)
+def test_noise_where_nothing_is_available_changes_nothing(b, seed):
+    """Neither what stands in for unmeasured values, nor for what no imputer proposed."""
+    backbone, stats = real_backbone()
+    g = torch.Generator().manual_seed(seed)
+    m = len(SPECS)
+    observed = torch.rand(b, m, generator=g) < 0.5
+    observed[torch.arange(b), torch.randint(m, (b,), generator=g)] = True
+    cells = torch.rand(b, 2, generator=g) < 0.6
+    cells[:, 0] |= ~cells.any(1)
+    fields = {"labs": cells & observed[:, 2:3], "age": observed[:, 3:]}
+    recovered = ~observed & (torch.rand(b, m, generator=g) < 0.7)
+    completed = torch.zeros_like(observed)
+    completed[:, 2] = observed[:, 2] & ~cells.all(1) & (torch.rand(b, generator=g) < 0.7)
+    measured, proposed = draw_values(b, g), draw_values(b, g)
+
+    def select(noise):
+        values, proposals = {}, {}
+        for i, spec in enumerate(SPECS):
+            shape = (b, *(1,) * len(spec.shape))
+            real = fields.get(spec.name, observed[:, i].view(shape))
+            offered = (recovered | completed)[:, i].view(shape)
+            values[spec.name] = torch.where(real, measured[spec.name], noise[spec.name])
+            proposals[spec.name] = torch.where(
+                offered & ~(real & observed[:, i].view(shape)),
+                proposed[spec.name],
+                values[spec.name],
+            )
+        batch = make_batch(values, observed, fields)
+        recovery = Recovery(proposals, batch.observed, recovered, completed)
+        with torch.no_grad():
+            fuse = encode_versions(backbone, batch, recovery)
+            return SELECTORS["dymo"]().select(fuse, batch.observed, recovery.candidates, stats)
+
+    one = select(draw_values(b, g))
+    two = select({name: 1e3 * x for name, x in draw_values(b, g).items()})
+    assert torch.equal(one.used, two.used)
+    assert torch.equal(one.output.logits, two.output.logits)
+    assert torch.equal(one.reward.nan_to_num(9.0), two.reward.nan_to_num(9.0))
+
+
+@given(
+    st.integers(2, 5),
+    st.floats(0.05, 1.0),
+    st.sampled_from(["towards the mean", "away"]),
+    st.sampled_from(["cosine", "euclidean"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_candidate_that_is_noise_for_every_class_is_not_admitted(k, much, kind, distance):
+    """One candidate makes the class clearer; the other tells nothing of any class.
+
+    Prototypes are unit vectors; the embedding lies between its class's one and the mean of all.
+    Noise pulls it towards that mean, or in a direction in which every prototype is as far.
+    """
+    prototypes = torch.eye(k, k + 1, dtype=torch.float64)
+    elsewhere = torch.zeros(k + 1, dtype=torch.float64)
+    elsewhere[k] = 1.0
+    subsets = (torch.arange(1, 8)[:, None] >> torch.arange(3)) & 1 == 1
+    stats = SubsetStatistics(
+        distance=distance,
+        subsets=subsets,
+        prototypes=prototypes.expand(7, k, k + 1),
+        overall=prototypes,
+        spread=torch.full((7, k), 0.5, dtype=torch.float64),
+        counts=torch.full((7, k), 9),
+        borrowed_from=torch.arange(7)[:, None].expand(7, k),
+    )
+
+    def fuse(rows, used, admitted):
+        clear = torch.where(used[:, 1], 0.8, 0.5).double()
+        noise = torch.where(used[:, 2], much, 0.0).double()
+        pulled = clear * (1 - noise) if kind == "towards the mean" else clear
+        z = pulled[:, None] * prototypes[rows] + (1 - pulled)[:, None] * prototypes.mean(0)
+        if kind == "away":
+            z = z + noise[:, None] * elsewhere
+        if distance == "cosine":
+            z = torch.nn.functional.normalize(z, dim=-1)
+        return FusionOutput(prototypes[rows][:, :k], z)  # the class is right, before and after
+
+    observed = torch.tensor([[True, False, False]]).expand(k, 3)
+    trace = SELECTORS["dymo"]().select(
+        fuse, ModalityMask(("seen", "clear", "noise"), observed), ~observed, stats
+    )
+    assert trace.used.tolist() == [[True, True, False]] * k
+    assert bool((trace.reward[0, :, 2] < 0).all())
 
 
 @given(cases)
