@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dymo_med.imputers.base import Imputer
+from dymo_med.imputers.base import Imputer, require_recovery
 from dymo_med.imputers.cmvae import CMVAE
+from dymo_med.imputers.iterative import Iterative
 from dymo_med.imputers.mmvae_plus import MMVAEPlus
 from dymo_med.imputers.mopoe import MoPoE
+from dymo_med.imputers.template import Template
+from dymo_med.imputers.tip import TIP
 from dymo_med.registry import Registry
 
 IMPUTERS: Registry[Imputer] = Registry(
@@ -14,7 +17,10 @@ IMPUTERS: Registry[Imputer] = Registry(
         "mopoe": MoPoE,
         "mmvae_plus": MMVAEPlus,
         "cmvae": CMVAE,
+        "tip": TIP,
+        "iterative": Iterative,
+        "template": Template,
     },
 )
 
-__all__ = ["IMPUTERS", "Imputer"]
+__all__ = ["IMPUTERS", "Imputer", "require_recovery"]

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from dymo_med.errors import PatientDataError, Problem
+from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.types import Batch, ModalitySpec, Recovery
 
 
@@ -34,17 +34,24 @@ class Imputer(nn.Module, ABC):
     def __init__(self, specs: Sequence[ModalitySpec], options: BaseModel) -> None:
         super().__init__()
 
-    @abstractmethod
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the training loss per record `(B,)`; terms without data are left out.
+
+        Every imputer with parameters defines it.
 
         Args:
             batch: B records, possibly incomplete.
             generator: CPU generator behind every random number.
+
+        Raises:
+            TypeError: If there is nothing to train.
         """
+        raise TypeError(f"{type(self).__name__} has no trainable parameters and so no loss.")
 
     def start_from(self, batch: Batch) -> None:
         """Take what helps to begin with from the training records, before the first epoch.
+
+        An imputer without trainable parameters is fitted here, and with this it is ready.
 
         Args:
             batch: All training records.
@@ -64,6 +71,9 @@ class Imputer(nn.Module, ABC):
 
     def recoverable(self, observed: Tensor) -> Tensor:
         """Return bool `(B, M)`: what could be recovered from these observed modalities.
+
+        True of a modality that is observed means that its blank cells could be. Observing more
+        never makes less recoverable.
 
         Args:
             observed: Bool `(B, M)`.
@@ -136,3 +146,51 @@ class Imputer(nn.Module, ABC):
                 keep = keep & batch.observed_fields[name]
             values[name] = torch.where(keep, values[name], proposals[name].to(values[name].dtype))
         return values
+
+
+def require_recovery(imputer: Imputer, name: str) -> None:
+    """Refuse an imputer that declares that it can recover nothing a patient of these kinds lacks.
+
+    Asked is the best case: each modality on its own from all the others, and the blank cells of
+    each table of several columns from everything. A cohort in which nothing of the kind can be
+    asked (a single scan) suits any imputer.
+
+    Args:
+        imputer: On the CPU, after `start_from`.
+        name: Its name in the table.
+
+    Raises:
+        ConfigError: If it can recover none of the modalities.
+
+    Example:
+        >>> from dymo_med.imputers import IMPUTERS
+        >>> scans = [ModalitySpec(n, "image", f"{n}.png", (1, 8, 8)) for n in ("front", "side")]
+        >>> entry = IMPUTERS["iterative"]
+        >>> require_recovery(entry(scans, entry.Options()), "iterative")
+        Traceback (most recent call last):
+        dymo_med.errors.ConfigError: Imputer iterative: it can recover none of front, side. ...
+    """
+    specs = imputer.specs
+    everything = torch.ones(1, len(specs), dtype=torch.bool)
+    others = ~torch.eye(len(specs), dtype=torch.bool)
+    several_columns = torch.tensor([len(spec.columns) > 1 for spec in specs])
+    if len(specs) == 1 and not bool(several_columns.any()):
+        return
+    absent = imputer.recoverable(others).diagonal()
+    blank = imputer.recoverable(everything)[0] & several_columns
+    if not bool((absent | blank).any()):
+        raise ConfigError(
+            Problem(
+                f"Imputer {name}",
+                f"it can recover none of {', '.join(spec.name for spec in specs)}",
+                remedy="Choose an imputer in the recipe that recovers modalities of these kinds",
+            )
+        )
+
+
+def unfitted(imputer: Imputer) -> RuntimeError:
+    """Return what to raise where an imputer is asked before `start_from`."""
+    return RuntimeError(
+        f"{type(imputer).__name__} knows no training records yet. Call start_from with them, or"
+        " load a fitted state."
+    )
