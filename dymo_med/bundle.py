@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,16 @@ from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.modalities import MODALITIES, modality
 from dymo_med.modalities.base import Modality
-from dymo_med.registry import Registry
+from dymo_med.registry import Registry, nearest
 from dymo_med.selection import SELECTORS, Selector
-from dymo_med.types import ModalitySpec, SubsetStatistics, Task
+from dymo_med.types import Choice, ModalitySpec, SubsetStatistics, Task
 
 TABLES: dict[str, Registry[Any]] = {
     "imputer": IMPUTERS,
     "backbone": BACKBONES,
     "selector": SELECTORS,
 }
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 
 
@@ -91,8 +91,8 @@ class ModelBundle:
         imputer_entry: Its table name and options.
         backbone: In evaluation mode.
         backbone_entry: Its table name and options.
-        selector: Decides what to trust.
-        selector_entry: Its table name and options.
+        selectors: Every selector of the table, fitted, by name.
+        choice: Which of them is the default, and why.
         statistics: Of the backbone's embedding.
         temperature: Probabilities are softmax(logits / temperature).
         base_rates: K class shares among training patients.
@@ -110,14 +110,38 @@ class ModelBundle:
     imputer_entry: Mapping[str, Any]
     backbone: FusionBackbone
     backbone_entry: Mapping[str, Any]
-    selector: Selector
-    selector_entry: Mapping[str, Any]
+    selectors: Mapping[str, Selector]
+    choice: Choice
     statistics: SubsetStatistics
     temperature: float
     base_rates: tuple[float, ...]
     provenance: Mapping[str, Any]
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def selector(self) -> Selector:
+        """The default selector: the one behind the bundle's answers."""
+        return self.selectors[self.choice.name]
+
+    def with_selector(self, name: str) -> ModelBundle:
+        """Return the same bundle, answering with another of its selectors.
+
+        Raises:
+            ConfigError: If it has none of that name.
+        """
+        if name not in self.selectors:
+            raise ConfigError(
+                Problem(
+                    "--selector",
+                    f"there is no selector called '{name}'",
+                    remedy=nearest(name, list(self.selectors)),
+                )
+            )
+        if name == self.choice.name:
+            return self
+        why = f"It was asked for; this model's default is {self.choice.name}."
+        return replace(self, choice=replace(self.choice, name=name, why=why))
 
     @property
     def version(self) -> str:
@@ -147,6 +171,7 @@ class ModelBundle:
                 (work / name).mkdir()
             write_json(work / "configs" / "metadata.json", self._metadata())
             write_json(work / "configs" / "inference.json", self._inference())
+            write_json(work / "configs" / "selectors.json", self._selectors())
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
             for name, tensors in (
                 ("imputer", self.imputer.state_dict()),
@@ -191,10 +216,24 @@ class ModelBundle:
         return {
             "imputer": dict(self.imputer_entry),
             "backbone": dict(self.backbone_entry),
-            "selector": dict(self.selector_entry),
+            "selector": self.choice.name,
             "distance": self.statistics.distance,
             "temperature": self.temperature,
             "base_rates": list(self.base_rates),
+        }
+
+    def _selectors(self) -> dict[str, Any]:
+        return {
+            "default": self.choice.name,
+            "why": self.choice.why,
+            "calibration": {
+                "patients": self.choice.patients,
+                "results": {k: dict(v) for k, v in self.choice.results.items()},
+            },
+            "entries": {
+                name: {"options": selector.options.model_dump(), "state": selector.state()}
+                for name, selector in self.selectors.items()
+            },
         }
 
     def _model_card(self) -> str:
@@ -213,6 +252,11 @@ class ModelBundle:
         rates = ", ".join(
             f"{c} {r:.1%}" for c, r in zip(self.task.classes, self.base_rates, strict=True)
         )
+        selectors = "\n".join(
+            f"| {name} | {r['log_loss']:.3f} | {r['accuracy']:.1%} | {r['spoilt']:.1%} |"
+            f" {r['rescued']:.1%} |"
+            for name, r in self.choice.results.items()
+        )
         return f"""# {self.name}
 
 {self.description}
@@ -221,8 +265,9 @@ Decision support for research. Not a medical device, not for diagnosis.
 
 - Predicts `{self.task.target}`: {", ".join(self.task.classes)}.
 - Trained on cohort `{p["cohort"]}`; class shares among training patients: {rates}.
-- Imputer `{self.imputer_entry["name"]}`, backbone `{self.backbone_entry["name"]}`, selector
-  `{self.selector_entry["name"]}`; temperature {self.temperature:.3f}.
+- Imputer `{self.imputer_entry["name"]}`, backbone `{self.backbone_entry["name"]}`, temperature
+  {self.temperature:.3f}.
+- Default selector: `{self.choice.name}`. {self.choice.why}
 
 | split | records | labelled | patients |
 |---|---|---|---|
@@ -231,6 +276,14 @@ Decision support for research. Not a medical device, not for diagnosis.
 | modality | kind | shape | observed in training |
 |---|---|---|---|
 {modalities}
+
+Selectors on the calibration split ({self.choice.patients} patients, modalities hidden at random,
+each selector fitted on other patients than it is scored on; spoilt and put right: against
+measurements alone):
+
+| selector | log-loss | accuracy | spoilt | put right |
+|---|---|---|---|---|
+{selectors}
 
 The test split was not read while this bundle was made. Run `dymo-med evaluate` for its
 performance, and on your own patients before you rely on it.
@@ -289,7 +342,20 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             _ = MODALITIES[spec.kind]
         imputer_class, imputer_options = _entry("imputer", inference["imputer"])
         backbone_class, backbone_options = _entry("backbone", inference["backbone"])
-        selector_class, selector_options = _entry("selector", inference["selector"])
+        stored = json.loads((path / "configs" / "selectors.json").read_text(encoding="utf-8"))
+        selectors = {}
+        for name, entry in stored["entries"].items():
+            found = SELECTORS[name]
+            selectors[name] = found(found.Options.model_validate(entry["options"]))
+            selectors[name].load_state(entry["state"])
+        choice = Choice(
+            inference["selector"],
+            stored["why"],
+            stored["calibration"]["results"],
+            stored["calibration"]["patients"],
+        )
+        if choice.name not in selectors:
+            raise KeyError(choice.name)
         # Random initial weights are overwritten at once; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             imputer = imputer_class(specs, imputer_options)
@@ -310,8 +376,8 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             imputer_entry=inference["imputer"],
             backbone=backbone.to(where).eval().requires_grad_(False),
             backbone_entry=inference["backbone"],
-            selector=selector_class(selector_options),
-            selector_entry=inference["selector"],
+            selectors=selectors,
+            choice=choice,
             statistics=statistics.to(where),
             temperature=float(inference["temperature"]),
             base_rates=tuple(inference["base_rates"]),

@@ -264,6 +264,9 @@ def predict(
     no_explain: Annotated[
         bool, typer.Option("--no-explain", help="Leave out attributions (faster).")
     ] = False,
+    selector: Annotated[
+        str | None, typer.Option("--selector", help="Another selector than the bundle's default.")
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -272,9 +275,10 @@ def predict(
     from dymo_med.bundle import load_bundle
     from dymo_med.inference.predict import predict_patient
 
-    prediction = predict_patient(
-        patient_dir, load_bundle(bundle, device), out, explain=not no_explain, seed=seed
-    )
+    model = load_bundle(bundle, device)
+    if selector is not None:
+        model = model.with_selector(selector)
+    prediction = predict_patient(patient_dir, model, out, explain=not no_explain, seed=seed)
     reporter = Reporter(quiet)
     shares = ", ".join(
         f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
@@ -307,6 +311,10 @@ def evaluate(
     reports: Annotated[
         int, typer.Option("--reports", min=0, help="Write at most this many patient reports.")
     ] = 1_000_000,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option("--selector", help="Compare this selector too; repeatable."),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -327,6 +335,7 @@ def evaluate(
             seed=seed,
             resume=resume,
             reports=reports,
+            methods=tuple(selector or ()),
             progress=progress,
         )
     reporter.say(f"cohort page: {out / 'index.html'}")

@@ -108,7 +108,8 @@ class Recipe(Strict):
         seed: Seed of every random choice, 0 or more.
         imputer: Entry of the imputer table and its options.
         backbone: Entry of the backbone table and its options.
-        selector: Entry of the selector table and its options.
+        selector: Entry of the selector table and its options; None = the one that does best on the
+            calibration split.
         imputer_training: Schedule of the imputer.
         backbone_training: Schedule of the backbone.
     """
@@ -118,7 +119,7 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     imputer: Named
     backbone: Named
-    selector: Named = Named(name="dymo")
+    selector: Named | None = None
     imputer_training: Schedule = Schedule()
     backbone_training: BackboneTraining = BackboneTraining()
 
@@ -320,7 +321,9 @@ def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
     recipe = document.parse(Recipe)
     problems: list[Problem] = []
     for part, table in tables.items():
-        entry: Named = getattr(recipe, part)
+        entry: Named | None = getattr(recipe, part)
+        if entry is None:
+            continue
         if entry.name not in table:
             problems.append(
                 Problem(

@@ -437,6 +437,21 @@ class SubsetStatistics:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """An answer that is an average over subsets.
+
+    Attributes:
+        rows: Int64 `(P,)`, ascending: the patient each averaged subset is of.
+        admitted: Bool `(P, M)`: the candidates in it, beside everything observed.
+        weight: Float `(P,)`, adding up to 1 per patient.
+    """
+
+    rows: Tensor
+    admitted: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class SelectionTrace:
     """Every number behind a selection; enough to replay it offline.
 
@@ -447,7 +462,8 @@ class SelectionTrace:
         candidates: Bool `(B, M)`.
         used: Bool `(B, M)`: observed or trusted.
         admitted: Bool `(B, M)`: candidates that were trusted.
-        chosen: Int64 `(T, B)`: modality admitted in that step, -1 = stopped.
+        chosen: Int64 `(T, B)`: modality admitted in that step, -1 = stopped; the best of them
+            where a selector admits several at once.
         reward: Float `(T, B, M)`, NaN where there was no candidate. Likewise below.
         quality_before: Float `(T, B)`.
         quality_after: Float `(T, B, M)`.
@@ -455,7 +471,11 @@ class SelectionTrace:
         similarity_after: Float `(T, B, M)`.
         factor: Float `(T, B, M)`: similarity calibration factor.
         borrowed: Bool `(T, B, M)`: statistics of a smaller subset had to be borrowed.
+        trust: Float `(T, B, M)`: what a fitted selector gives for admitting the candidate, 0 to
+            1; NaN for those that go by the reward.
+        threshold: What reward (or trust, where there is one) has to exceed to be admitted.
         output: Fusion of the final subset: logits `(B, K)`, embedding `(B, D)`.
+        mixture: The subsets that were averaged; None = the answer is that of `used` alone.
     """
 
     names: tuple[str, ...]
@@ -472,7 +492,10 @@ class SelectionTrace:
     similarity_after: Tensor
     factor: Tensor
     borrowed: Tensor
+    trust: Tensor
+    threshold: float
     output: FusionOutput
+    mixture: Mixture | None = None
 
     @property
     def rejected(self) -> Tensor:
@@ -482,7 +505,10 @@ class SelectionTrace:
 
 @dataclass(frozen=True)
 class SelectionStep:
-    """One candidate in one step of one patient's selection (a row of `selection.csv`)."""
+    """One candidate in one step of one patient's selection (a row of `selection.csv`).
+
+    What exceeds `threshold` is admitted: `trust` where the selector gives one, else `reward`.
+    """
 
     step: int
     modality: str
@@ -495,6 +521,26 @@ class SelectionStep:
     reward: float
     decision: Literal["admitted", "rejected", "not yet", "stopped"]
     borrowed: bool
+    trust: float | None = None
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which selector is the default, and why.
+
+    Attributes:
+        name: The default.
+        why: A sentence.
+        results: Per selector, on held-back patients: log-loss, accuracy, answers of the observed
+            modalities that it spoilt and put right (shares of patients), all cross-fitted.
+        patients: How many there were.
+    """
+
+    name: str
+    why: str
+    results: Mapping[str, Mapping[str, float]]
+    patients: int
 
 
 @dataclass(frozen=True)
@@ -512,6 +558,19 @@ class Attribution:
     name: str
     value: float
     method: str
+
+
+@dataclass(frozen=True)
+class WeightedSubset:
+    """One of the subsets over which an answer was averaged.
+
+    Attributes:
+        admitted: The recoveries in it, beside everything observed.
+        weight: Its share of the answer.
+    """
+
+    admitted: tuple[str, ...]
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -539,6 +598,8 @@ class Prediction:
         bundle_name: Name of the bundle.
         seed: Seed of the run.
         base_rates: K class shares among training patients: the starting point of Shapley values.
+        subsets: What the answer was averaged over, heaviest first; empty where it comes from
+            `observed` and `trusted` alone.
     """
 
     record_id: str
@@ -561,3 +622,13 @@ class Prediction:
     bundle_name: str
     seed: int
     base_rates: tuple[float, ...] = ()
+    subsets: tuple[WeightedSubset, ...] = ()
+
+    @property
+    def trust(self) -> dict[str, float]:
+        """Share of the answer that rests on each recovery, where it is an average."""
+        return {
+            name: sum(s.weight for s in self.subsets if name in s.admitted)
+            for name in self.recovered
+            if self.subsets
+        }

@@ -23,8 +23,12 @@ _COLOURS = {
     "trust_all": ("#a9570c", "^"),
     "oracle": ("#1b2530", "D"),
 }
+# The bundle's own selector; others that were compared come in the order of the list after it.
 _OWN = ("#1f5a82", "o")
+_OTHERS = (("#5b8a3c", "v"), ("#8a4f7d", "P"), ("#b08d1f", "X"), ("#3f8f8a", "d"), ("#9a5b4f", "*"))
 _BINS = 10
+# What the bundle's own selector is compared with.
+_AGAINST = ("observed_only", "trust_all", "dymo")
 
 
 def write_pages(
@@ -71,7 +75,7 @@ def view(
     found = {(r["scenario"], r["method"], r["metric"]): r for r in metrics}
     own = facts["selector"]
     scenarios = [s for s in facts["scenarios"] if (s, own, "auroc") in found]
-    differences = [f"{own} - {other}" for other in ("observed_only", "trust_all") if other != own]
+    differences = [f"{own} - {other}" for other in _AGAINST if other != own]
     return {
         "f": facts,
         "headlines": [_headline(s, own, differences, found) for s in scenarios],
@@ -174,7 +178,7 @@ def _changes(scenario: str, own: str, predictions: Sequence[Row]) -> dict[str, A
     """Return how many answers selection put right and wrong, against each other method."""
     methods = _by_method(scenario, predictions)
     result: dict[str, Any] = {"scenario": scenario, "records": len(methods[own]), "against": []}
-    for other in ("observed_only", "trust_all"):
+    for other in _AGAINST:
         if other == own:
             continue
         pairs = list(zip(methods[own], methods[other], strict=True))
@@ -247,7 +251,7 @@ def _plot_auroc(path: Path, facts: Row, metrics: Sequence[Row]) -> None:
     figure = Figure(figsize=(6.4, 0.9 + 0.34 * len(scenarios) * len(methods)), layout="constrained")
     axes = figure.subplots()
     for j, method in enumerate(methods):
-        colour, marker = _COLOURS.get(method, _OWN)
+        colour, marker = _look(method, facts)
         rows = {
             r["scenario"]: r for r in metrics if r["method"] == method and r["metric"] == "auroc"
         }
@@ -290,7 +294,7 @@ def _plot_calibration(path: Path, facts: Row, predictions: Sequence[Row]) -> Non
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#d9dde2", linewidth=1)
     for method, rows in _by_method(facts["scenarios"][0], predictions).items():
-        colour, marker = _COLOURS.get(method, _OWN)
+        colour, marker = _look(method, facts)
         p = np.array([row[f"prob_{positive}"] for row in rows])
         y = np.array([row["label"] == positive for row in rows], dtype=float)
         w = patient_weights([row["patient_id"] for row in rows])
@@ -313,6 +317,16 @@ def _plot_calibration(path: Path, facts: Row, predictions: Sequence[Row]) -> Non
     axes.legend(frameon=False, fontsize=8)
     _plain(axes)
     figure.savefig(path, dpi=200)
+
+
+def _look(method: str, facts: Row) -> tuple[str, str]:
+    """Return colour and marker of a method."""
+    if method == facts["selector"]:
+        return _OWN
+    if method in _COLOURS:
+        return _COLOURS[method]
+    others = [m for m in facts["methods"] if m not in _COLOURS and m != facts["selector"]]
+    return _OTHERS[others.index(method) % len(_OTHERS)]
 
 
 def _plain(axes: Any) -> None:

@@ -25,6 +25,7 @@ from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.files import write_csv, write_json
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.predict import (
+    COMPARED,
     STEP_COLUMNS,
     Answers,
     answer,
@@ -84,14 +85,15 @@ def evaluate(
     resume: bool = False,
     reports: bool | int = True,
     batch_size: int = 16,
+    methods: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluateResult:
     """Evaluate a bundle on the labelled records of one split.
 
-    Methods: `observed_only`, `trust_all` and the bundle's own selector, from one recovery and one
-    encoding; in scenarios that hide something also `oracle`: observed-only on everything the
-    record really has, for all records of that scenario, so that methods are compared on the
-    same ones.
+    Methods: `observed_only`, `trust_all`, `dymo` and the bundle's default selector, from one
+    recovery and one encoding; in scenarios that hide something also `oracle`: observed-only on
+    everything the record really has, for all records of that scenario, so that methods are
+    compared on the same ones.
 
     Args:
         bundle: The model.
@@ -104,6 +106,7 @@ def evaluate(
         resume: Go on with, or repeat from its batches, an evaluation in `out`.
         reports: Whether to write a report per patient (first scenario), or for how many.
         batch_size: Records at once.
+        methods: Selectors to compare besides those above.
         progress: Called with (done, total) records, scenarios counted separately.
 
     Returns:
@@ -117,7 +120,11 @@ def evaluate(
     specs = _specs(bundle, cohort)
     rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in scenarios))
     records = _labelled(cohort, split)
-    run = _Run(bundle, cohort, split, specs, seed, int(reports) if reports is not True else None)
+    for name in methods:
+        bundle.with_selector(name)  # an unknown one is refused before anything is written
+    run = _Run(
+        bundle, cohort, split, specs, seed, int(reports) if reports is not True else None, methods
+    )
     known = {
         "bundle": bundle.bundle_id,
         "cohort": cohort.name,
@@ -126,6 +133,7 @@ def evaluate(
         "batch_size": batch_size,
         "reports": int(reports) if reports is not True else None,
         "first_scenario": rules[0].text,
+        "selectors": [bundle.choice.name, *methods],
         "records, label or patient": _digest(records),
     }
     _open(out, known, resume)
@@ -168,7 +176,8 @@ def evaluate(
         "modalities": [spec.name for spec in specs],
         "scenarios": [rule.text for rule in rules],
         "methods": list(dict.fromkeys(row["method"] for row in predictions)),
-        "selector": bundle.selector.name,
+        "selector": bundle.choice.name,
+        "selector_why": bundle.choice.why,
         "seed": seed,
         "batch_size": batch_size,
         "records": len(records),
@@ -196,6 +205,7 @@ class _Run:
         specs: The bundle's modalities, with the cohort's file names.
         seed: Of scenarios.
         reports: How many records get a report; None = all.
+        methods: Selectors to compare besides the usual ones.
     """
 
     bundle: ModelBundle
@@ -204,6 +214,7 @@ class _Run:
     specs: tuple[ModalitySpec, ...]
     seed: int
     reports: int | None
+    methods: Sequence[str]
 
     def batch(
         self,
@@ -239,7 +250,7 @@ class _Run:
         for index, answers in self._answers(hidden, rule, rows["failures"]):
             oracle = None
             if rule.kind != "as-is":
-                oracle = answer(self.bundle, [whole[i] for i in index], seed=self.seed)
+                oracle = self._ask([whole[i] for i in index])
             for row, i in enumerate(index):
                 record = hidden[i]
                 rows["predictions"] += self._predictions(rule, record, answers, oracle, row)
@@ -258,17 +269,20 @@ class _Run:
         everyone = list(range(len(records)))
         try:
             if records:
-                yield everyone, answer(self.bundle, records, seed=self.seed)
+                yield everyone, self._ask(records)
         except PatientDataError:
             for i in everyone:
                 try:
-                    alone = answer(self.bundle, [records[i]], seed=self.seed)
+                    alone = self._ask([records[i]])
                 except PatientDataError as error:
                     failures.append(
                         _failure(records[i].record_id, rule.text, "predict", _message(error))
                     )
                 else:
                     yield [i], alone
+
+    def _ask(self, records: Sequence[PatientRecord]) -> Answers:
+        return answer(self.bundle, records, seed=self.seed, methods=self.methods)
 
     def _predictions(
         self,
@@ -504,7 +518,7 @@ def _metrics(
 ) -> list[Row]:
     """Return the rows of `metrics.csv`: methods, then differences, per scenario."""
     classes = bundle.task.classes
-    own = bundle.selector.name
+    own = bundle.choice.name
     rows: list[Row] = []
     for scenario in scenarios:
         methods: dict[str, list[Row]] = {}
@@ -523,7 +537,7 @@ def _metrics(
             [classes.index(row["label"]) for row in first],
             probabilities,
             patients,
-            pairs=[(own, other) for other in ("observed_only", "trust_all") if other != own],
+            pairs=[(own, other) for other in COMPARED if other != own],
             seed=seed,
         )
         rows += [

@@ -23,6 +23,9 @@ _MOST_EXACT = 12
 _PERMUTATIONS = 200
 _STEPS = 16
 
+# A modality by name, and whether it is the recovered (or completed) version of it.
+Version = tuple[str, bool]
+
 
 @dataclass(frozen=True)
 class Saliency:
@@ -54,7 +57,8 @@ class Explanation:
 class Subject:
     """One record in the version that was predicted from, and the probability to explain.
 
-    Every used modality is encoded once; only what an explanation changes is encoded again.
+    Every version of a modality that is used is encoded once; only what an explanation changes is
+    encoded again. An answer that is an average over subsets is explained as that average.
 
     Args:
         backbone: The network.
@@ -68,9 +72,9 @@ class Subject:
     Attributes:
         backbone: The network.
         names: Used modalities in canonical order, u of them.
-        values: Their values `(1, *shape)` in the version that was used; copies, so that
-            gradients may flow even if the originals were made in inference mode.
-        fields: Bool `(1, F)` of used tables: the cells that were used.
+        versions: Values `(1, *shape)` and filled cells `(1, F)` (None for images) by name and by
+            whether it is the recovered version; copies, so that gradients may flow even if the
+            originals were made in inference mode.
         chosen: Index of the predicted class.
         base_rate: Its share among training patients.
     """
@@ -90,55 +94,93 @@ class Subject:
         self.temperature = temperature
         self.chosen = int(trace.output.logits[row].argmax())
         self.base_rate = base_rates[self.chosen]
-        used, admitted = trace.used[row].tolist(), trace.admitted[row].tolist()
-        self.names = tuple(n for n, u in zip(trace.names, used, strict=True) if u)
-        self.values: dict[str, Tensor] = {}
-        self.fields: dict[str, Tensor] = {}
-        for name, trusted in zip(trace.names, admitted, strict=True):
-            if name not in self.names:
-                continue
-            source = recovery.values if trusted else batch.values
-            self.values[name] = source[name][row : row + 1].clone()
-            if name in batch.observed_fields:
-                filled = batch.observed_fields[name][row : row + 1].clone()
-                self.fields[name] = torch.ones_like(filled) if trusted else filled
+        admitted = trace.admitted[row : row + 1]
+        weight = torch.ones(1, dtype=torch.float64, device=admitted.device)
+        if trace.mixture is not None:
+            own = trace.mixture.rows == row
+            admitted, weight = trace.mixture.admitted[own], trace.mixture.weight[own]
+        used = trace.observed[row] | admitted  # (A, M): each averaged subset
+        kept = used.any(0).nonzero().squeeze(1)
+        self.names = tuple(trace.names[m] for m in kept.tolist())
+        self._used, self._admitted = used[:, kept], admitted[:, kept]
+        self._weight = weight.clone()
+        self.versions: dict[Version, tuple[Tensor, Tensor | None]] = {}
+        for i, name in enumerate(self.names):
+            for made in (False, True):
+                if not bool((self._used[:, i] & (self._admitted[:, i] == made)).any()):
+                    continue
+                source = recovery.values if made else batch.values
+                filled = None
+                if name in batch.observed_fields:
+                    filled = batch.observed_fields[name][row : row + 1].clone()
+                    filled = torch.ones_like(filled) if made else filled
+                self.versions[name, made] = source[name][row : row + 1].clone(), filled
         with torch.no_grad():
             self.tokens = {
-                name: backbone.encode(name, self.values[name], self.fields.get(name))
-                for name in self.names
+                version: backbone.encode(version[0], values, filled)
+                for version, (values, filled) in self.versions.items()
             }
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self.values[self.names[0]].device
+        return self._used.device
 
-    def probability(self, present: Tensor, changed: Mapping[str, Tokens] | None = None) -> Tensor:
+    def probability(
+        self, present: Tensor, changed: Mapping[Version, Tokens] | None = None
+    ) -> Tensor:
         """Return the calibrated probability of the predicted class.
 
         Args:
             present: Bool `(R, u)`: which of the used modalities to fuse.
-            changed: Tokens `(R, N, D)` that stand in for a modality's own.
+            changed: Tokens `(R, N, D)` that stand in for a version's own.
 
         Returns:
             `(R,)`; the base rate where nothing is present.
         """
         tokens = {**self.tokens, **(changed or {})}
-        rows, size = len(present), sum(t.values[0].numel() for t in tokens.values())
+        subsets, u = self._used.shape
+        # Each request becomes one per averaged subset; equal ones are fused once.
+        used = (present[:, None] & self._used[None]).flatten(0, 1)  # (R A, u)
+        admitted = used & self._admitted.repeat(len(present), 1)
+        owner = torch.arange(len(present), device=present.device).repeat_interleave(subsets)
+        # Without changed tokens every request is about the same patient.
+        about = owner if changed else torch.zeros_like(owner)
+        key = torch.cat([about[:, None], used.long(), admitted.long()], dim=1)
+        wanted, which = torch.unique(key, dim=0, return_inverse=True)
+        size = sum(t.values[0].numel() for t in tokens.values())
         chunk = max(1, _MOST_VALUES // size)
-        parts = []
-        for start in range(0, rows, chunk):
-            part = present[start : start + chunk]
-            values, available = [], []
-            for i, name in enumerate(self.names):
-                t = tokens[name]
-                own = slice(start, start + chunk) if len(t.values) == rows else slice(None)
-                values.append(t.values[own].expand(len(part), -1, -1))
-                available.append(t.available[own].expand(len(part), -1) & part[:, i : i + 1])
-            parts.append(self._fuse(torch.cat(values, 1), torch.cat(available, 1)))
-        return torch.cat(parts)
+        parts = [
+            self._fuse(tokens, part[:, 0], part[:, 1 : 1 + u] == 1, part[:, 1 + u :] == 1)
+            for part in wanted.split(chunk)
+        ]
+        each = torch.cat(parts)[which].view(len(present), subsets)
+        return (each * self._weight.to(each.dtype)).sum(1)
 
-    def _fuse(self, tokens: Tensor, available: Tensor) -> Tensor:
+    def _fuse(
+        self, tokens: Mapping[Version, Tokens], rows: Tensor, used: Tensor, admitted: Tensor
+    ) -> Tensor:
+        """Return the probability from subsets `(R, u)` of what stands in `rows` of the tokens."""
+        values: list[Tensor] = []
+        available: list[Tensor] = []
+        for i, name in enumerate(self.names):
+            for made in (False, True):
+                version = tokens.get((name, made))
+                if version is None:
+                    continue
+                own = rows if len(version.values) > 1 else torch.zeros_like(rows)
+                chosen = used[:, i] & (admitted[:, i] == made)
+                if values and i == len(values) - 1:  # the other version of the same modality
+                    values[i] = torch.where(chosen[:, None, None], version.values[own], values[i])
+                    available[i] = torch.where(
+                        chosen[:, None], version.available[own], available[i]
+                    )
+                else:
+                    values.append(version.values[own])
+                    available.append(version.available[own] & chosen[:, None])
+        return self._probability(torch.cat(values, 1), torch.cat(available, 1))
+
+    def _probability(self, tokens: Tensor, available: Tensor) -> Tensor:
         """Return the probability from tokens `(R, N, D)` side by side."""
         something = available.any(1).nonzero().squeeze(1)
         worth = tokens.new_full((len(tokens),), self.base_rate)
@@ -263,16 +305,19 @@ def cell_ablation(
 
     def forward(kept: Tensor) -> Tensor:
         rows = len(kept)
-        fields = {n: subject.fields[n].expand(rows, -1).clone() for n in cells}
-        for i, (name, f) in enumerate(places):
-            fields[name][:, f] &= kept[:, i] > 0.5
-        changed = {
-            name: subject.backbone.encode(name, subject.values[name].expand(rows, -1), fields[name])
-            for name in cells
-        }
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=kept.device)
-        for name, filled in fields.items():
-            present[:, subject.names.index(name)] = filled.any(1)
+        changed = {}
+        for (name, made), (values, filled) in subject.versions.items():
+            if name not in cells or filled is None:
+                continue
+            fields = filled.expand(rows, -1).clone()
+            for i, (table, f) in enumerate(places):
+                if table == name:
+                    fields[:, f] &= kept[:, i] > 0.5
+            tokens = subject.backbone.encode(name, values.expand(rows, -1), fields)
+            # A table without a cell is absent.
+            available = tokens.available & fields.any(1, keepdim=True)
+            changed[name, made] = Tokens(tokens.values, available)
         return subject.probability(present, changed)
 
     everything = torch.ones(1, len(places), device=subject.device)
@@ -310,12 +355,12 @@ def image_saliency(subject: Subject, images: tuple[str, ...], *, steps: int = _S
         rows = len(values[0])
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=subject.device)
         changed = {
-            name: subject.backbone.encode(name, value)
+            (name, False): subject.backbone.encode(name, value)
             for name, value in zip(images, values, strict=True)
         }
         return subject.probability(present, changed)
 
-    inputs = tuple(subject.values[name] for name in images)
+    inputs = tuple(subject.versions[name, False][0] for name in images)
     with torch.enable_grad():
         maps, delta = IntegratedGradients(forward).attribute(
             inputs,

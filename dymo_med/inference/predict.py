@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from dymo_med.data.patient import read_patient
 from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json
 from dymo_med.inference.explain import Explanation, Subject, explain
 from dymo_med.inference.report import Cell, Exhibits, Scan, State, percentile, words, write_report
-from dymo_med.selection import SELECTORS
 from dymo_med.types import (
     Batch,
     Column,
@@ -34,12 +34,15 @@ from dymo_med.types import (
     Recovery,
     SelectionStep,
     SelectionTrace,
+    WeightedSubset,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Standard deviations from the training mean beyond which a value is called far from what was seen.
 _FAR = 4.0
 
+# Always answered side by side: discard, trust everything, the published rule.
+COMPARED = ("observed_only", "trust_all", "dymo")
 STEP_COLUMNS = tuple(SelectionStep.__dataclass_fields__)
 RECOVERED = "recovered"
 _WRITTEN = ("prediction.json", "selection.csv", "report.html", RECOVERED)
@@ -52,8 +55,8 @@ class Answers:
     Attributes:
         batch: B records, on the bundle's device.
         recovery: What was proposed for what they lack.
-        method: The bundle's own selector.
-        traces: Selection by method: `observed_only`, `trust_all` and the bundle's own.
+        method: The bundle's default selector.
+        traces: Selection by method: `COMPARED`, the bundle's default, and what else was asked for.
         probabilities: Calibrated, float64 `(B, K)` on the CPU, by method.
     """
 
@@ -65,17 +68,24 @@ class Answers:
 
     @property
     def own(self) -> SelectionTrace:
-        """The trace of the bundle's own selector."""
+        """The trace of the bundle's default selector."""
         return self.traces[self.method]
 
 
-def answer(bundle: ModelBundle, records: Sequence[PatientRecord], *, seed: int = 0) -> Answers:
+def answer(
+    bundle: ModelBundle,
+    records: Sequence[PatientRecord],
+    *,
+    seed: int = 0,
+    methods: Sequence[str] = (),
+) -> Answers:
     """Answer for several records at once, with every method.
 
     Args:
         bundle: The model.
         records: B records, each with at least one modality.
         seed: Seed of whatever is random in the imputer.
+        methods: Selectors to ask besides `COMPARED` and the bundle's default.
 
     Returns:
         The answers; a record's own do not depend on its neighbours.
@@ -87,18 +97,17 @@ def answer(bundle: ModelBundle, records: Sequence[PatientRecord], *, seed: int =
         batch = collate(records, bundle.specs).to(bundle.device)
         recovery = bundle.imputer.recover(batch, seed=seed)
         fuse = encode_versions(bundle.backbone, batch, recovery)
-        selectors = [SELECTORS[name]() for name in ("observed_only", "trust_all")]
         traces = {
-            selector.name: selector.select(
+            name: bundle.selectors[name].select(
                 fuse, batch.observed, recovery.candidates, bundle.statistics
             )
-            for selector in (*selectors, bundle.selector)
+            for name in dict.fromkeys((*COMPARED, *methods, bundle.choice.name))
         }
         probabilities = {
             name: calibrated(trace.output.logits, bundle.temperature)
             for name, trace in traces.items()
         }
-    return Answers(batch, recovery, bundle.selector.name, traces, probabilities)
+    return Answers(batch, recovery, bundle.choice.name, traces, probabilities)
 
 
 def calibrated(logits: Tensor, temperature: float) -> Tensor:
@@ -305,6 +314,7 @@ def assemble(
         bundle_name=bundle.name,
         seed=seed,
         base_rates=bundle.base_rates,
+        subsets=weighted_subsets(trace, row),
     )
 
 
@@ -316,14 +326,14 @@ def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...
         row: Which record.
 
     Returns:
-        Steps counted from 1. A candidate with a negative reward is ``rejected`` for good; one
-        that another was preferred to is ``not yet``; one that gained nothing when the selection
-        ended is ``stopped``. Empty for methods that look at nothing.
+        Steps counted from 1. A candidate that was judged again later is ``not yet``; one that was
+        refused (negative reward, or a trust not above the threshold) is ``rejected``; one that
+        gained nothing when the selection ended is ``stopped``. Empty for methods that look at
+        nothing.
     """
     columns = {
         key: getattr(trace, key)[:, row].tolist()
         for key in (
-            "chosen",
             "reward",
             "quality_before",
             "quality_after",
@@ -331,14 +341,18 @@ def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...
             "similarity_after",
             "factor",
             "borrowed",
+            "trust",
         )
     }
+    admitted = trace.admitted[row].tolist()
     steps = []
     for t, rewards in enumerate(columns["reward"]):
-        chosen = columns["chosen"][t]
         for m, reward in enumerate(rewards):
-            if reward != reward:  # NaN: no candidate
+            if isnan(reward):  # no candidate
                 continue
+            again = any(not isnan(later[m]) for later in columns["reward"][t + 1 :])
+            trust = columns["trust"][t][m]
+            refused = reward < 0 if isnan(trust) else trust <= trace.threshold
             steps.append(
                 SelectionStep(
                     step=t + 1,
@@ -350,17 +364,40 @@ def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...
                     similarity_after=columns["similarity_after"][t][m],
                     factor=columns["factor"][t][m],
                     reward=reward,
-                    decision="admitted"
-                    if chosen == m
+                    decision="not yet"
+                    if again
+                    else "admitted"
+                    if admitted[m]
                     else "rejected"
-                    if reward < 0
-                    else "not yet"
-                    if chosen >= 0
+                    if refused
                     else "stopped",
                     borrowed=bool(columns["borrowed"][t][m]),
+                    trust=None if isnan(trust) else trust,
+                    threshold=trace.threshold,
                 )
             )
     return tuple(steps)
+
+
+def weighted_subsets(trace: SelectionTrace, row: int) -> tuple[WeightedSubset, ...]:
+    """Return what one record's answer was averaged over, heaviest first; empty if it was not.
+
+    Args:
+        trace: Of B records.
+        row: Which record.
+    """
+    if trace.mixture is None:
+        return ()
+    own = (trace.mixture.rows == row).nonzero().squeeze(1)
+    found = [
+        WeightedSubset(
+            tuple(n for n, a in zip(trace.names, admitted, strict=True) if a), float(weight)
+        )
+        for admitted, weight in zip(
+            trace.mixture.admitted[own].tolist(), trace.mixture.weight[own].tolist(), strict=True
+        )
+    ]
+    return tuple(sorted(found, key=lambda s: -s.weight))
 
 
 def write_recovered(
@@ -448,6 +485,7 @@ def exhibits_of(
         bundle_description=bundle.description,
         versions=versions(),
         device=str(bundle.device),
+        selector_why=bundle.choice.why,
         scans=tuple(scans),
         cells=tuple(cells),
         convergence=saliency.convergence if saliency is not None else None,
@@ -469,6 +507,7 @@ def to_json(
         **asdict(prediction),
         "predicted": prediction.classes[int(np.argmax(prediction.probabilities))],
         "target": bundle.task.target,
+        "method_why": bundle.choice.why,
         "recovered_files": dict(files),
         "bundle_version": bundle.version,
         "device": str(bundle.device),
@@ -526,8 +565,9 @@ def _warnings(
     for method, probabilities in others.items():
         other = int(np.argmax(probabilities))
         if other != predicted:
+            sentence = text.get(f"flip_{method}", text["flip"])
             result.append(
-                text[f"flip_{method}"].format(this=classes[predicted], other=classes[other])
+                sentence.format(method=method, this=classes[predicted], other=classes[other])
             )
     for spec in bundle.specs:
         value = record.modalities.get(spec.name)

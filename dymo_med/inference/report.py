@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib import resources
-from math import exp
+from math import exp, inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ class Exhibits:
         bundle_description: One sentence.
         versions: Software versions by name.
         device: Where the networks ran.
+        selector_why: Why the bundle's default selector is the default.
         scans: Images, measured and recovered, in canonical order.
         cells: Cells of the tables that were measured or recovered, in canonical order.
         convergence: Of the saliency; None = not computed.
@@ -100,6 +101,7 @@ class Exhibits:
     bundle_description: str
     versions: Mapping[str, str]
     device: str
+    selector_why: str = ""
     scans: tuple[Scan, ...] = ()
     cells: tuple[Cell, ...] = ()
     convergence: float | None = None
@@ -245,6 +247,11 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
             absent=_count("absent", len(prediction.absent)),
         )
         .strip(),
+        "shares": text["shares"].format(
+            shares=", ".join(f"{n} {percent(w)}" for n, w in prediction.trust.items())
+        )
+        if prediction.subsets
+        else "",
         "bars": [
             (prediction.classes[k], prediction.probabilities[k]) for k in order[:_MOST_CLASSES]
         ],
@@ -254,6 +261,7 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
 def _had(prediction: Prediction) -> list[dict[str, str]]:
     """Return one row per modality, measured ones first."""
     text = words()["had"]
+    trust = prediction.trust
     rows = []
     names = dict.fromkeys((*prediction.observed, *prediction.recovered, *prediction.absent))
     for name in names:
@@ -274,6 +282,8 @@ def _had(prediction: Prediction) -> list[dict[str, str]]:
             state = "trusted" if trusted else "rejected" if rejected else "absent"
             word = text[state]
             use = text["used_synthetic"] if trusted else text["unused"]
+        if name in trust:
+            use = text["used_partly"].format(percent=percent(trust[name]))
         rows.append(
             {"name": name, "glyph": state, "word": word, "use": use, "facts": ", ".join(facts)}
         )
@@ -284,13 +294,15 @@ def _change(prediction: Prediction, chosen: int) -> dict[str, Any]:
     """Return the methods side by side: the same network, given more and more."""
     text = words()["change"]
     answers = {**prediction.alternatives, prediction.method: prediction.probabilities}
-    order = [m for m in ("observed_only", prediction.method, "trust_all") if m in answers]
+    order = [m for m in ("observed_only", "dymo", prediction.method, "trust_all") if m in answers]
     rows = []
     for method in dict.fromkeys(order):
         p = answers[method]
         says = prediction.classes[int(np.argmax(p))]
         own = method == prediction.method
-        label = text[method] if method in text else text["own"]
+        label = text["own_average" if prediction.subsets else "own"] if own else text[method]
+        if method in ("observed_only", "trust_all"):
+            label = text[method]
         rows.append(
             {
                 "label": label,
@@ -330,24 +342,45 @@ def _why(prediction: Prediction) -> dict[str, Any]:
                 "typical": (_typical(s.similarity_before), _typical(s.similarity_after)),
                 "factor": f"{s.factor:.3f}",
                 "reward": _signed(s.reward),
+                "trust": "" if s.trust is None else percent(s.trust),
                 "decision": s.decision,
                 "borrowed": s.borrowed,
             }
             for s in prediction.steps
         ],
-        "sentences": [_sentence(s) for s in last.values()],
+        "trust": any(s.trust is not None for s in prediction.steps),
+        "lead": _lead(prediction),
+        "sentences": [_sentence(s, bool(prediction.subsets)) for s in last.values()],
     }
 
 
-def _sentence(step: SelectionStep) -> str:
+def _lead(prediction: Prediction) -> str:
+    """Return how this selector decides."""
+    text = words()["why"]
+    if prediction.subsets:
+        return str(text["lead_average"])
+    if any(s.trust is not None for s in prediction.steps):
+        return str(text["lead_gate"])
+    lead = str(text["lead"])
+    margin = max((s.threshold for s in prediction.steps), default=0.0)
+    if margin > 0:
+        bound = text["margin"].format(margin=f"{margin:.3f}") if margin < inf else text["never"]
+        lead = f"{lead} {bound}"
+    return lead
+
+
+def _sentence(step: SelectionStep, averaged: bool) -> str:
     """Return what became of one recovery, and why."""
-    if step.decision == "admitted":
+    if step.trust is not None:
+        kind = "average" if averaged else "gate"
+        key = f"{kind}_{'admitted' if step.decision == 'admitted' else 'rejected'}"
+    elif step.decision == "admitted":
         key = "admitted"
     elif step.reward < 0:
         clearer = step.quality_after > step.quality_before - 0.0005  # as far as is shown
         key = "unclear" if step.factor == 1 else "atypical" if clearer else "both"
     else:
-        key = "stopped"
+        key = "stopped" if step.reward <= 0 else "too_little"
     sentence = words()["why"][f"sentence_{key}"].format(
         modality=step.modality,
         quality_before=f"{step.quality_before:.3f}",
@@ -355,6 +388,7 @@ def _sentence(step: SelectionStep) -> str:
         typical_before=_typical(step.similarity_before),
         typical_after=_typical(step.similarity_after),
         reward=_signed(step.reward),
+        trust="" if step.trust is None else percent(step.trust),
     )
     return str(sentence)
 
@@ -385,7 +419,7 @@ def _drove(prediction: Prediction, exhibits: Exhibits, chosen: int) -> dict[str,
                 "value": a.value,
                 "left": 100 * min(at, at + a.value),
                 "width": 100 * abs(a.value),
-                "made": a.modality in prediction.trusted,
+                "made": a.modality in prediction.recovered,
                 "partly": a.modality in prediction.partly,
             }
         )

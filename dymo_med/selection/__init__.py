@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from dymo_med.registry import Registry
-from dymo_med.selection.selector import Dymo, ObservedOnly, Selector, TrustAll
+from dymo_med.selection.average import SubsetAverage
+from dymo_med.selection.base import Cases, Selector
+from dymo_med.selection.fixed import ObservedOnly, TrustAll
+from dymo_med.selection.gate import Gate
+from dymo_med.selection.greedy import Dymo, DymoMargin, DymoUncalibrated, Simultaneous
 from dymo_med.selection.statistics import fit_statistics
 
 SELECTORS: Registry[Selector] = Registry(
-    "selector", {"dymo": Dymo, "observed_only": ObservedOnly, "trust_all": TrustAll}
+    "selector",
+    {
+        "observed_only": ObservedOnly,
+        "trust_all": TrustAll,
+        "dymo": Dymo,
+        "dymo_uncalibrated": DymoUncalibrated,
+        "simultaneous": Simultaneous,
+        "dymo_margin": DymoMargin,
+        "gate": Gate,
+        "subset_average": SubsetAverage,
+    },
 )
 
-__all__ = ["SELECTORS", "Selector", "fit_statistics"]
+__all__ = ["SELECTORS", "Cases", "Selector", "fit_statistics"]

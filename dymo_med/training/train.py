@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +25,9 @@ from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
 from dymo_med.errors import ConfigError, PatientDataError, Problem
-from dymo_med.imputers import IMPUTERS
+from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.modalities import modality
-from dymo_med.selection import SELECTORS, fit_statistics
+from dymo_med.selection import fit_statistics
 from dymo_med.training.curves import draw_curves
 from dymo_med.training.loop import Log, Progress, stream, train_stage
 from dymo_med.training.objectives import (
@@ -36,6 +37,7 @@ from dymo_med.training.objectives import (
     sampled_subsets,
     subset_logits,
 )
+from dymo_med.training.selectors import calibration_cases, choose, fit_all
 from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Split
 
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
@@ -52,10 +54,11 @@ def train(
     progress: Progress | None = None,
     reading: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Train imputer and backbone, fit statistics and temperature, and write a bundle.
+    """Train imputer and backbone, fit statistics, temperature and selectors, and write a bundle.
 
     Weights, statistics and table constants are fitted on the train split; epochs are chosen on
-    validation; the temperature is fitted on calibration; the test split is not read.
+    validation; temperature and selectors are fitted on calibration, where the default selector is
+    picked too unless the recipe names one; the test split is not read.
 
     Args:
         recipe: Recipe file.
@@ -133,16 +136,19 @@ def train(
     )
 
     imputer.start_from(data["train"])
-    run_stage(
-        "imputer",
-        ImputerObjective(
-            imputer, data["validation"], _weights(data["validation"]), fabric.device, plan.seed
-        ),
-        data["train"],
-        _weights(data["train"]),
-        plan.imputer_training,
-        checkpoint=checkpoints / "imputer.safetensors",
-    )
+    require_recovery(imputer, plan.imputer.name)
+    if any(True for _ in imputer.parameters()):  # others are ready with their first look
+        run_stage(
+            "imputer",
+            ImputerObjective(
+                imputer, data["validation"], _weights(data["validation"]), fabric.device, plan.seed
+            ),
+            data["train"],
+            _weights(data["train"]),
+            plan.imputer_training,
+            checkpoint=checkpoints / "imputer.safetensors",
+        )
+    imputer.to(fabric.device).eval()
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
     fitting, held_back = labelled["train"], labelled["calibration"]
     weights = _weights(fitting)
@@ -183,8 +189,20 @@ def train(
         temperature = fit_temperature(
             logits.cpu(), held_back.labels[rows], _weights(held_back)[rows]
         )
-    selector_class = SELECTORS[plan.selector.name]
-    selector_options = selector_class.Options(**plan.selector.options)
+        cases, patients = calibration_cases(
+            imputer,
+            backbone,
+            held_back,
+            _weights(held_back),
+            temperature,
+            plan.seed,
+            fabric.device,
+        )
+        asked = plan.selector
+        selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
+        choice = choose(selectors, cases, statistics, patients)
+        if asked is not None:
+            choice = replace(choice, name=asked.name, why="The recipe asked for it.")
     shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
     bundle = ModelBundle(
         name=plan.name,
@@ -196,8 +214,8 @@ def train(
         imputer_entry={"name": plan.imputer.name, **imputer_options.model_dump()},
         backbone=backbone,
         backbone_entry={"name": plan.backbone.name, **backbone_options.model_dump()},
-        selector=selector_class(selector_options),
-        selector_entry={"name": plan.selector.name, **selector_options.model_dump()},
+        selectors=selectors,
+        choice=choice,
         statistics=statistics,
         temperature=temperature,
         base_rates=tuple(float(s) for s in shares),

@@ -18,6 +18,7 @@ RECIPE = {
         "width": 4,
         "grid": 2,
     },
+    "selector": {"name": "dymo"},
     "imputer_training": {"epochs": 3, "batch_size": 8, "learning_rate": 0.005},
     "backbone_training": {"epochs": 6, "batch_size": 8, "learning_rate": 0.005, "subsets": 3},
 }

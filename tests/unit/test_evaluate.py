@@ -16,7 +16,6 @@ from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch
 from dymo_med.metrics import bootstrap
-from dymo_med.selection import SELECTORS
 
 SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
 TABLES = ("predictions.csv", "selections.csv", "metrics.csv", "failures.csv")
@@ -256,10 +255,10 @@ def test_a_patient_the_scenario_empties_is_a_failure_too(bundle, cohort, tmp_pat
 def test_one_that_fails_later_does_not_stop_its_batch(bundle, cohort, tmp_path, monkeypatch):
     original = module.answer
 
-    def picky(bundle, records, *, seed):
+    def picky(bundle, records, *, seed, methods):
         if any(r.record_id == "p016" for r in records):
             raise PatientDataError(Problem("Patient p016", "cannot be answered"))
-        return original(bundle, records, seed=seed)
+        return original(bundle, records, seed=seed, methods=methods)
 
     monkeypatch.setattr(module, "answer", picky)
     result = evaluate(bundle, cohort, tmp_path / "o", reports=True)
@@ -320,10 +319,23 @@ def test_a_modality_may_lie_in_another_file(bundle, cohort_dir, tmp_path):
 
 
 def test_another_selector_is_compared_with_what_it_is_not(bundle, cohort, tmp_path):
-    other = replace(bundle, selector=SELECTORS["trust_all"]())
+    other = bundle.with_selector("trust_all")
     evaluate(other, cohort, tmp_path / "o", scenarios=("rate:0.5",), reports=False)
     methods = {r["method"] for r in rows_of(tmp_path / "o" / "metrics.csv")}
-    assert methods == {"observed_only", "trust_all", "oracle", "trust_all - observed_only"}
+    differences = {"trust_all - observed_only", "trust_all - dymo"}
+    assert methods == {"observed_only", "trust_all", "dymo", "oracle", *differences}
+
+
+def test_more_selectors_are_compared_when_asked_for(bundle, cohort, tmp_path):
+    asked = ("gate", "subset_average")
+    evaluate(bundle, cohort, tmp_path / "o", reports=1, methods=asked)
+    methods = {r["method"] for r in rows_of(tmp_path / "o" / "predictions.csv")}
+    assert methods == {"observed_only", "trust_all", "dymo", *asked}
+    page = (tmp_path / "o" / "index.html").read_text()
+    assert "fitted gate" in page and "averaged by trust" in page
+    with pytest.raises(ConfigError, match="no selector called"):
+        evaluate(bundle, cohort, tmp_path / "p", methods=("gaet",))
+    assert not (tmp_path / "p").exists()
 
 
 def test_one_class_only_is_not_measurable_but_done(bundle, cohort, tmp_path):

@@ -15,7 +15,6 @@ from dymo_med.inference.explain import (
     modality_shapley,
 )
 from dymo_med.inference.predict import answer, predict_batch
-from dymo_med.selection import SELECTORS
 
 
 def subject_of(bundle, answers, row=0):
@@ -61,7 +60,7 @@ def test_captum_finds_the_same_values(bundle, records):
     from captum.attr import ShapleyValues
 
     record = next(r for r in records if len(r.modalities) == len(bundle.specs)).without(["photo"])
-    observed_only = dataclasses.replace(bundle, selector=SELECTORS["observed_only"]())
+    observed_only = bundle.with_selector("observed_only")
     answers = answer(observed_only, [record])
     subject = subject_of(bundle, answers)
     columns = answers.batch.observed.available[0].nonzero().squeeze(1)
@@ -104,7 +103,7 @@ def test_a_blanked_cell_is_a_cell_that_was_never_filled(bundle, records):
     labs = record.modalities["labs"]
     blank = dataclasses.replace(labs, observed_fields=torch.tensor([False, True, True]))
     without = dataclasses.replace(record, modalities={**record.modalities, "labs": blank})
-    observed_only = dataclasses.replace(bundle, selector=SELECTORS["observed_only"]())
+    observed_only = bundle.with_selector("observed_only")
     (p,) = predict_batch(observed_only, [without], explain=False)
     full = answers.probabilities["observed_only"][0, subject.chosen].item()
     expected = full - p.probabilities[subject.chosen]
@@ -116,7 +115,7 @@ def test_blanking_the_only_cell_removes_the_table(bundle, records):
     labs = record.modalities["labs"]
     single = dataclasses.replace(labs, observed_fields=torch.tensor([False, True, False]))
     alone = dataclasses.replace(record, modalities={"labs": single})
-    observed_only = dataclasses.replace(bundle, selector=SELECTORS["observed_only"]())
+    observed_only = bundle.with_selector("observed_only")
     answers = answer(observed_only, [alone])
     subject = subject_of(bundle, answers)
     (cell,) = cell_ablation(subject, {"labs": torch.tensor([False, True, False])})
@@ -146,7 +145,7 @@ def test_small_steps_and_large_steps_of_ablation_agree(bundle, records):
 
 def test_saliency_is_complete_and_of_observed_images_only(bundle, records):
     record = next(r for r in records if len(r.modalities) == len(bundle.specs)).without(["t2"])
-    trust_all = dataclasses.replace(bundle, selector=SELECTORS["trust_all"]())
+    trust_all = bundle.with_selector("trust_all")
     answers = answer(trust_all, [record])
     subject = subject_of(bundle, answers)
     observed = {
@@ -177,7 +176,7 @@ def test_explanations_leave_no_gradients_behind(bundle, records):
 
 def test_rejected_modalities_change_nothing(bundle, records):
     """Noise in what was not used moves no attribution."""
-    observed_only = dataclasses.replace(bundle, selector=SELECTORS["observed_only"]())
+    observed_only = bundle.with_selector("observed_only")
     record = next(r for r in records if len(r.modalities) == len(bundle.specs)).without(["t2"])
     answers = answer(observed_only, [record])
     noisy = dataclasses.replace(

@@ -43,6 +43,8 @@ def hand_made_trace():
         similarity_after=grid,
         factor=grid,
         borrowed=reward.isnan().logical_not(),
+        trust=torch.full_like(reward, nan),
+        threshold=0.0,
         output=FusionOutput(torch.zeros(2, 2), torch.zeros(2, 4)),
     )
 
@@ -106,14 +108,34 @@ def test_complete_records_have_nothing_to_decide(bundle, records):
         assert p.steps == () and p.recovered == () and p.absent == ()
 
 
-@pytest.mark.parametrize("name", ["observed_only", "trust_all"])
-def test_bundles_with_another_selector(bundle, records, name):
-    other = dataclasses.replace(bundle, selector=SELECTORS[name]())
-    p = predict_batch(other, records[:6])[1]
-    assert p.method == name and p.steps == ()
-    assert set(p.alternatives) == {"observed_only", "trust_all"} - {name}
-    own = predict_batch(bundle, records[:6], explain=False)[1]
-    assert p.probabilities == pytest.approx(own.alternatives[name], abs=1e-9)
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_answers_consistently(bundle, records, name):
+    usual = predict_batch(bundle, records[:6], explain=False)
+    for p, own in zip(predict_batch(bundle.with_selector(name), records[:6]), usual, strict=True):
+        assert p.method == name
+        assert set(p.alternatives) == {"observed_only", "trust_all", "dymo"} - {name}
+        known = {**own.alternatives, "dymo": own.probabilities}
+        if name in known:
+            assert p.probabilities == pytest.approx(known[name], abs=1e-9)
+        assert sum(p.probabilities) == pytest.approx(1)
+        assert set(p.recovered) == set(p.trusted) | set(p.rejected)
+        if p.steps:
+            admitted = {s.modality for s in p.steps if s.decision == "admitted"}
+            assert admitted == set(p.trusted)
+            assert {s.modality for s in p.steps} == set(p.recovered)
+        if p.subsets:
+            assert sum(s.weight for s in p.subsets) == pytest.approx(1)
+            assert set(p.trusted) == {n for n, w in p.trust.items() if w > 0.5}
+        # What drove the answer adds up to it, an average over subsets included.
+        chosen = max(range(2), key=lambda k: p.probabilities[k])
+        modalities = [a for a in p.attributions if not a.name]
+        total = p.base_rates[chosen] + sum(a.value for a in modalities)
+        assert total == pytest.approx(p.probabilities[chosen], abs=1e-5)
+
+
+def test_an_unknown_selector_is_refused(bundle):
+    with pytest.raises(ConfigError, match=r"no selector called 'gaet'.*Did you mean 'gate'"):
+        bundle.with_selector("gaet")
 
 
 def test_no_records_no_predictions(bundle):

@@ -1,0 +1,127 @@
+"""What every selector offers, and what selectors are fitted on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from dymo_med.config import Strict
+from dymo_med.types import Fuse, FusionOutput, ModalityMask, SelectionTrace, SubsetStatistics
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Held-back patients whose answer is known, with what was hidden from them recovered.
+
+    Attributes:
+        fuse: Over B cases; a patient may be several cases, with other modalities hidden.
+        observed: What each case has.
+        candidates: Bool `(B, M)`: what was recovered or completed.
+        labels: Int64 `(B,)`.
+        weights: Float `(B,)`; the cases of a patient add up to 1.
+        temperature: Probabilities are softmax(logits / temperature).
+    """
+
+    fuse: Fuse
+    observed: ModalityMask
+    candidates: Tensor
+    labels: Tensor
+    weights: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        """Return B."""
+        return len(self.labels)
+
+    def rows(self, index: Tensor) -> Cases:
+        """Return the cases at integer positions `index` `(R,)`."""
+        whole = self.fuse
+
+        def fuse(rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+            return whole(index[rows], used, admitted)
+
+        return replace(
+            self,
+            fuse=fuse,
+            observed=replace(self.observed, available=self.observed.available[index]),
+            candidates=self.candidates[index],
+            labels=self.labels[index],
+            weights=self.weights[index],
+        )
+
+
+class NoOptions(Strict):
+    """A selector without options."""
+
+
+class Selector(ABC):
+    """Decides from observed and recovered modalities; sees no label and changes no argument.
+
+    Args:
+        options: Its part of a recipe.
+
+    Attributes:
+        needs_fit: Whether `fit` or `load_state` must come before `select`.
+    """
+
+    Options: ClassVar[type[BaseModel]] = NoOptions
+    name: ClassVar[str]
+    needs_fit: ClassVar[bool] = False
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options: Any = self.Options.model_validate(options.model_dump() if options else {})
+
+    @abstractmethod
+    def select(
+        self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
+    ) -> SelectionTrace:
+        """Select.
+
+        Args:
+            fuse: Over the same B patients.
+            observed: What was measured; every patient has something.
+            candidates: Bool `(B, M)`: recovered modalities, and observed tables whose blanks were
+                filled.
+            statistics: Of the backbone behind `fuse`.
+
+        Returns:
+            The decision and every number behind it.
+
+        Raises:
+            ValueError: If a patient has nothing observed (there is nothing to judge by), or the
+                selector needs a fit and has none.
+        """
+
+    def fit(self, cases: Cases, statistics: SubsetStatistics) -> None:  # noqa: B027
+        """Fit whatever is fitted; nothing by default.
+
+        Args:
+            cases: Of the calibration split, and of no other.
+            statistics: Of the backbone behind them.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Return what was fitted, ready for JSON."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take up what `state` returned.
+
+        Raises:
+            KeyError: If something is absent from it.
+        """
+
+
+def require_something(observed: ModalityMask) -> None:
+    """Check that every patient has something to judge by.
+
+    Raises:
+        ValueError: If one has not.
+    """
+    if not bool(observed.available.any(1).all()):
+        raise ValueError("Every patient needs at least one observed modality to select from.")

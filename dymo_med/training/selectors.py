@@ -1,0 +1,267 @@
+"""Fitting selectors on the calibration split, and picking the default among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
+from dymo_med.imputers import Imputer
+from dymo_med.selection import SELECTORS, Cases, Selector
+from dymo_med.training.loop import stream
+from dymo_med.types import Batch, Choice, Fuse, FusionOutput, ModalityMask, SubsetStatistics
+
+_CHUNK = 64
+_FOLDS = 5
+# Times that modalities are hidden from each record, so that there are about this many cases.
+_MOST_REPEATS, _ENOUGH_CASES = 5, 5000
+# Share of repeats in which some cells of a table are blanked, and of its cells then.
+_BLANKED, _BLANK_CELLS = 0.25, 0.3
+
+
+def hide(batch: Batch, generator: torch.Generator) -> Batch:
+    """Hide a random number of modalities of each record, at least one and never all.
+
+    A record with one modality keeps it. Now and then some cells of a table are blanked too, so
+    that filled-in blanks are met as well.
+
+    Args:
+        batch: n records.
+        generator: CPU generator.
+    """
+    available = batch.observed.available
+    n, m = available.shape
+    count = available.sum(1)
+    most = (count - 1).clamp_min(0)
+    number = 1 + (torch.rand(n, generator=generator) * most).long()  # 1 .. count - 1
+    number = torch.minimum(number, most)
+    rank = torch.rand(n, m, generator=generator).masked_fill(~available, 2.0).argsort(1).argsort(1)
+    left = available & (rank >= number[:, None])
+    fields = {}
+    for name, filled in batch.observed_fields.items():
+        some = torch.rand(n, 1, generator=generator) < _BLANKED
+        blank = some & (torch.rand(filled.shape, generator=generator) < _BLANK_CELLS)
+        kept = filled & ~blank
+        # A table without a cell would be a missing one: that is not what is blanked here.
+        kept = torch.where(kept.any(1, keepdim=True), kept, filled)
+        fields[name] = kept & left[:, batch.observed.names.index(name)][:, None]
+    return replace(batch, observed=ModalityMask(batch.observed.names, left), observed_fields=fields)
+
+
+def calibration_cases(
+    imputer: Imputer,
+    backbone: FusionBackbone,
+    batch: Batch,
+    weights: Tensor,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+) -> tuple[Cases, list[str]]:
+    """Return labelled records as they are and with modalities hidden, all of it recovered.
+
+    Args:
+        imputer: The bundle's own.
+        backbone: In evaluation mode.
+        batch: n labelled calibration records, on the CPU.
+        weights: `(n,)`, by which every patient counts the same.
+        temperature: Of the probabilities.
+        seed: Decides what is hidden.
+        device: Where to compute.
+
+    Returns:
+        The cases, and the patient of each.
+    """
+    n = len(batch)
+    repeats = max(1, min(_MOST_REPEATS, _ENOUGH_CASES // max(n, 1)))
+    parts: list[EncodedVersions] = []
+    masks, candidates = [], []
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            hidden = batch if repeat == 0 else hide(batch, stream(seed, "hide", repeat))
+            for start in range(0, n, _CHUNK):
+                rows = torch.arange(start, min(start + _CHUNK, n))
+                part = hidden.rows(rows).to(device)
+                recovery = imputer.recover(part)
+                parts.append(encode_versions(backbone, part, recovery))
+                masks.append(part.observed.available)
+                candidates.append(recovery.candidates)
+    fuse = EncodedVersions(
+        backbone,
+        torch.cat([p.observed for p in parts]),
+        torch.cat([p.observed_available for p in parts]),
+        torch.cat([p.observed if p.recovered is None else p.recovered for p in parts]),
+    )
+    cases = Cases(
+        remember(fuse, len(batch.observed.names), n * (repeats + 1)),
+        ModalityMask(batch.observed.names, torch.cat(masks)),
+        torch.cat(candidates),
+        batch.labels.repeat(repeats + 1).to(device),
+        (weights / (repeats + 1)).repeat(repeats + 1).to(device),
+        temperature,
+    )
+    return cases, list(batch.patient_ids) * (repeats + 1)
+
+
+def remember(fuse: Fuse, modalities: int, rows: int) -> Fuse:
+    """Return a `Fuse` that computes no answer twice.
+
+    Several selectors are fitted and compared on the same cases, and ask for the same subsets.
+
+    Args:
+        fuse: Over B patients; must not depend on how requests are batched.
+        modalities: M.
+        rows: B.
+
+    Returns:
+        The same, remembering; `fuse` itself where the table of answers would be too long.
+    """
+    if rows * 3**modalities > 5_000_000:
+        return fuse
+    return _Remembering(fuse, modalities, rows)
+
+
+class _Remembering:
+    """Looks an answer up by patient and by what each modality is: out, as observed, recovered."""
+
+    def __init__(self, fuse: Fuse, modalities: int, rows: int) -> None:
+        self._fuse = fuse
+        self._digits = 3 ** torch.arange(modalities)
+        self._place = torch.full((rows * 3**modalities,), -1, dtype=torch.int64)
+        self._logits: Tensor | None = None
+        self._embedding: Tensor | None = None
+
+    def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        digits = self._digits.to(rows.device)
+        code = ((used.long() + (used & admitted).long()) * digits).sum(1)
+        key = (rows * (3 ** len(digits)) + code).cpu()
+        missing = (self._place[key] < 0).nonzero().squeeze(1)
+        if len(missing):
+            new, which = key[missing].unique(return_inverse=True)
+            ask = torch.empty_like(new)
+            ask[which] = missing  # any of the requests with the same key will do
+            ask = ask.to(rows.device)
+            output = self._fuse(rows[ask], used[ask], admitted[ask])
+            known = 0 if self._logits is None else len(self._logits)
+            self._place[new] = torch.arange(known, known + len(new))
+            if self._logits is None or self._embedding is None:
+                self._logits, self._embedding = output.logits, output.embedding
+            else:
+                self._logits = torch.cat([self._logits, output.logits])
+                self._embedding = torch.cat([self._embedding, output.embedding])
+        if self._logits is None or self._embedding is None:
+            return self._fuse(rows, used, admitted)  # nobody was asked about
+        place = self._place[key].to(rows.device)
+        return FusionOutput(self._logits[place], self._embedding[place])
+
+
+def fit_all(
+    cases: Cases, statistics: SubsetStatistics, options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Selector]:
+    """Return every selector of the table, fitted.
+
+    Args:
+        cases: Of the calibration split.
+        statistics: Of the backbone.
+        options: Options by selector, where they are not the default ones.
+    """
+    selectors = {}
+    for name, entry in SELECTORS.items():
+        selectors[name] = entry(entry.Options(**options.get(name, {})))
+        if entry.needs_fit:
+            selectors[name].fit(cases, statistics)
+    return selectors
+
+
+def held_out_logits(
+    selector: Selector, cases: Cases, statistics: SubsetStatistics, patients: Sequence[str]
+) -> Tensor:
+    """Return a selector's logits `(B, K)`, from a fit on other patients where it needs one.
+
+    Args:
+        selector: Its class and options count, not what it was fitted to.
+        cases: B cases.
+        statistics: Of the backbone.
+        patients: Whose case each is; all of a patient's are in one fold.
+    """
+    if not selector.needs_fit:
+        return selector.select(
+            cases.fuse, cases.observed, cases.candidates, statistics
+        ).output.logits
+    order = {p: i for i, p in enumerate(sorted(set(patients)))}
+    fold = torch.tensor([order[p] % _FOLDS for p in patients], device=cases.labels.device)
+    logits: Tensor | None = None
+    for k in fold.unique().tolist():
+        inside = (fold == k).nonzero().squeeze(1)
+        outside = (fold != k).nonzero().squeeze(1)
+        again = type(selector)(selector.options)
+        again.fit(cases.rows(outside if len(outside) else inside), statistics)
+        part = cases.rows(inside)
+        found = again.select(part.fuse, part.observed, part.candidates, statistics).output.logits
+        if logits is None:
+            logits = found.new_zeros(len(cases), found.shape[1])
+        logits = logits.index_copy(0, inside, found)
+    assert logits is not None
+    return logits
+
+
+def choose(
+    selectors: Mapping[str, Selector],
+    cases: Cases,
+    statistics: SubsetStatistics,
+    patients: Sequence[str],
+) -> Choice:
+    """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
+
+    A selector is eligible if, cross-fitted by patient, it is no less accurate than
+    `observed_only`, and its log-loss is lower by more than one standard error over patients.
+    Nothing eligible: `observed_only`.
+
+    Args:
+        selectors: By name.
+        cases: Of the calibration split.
+        statistics: Of the backbone.
+        patients: Whose case each is.
+    """
+    labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
+    order = {p: i for i, p in enumerate(sorted(set(patients)))}
+    who = torch.tensor([order[p] for p in patients])
+    total = weights.sum()
+    losses, right = {}, {}
+    for name, selector in selectors.items():
+        logits = held_out_logits(selector, cases, statistics, patients).double().cpu()
+        losses[name] = F.cross_entropy(logits / cases.temperature, labels, reduction="none")
+        right[name] = (logits.argmax(-1) == labels).double()
+    base_loss, base_right = losses["observed_only"], right["observed_only"]
+    results, eligible = {}, {}
+    for name in selectors:
+        results[name] = {
+            "log_loss": float((weights * losses[name]).sum() / total),
+            "accuracy": float((weights * right[name]).sum() / total),
+            "spoilt": float((weights * base_right * (1 - right[name])).sum() / total),
+            "rescued": float((weights * (1 - base_right) * right[name]).sum() / total),
+        }
+        gain = torch.zeros(len(order), dtype=torch.float64)
+        gain.index_add_(0, who, weights * (base_loss - losses[name]))
+        share = torch.zeros_like(gain).index_add_(0, who, weights)
+        mean = gain.sum() / total
+        # Standard error of a ratio of sums over patients.
+        error = (gain - mean * share).square().sum().sqrt() / total
+        sure = bool(mean > error)
+        if sure and results[name]["accuracy"] >= results["observed_only"]["accuracy"]:
+            eligible[name] = results[name]["log_loss"]
+    base = results["observed_only"]["log_loss"]
+    about = f"on {len(order)} held-back patients"
+    if not eligible:
+        why = (
+            f"No selector was clearly better than using measurements alone {about}"
+            f" (log-loss {base:.3f})."
+        )
+        return Choice("observed_only", why, results, len(order))
+    best = min(eligible, key=lambda name: eligible[name])
+    why = f"Lowest log-loss {about}: {eligible[best]:.3f}, measurements alone {base:.3f}."
+    return Choice(best, why, results, len(order))
