@@ -470,7 +470,8 @@ class SelectionTrace:
         similarity_before: Float `(T, B)`: log tail probability to the predicted class.
         similarity_after: Float `(T, B, M)`.
         factor: Float `(T, B, M)`: similarity calibration factor.
-        borrowed: Bool `(T, B, M)`: statistics of a smaller subset had to be borrowed.
+        borrowed: Bool `(T, B, M)`: statistics of another subset had to be borrowed, for the value
+            before or after.
         trust: Float `(T, B, M)`: what a fitted selector gives for admitting the candidate, 0 to
             1; NaN for those that go by the reward.
         threshold: What reward (or trust, where there is one) has to exceed to be admitted.

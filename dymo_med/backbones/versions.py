@@ -8,8 +8,9 @@ from torch import Tensor
 from dymo_med.backbones.base import FusionBackbone
 from dymo_med.types import Batch, FusionOutput, Recovery
 
-# Upper bound on token values gathered at once (about 256 MB in float32).
-_MOST_VALUES = 64_000_000
+# Upper bound on token values gathered at once: 16 MB in float32, and some 20 times that inside
+# the blocks.
+_MOST_VALUES = 4_000_000
 
 
 class EncodedVersions:

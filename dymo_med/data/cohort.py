@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from dymo_med.config import CohortFile, Document
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
@@ -94,6 +96,15 @@ def _read_specs(
                     document.where(key),
                     "a modality's name cannot be used",
                     expected="lower-case letters, digits and underscores, a letter first",
+                )
+            )
+        elif hasattr(nn.ModuleDict, name):
+            # Networks keep their parts by modality in a ModuleDict, which has these itself.
+            problems.append(
+                Problem(
+                    document.where(key),
+                    f"'{name}' cannot be a modality's name: networks use the word themselves",
+                    remedy=f"Call it {name}_1, or by what it holds; `file` may stay as it is",
                 )
             )
         kind = part.get("kind")

@@ -424,7 +424,7 @@ def record(step: Step, state: Judged, chosen: Tensor, trust: Tensor | None) -> d
         "similarity_before": state.similarity,
         "similarity_after": scatter(step.after.similarity, step, b),
         "factor": scatter(step.factor, step, b),
-        "borrowed": scatter(step.after.borrowed.double(), step, b) == 1,
+        "borrowed": scatter((step.before.borrowed | step.after.borrowed).double(), step, b) == 1,
         "trust": scatter(torch.full_like(gain, torch.nan) if trust is None else trust, step, b),
     }
 

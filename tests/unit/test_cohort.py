@@ -85,6 +85,15 @@ def test_wrong_modalities_are_located(folder):
     assert "name cannot be used" in found[4]
 
 
+@pytest.mark.parametrize("word", ["values", "type", "items", "keys", "training", "forward"])
+def test_words_of_the_networks_are_no_names(folder, word):
+    described = yaml.safe_load((folder / "cohort.yaml").read_text())
+    described["modalities"][word] = described["modalities"].pop("labs")
+    (folder / "cohort.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    (problem,) = problems(folder)
+    assert f"'{word}' cannot be a modality's name" in problem
+
+
 def test_yaml_booleans_as_classes_are_explained(folder):
     edit(folder, "cohort.yaml", "- low\n  - high", "- no\n  - yes")
     [problem] = problems(folder)
