@@ -283,7 +283,8 @@ def _had(prediction: Prediction) -> list[dict[str, str]]:
             word = text[state]
             use = text["used_synthetic"] if trusted else text["unused"]
         if name in trust:
-            use = text["used_partly"].format(percent=percent(trust[name]))
+            key = "used_partly_completed" if name in prediction.observed else "used_partly"
+            use = text[key].format(percent=percent(trust[name]))
         rows.append(
             {"name": name, "glyph": state, "word": word, "use": use, "facts": ", ".join(facts)}
         )
