@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from dymo_med.imputers.vae import MultimodalVAE, VAEOptions
+from dymo_med.imputers.vae import SURE, MultimodalVAE, VAEOptions
 from dymo_med.types import Batch, ModalitySpec
 
 
@@ -37,6 +37,22 @@ def log_laplace(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return -(standard + 0.5 * log_variance + 0.5 * log(2)).sum(-1)
 
 
+def random_few(available: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Return for each row at most so many of what is available, every choice equally likely.
+
+    Args:
+        available: Bool `(B, M)`.
+        most: How many.
+        generator: CPU generator.
+
+    Returns:
+        Bool `(B, M)`.
+    """
+    score = torch.rand(available.shape, generator=generator).to(available.device)
+    order = score.masked_fill(~available, -1).argsort(1, descending=True)
+    return available & (order.argsort(1) < most)
+
+
 def draw_laplace(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:
     """Return one draw from independent Laplace variables.
 
@@ -58,10 +74,12 @@ class MixtureOptions(VAEOptions):
     Attributes:
         private: Length of each modality's private latent vector.
         samples: K, latents drawn per record and encoding modality in training.
+        encoders: At most so many observed modalities encode per record and training step.
     """
 
     private: Annotated[int, Field(ge=1)] = 16
     samples: Annotated[int, Field(ge=1)] = 1
+    encoders: Annotated[int, Field(ge=1)] = 2
 
 
 class MixtureVAE(MultimodalVAE):
@@ -79,10 +97,11 @@ class MixtureVAE(MultimodalVAE):
     they are. Posteriors are Laplace distributions, so is the prior of w (variance 1). A subclass
     says what p(u) is.
 
-    Recovery decodes posterior means: u is the mean of what the observed modalities say, each
-    counting the same; w of a missing modality is 0, the mean of r_n; w of a partly filled table
-    is its own. A random draw takes u from one observed modality picked at random, as the
-    published code does, and w from r_n or its own posterior.
+    Recovery decodes posterior means: u is the mean of what the observed modalities say; w of a
+    missing modality is 0, the mean of r_n; w of a partly filled table is its own. Every observed
+    modality counts the same: each learns to be as sure as all of them together are, so weighting
+    by precision changes nothing (measured). A random draw takes u from one observed modality
+    picked at random, as the published code does, and w from r_n or its own posterior.
 
     Where there is a latent map, it is part of u. A table says nothing about it, so with a table
     as the encoding modality the map comes, like w~_n, from an auxiliary distribution of learned
@@ -93,6 +112,8 @@ class MixtureVAE(MultimodalVAE):
     a posterior sum to the length of the vector, which keeps it from being sure of everything
     there is to know); one network per modality gives u and w; the latent map; weighted tables.
     For K > 1 the gradient is the plain one of the bound above, not the doubly reparametrised one.
+    Of the mean over m, each step computes a random part (`encoders`), which has the same
+    expectation: decoding every modality from every other takes M^2 decodings per record.
 
     Args:
         specs: Modalities in canonical order, fitted.
@@ -101,12 +122,14 @@ class MixtureVAE(MultimodalVAE):
 
     def __init__(self, specs: Sequence[ModalitySpec], options: MixtureOptions) -> None:
         super().__init__(specs, options, options.latent + options.private)
-        self.shared, self.samples = options.latent, options.samples
-        # Log variance of r_n.
-        self.auxiliary = nn.Parameter(torch.zeros(len(specs), options.private))
+        self.shared = options.latent
+        self.samples, self.encoders = options.samples, options.encoders
+        # Log variances of r_n. They start small for the same reason as the experts': a decoder that
+        # meets noise in the map for every table that encodes learns to ignore the map.
+        self.auxiliary = nn.Parameter(torch.full((len(specs), options.private), SURE))
         self.auxiliary_map: nn.Parameter | None = None
         if self.grid and not all(self.has_map):
-            self.auxiliary_map = nn.Parameter(torch.zeros(self.map_channels))
+            self.auxiliary_map = nn.Parameter(torch.full((self.map_channels,), SURE))
 
     @abstractmethod
     def log_prior(self, u: Tensor) -> Tensor:
@@ -115,10 +138,16 @@ class MixtureVAE(MultimodalVAE):
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the negative evidence bound per record and (weighted) element."""
         available = batch.observed.available
-        mean, log_variance = self.encode(batch, available)
-        # One pair for every record and observed modality of it.
-        encoder, row = available.T.nonzero(as_tuple=True)  # (E,)
-        z = self._draw(mean, log_variance, encoder, row, self.samples, generator)  # (K, E, V + C T)
+        mean, log_variance = self._posteriors(batch)
+        # One pair for every record and modality of it that encodes in this step.
+        encoding = random_few(available, self.encoders, generator)
+        encoder, row = encoding.T.nonzero(as_tuple=True)  # (E,)
+        several = (self.samples, -1, -1)
+        center, spread = (
+            mean[encoder, row].expand(several),
+            log_variance[encoder, row].expand(several),
+        )
+        z = draw_laplace(center, spread, generator)  # (K, E, V + C T)
         bound = self.beta * self._log_ratio(z, mean, log_variance, available, encoder, row)
         for m, spec in enumerate(self.specs):
             pair = available[row, m].nonzero().squeeze(1)
@@ -129,10 +158,12 @@ class MixtureVAE(MultimodalVAE):
             spread = self.auxiliary[m].expand_as(w)
             w = torch.where(own, w, draw_laplace(torch.zeros_like(w), spread, generator))
             latents = torch.cat([z[:, pair, : self.shared], w, z[:, pair, self.vector :]], -1)
-            fit = self.fit(spec.name, latents.flatten(0, 1), batch, row[pair].repeat(self.samples))
+            fit = self.log_likelihood(
+                spec.name, latents.flatten(0, 1), batch, row[pair].repeat(self.samples)
+            )
             bound = bound.index_add(1, pair, fit.view(self.samples, -1))
         per_pair = bound.logsumexp(0) - log(self.samples)
-        per_pair = per_pair / available.sum(1)[row]
+        per_pair = per_pair / encoding.sum(1)[row]
         loss = per_pair.new_zeros(len(batch)).index_add(0, row, -per_pair)
         return loss / self.elements
 
@@ -141,21 +172,21 @@ class MixtureVAE(MultimodalVAE):
     ) -> dict[str, Tensor]:
         """See `Imputer.propose`."""
         available = batch.observed.available
-        mean, log_variance = self.encode(batch, available)
-        has_map = torch.tensor(self.has_map, device=available.device)
-        maps = available & has_map
+        mean, log_variance = self._posteriors(batch)
+        maps = available & torch.tensor(self.has_map, device=available.device)
         if generator is None:
             u = _mean_over(mean[..., : self.shared], available)
             z_map = _mean_over(mean[..., self.vector :], maps)
         else:
             score = torch.rand(available.shape, generator=generator).to(available.device)
-            rows = torch.arange(len(batch), device=available.device)
+            row = torch.arange(len(batch), device=available.device)
             pick = score.masked_fill(~available, -1).argmax(1)
-            z = self._draw(mean, log_variance, pick, rows, 1, generator)[0]
-            u = z[:, : self.shared]
+            part = slice(self.shared)
+            u = draw_laplace(mean[pick, row, part], log_variance[pick, row, part], generator)
             # If the one picked is a table, the map still comes from an image that was observed.
             pick = score.masked_fill(~maps, -1).argmax(1).where(maps.any(1), pick)
-            z_map = self._draw(mean, log_variance, pick, rows, 1, generator)[0, :, self.vector :]
+            part = slice(self.vector, None)
+            z_map = draw_laplace(mean[pick, row, part], log_variance[pick, row, part], generator)
         values = {}
         for m, spec in enumerate(self.specs):
             if spec.name not in wanted:
@@ -169,33 +200,14 @@ class MixtureVAE(MultimodalVAE):
             values[spec.name] = self.modalities[spec.name].mean(parameters)
         return values
 
-    def _draw(
-        self,
-        mean: Tensor,
-        log_variance: Tensor,
-        encoder: Tensor,
-        row: Tensor,
-        samples: int,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Return draws `(K, E, V + C T)` of the latents that each pair's encoder gives.
-
-        Args:
-            mean: `(M, B, V + C T)`.
-            log_variance: `(M, B, V + C T)`.
-            encoder: Int64 `(E,)`.
-            row: Int64 `(E,)`.
-            samples: K.
-            generator: CPU generator.
-        """
-        center, spread = mean[encoder, row], log_variance[encoder, row]
+    def _posteriors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return `encode` of all that was observed; a table's map is the auxiliary one."""
+        mean, log_variance = self.encode(batch, batch.observed.available)
         if self.auxiliary_map is not None:
-            has_map = torch.tensor(self.has_map, device=row.device)[encoder, None]
+            tables = ~torch.tensor(self.has_map, device=mean.device)
             unknown = self.auxiliary_map.repeat_interleave(prod(self.grid))
-            z_map = torch.where(has_map, spread[:, self.vector :], unknown)
-            spread = torch.cat([spread[:, : self.vector], z_map], 1)
-        shape = (samples, *center.shape)
-        return draw_laplace(center.expand(shape), spread.expand(shape), generator)
+            log_variance[tables, :, self.vector :] = unknown
+        return mean, log_variance
 
     def _log_ratio(
         self,

@@ -125,7 +125,7 @@ class MoPoE(MultimodalVAE):
             rows = available[:, m].nonzero().squeeze(1)
             if not len(rows):
                 continue
-            loss = loss.index_add(0, rows, -self.fit(spec.name, z[rows], batch, rows))
+            loss = loss.index_add(0, rows, -self.log_likelihood(spec.name, z[rows], batch, rows))
         return loss / self.elements
 
     def propose(

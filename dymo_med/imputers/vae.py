@@ -19,8 +19,8 @@ from dymo_med.types import Batch, ModalitySpec
 
 # The mean image of fewer records than this would show single patients to whoever has the bundle.
 _MOST_PRIVATE = 10
-# Log variance that experts start from.
-_SURE = -4.0
+# Log variance that posteriors start from.
+SURE = -4.0
 
 
 class VAEOptions(Strict):
@@ -78,7 +78,7 @@ class _Expert(nn.Module):
         with torch.no_grad():
             for head in (self.head, self.map_head):
                 if head is not None:
-                    head.bias[head.out_features // 2 :].fill_(_SURE)
+                    head.bias[head.out_features // 2 :].fill_(SURE)
 
     def forward(
         self, values: Tensor, observed_fields: Tensor | None
@@ -190,7 +190,7 @@ class MultimodalVAE(Imputer):
         parameters: Tensor = self.decoders[name](z[:, : self.vector], z_map)
         return parameters
 
-    def fit(self, name: str, z: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+    def log_likelihood(self, name: str, z: Tensor, batch: Batch, rows: Tensor) -> Tensor:
         """Return the weighted log-likelihood of one modality, `(R,)`.
 
         Args:

@@ -1,8 +1,10 @@
 """Closed forms of the VAE's parts, and the latent map."""
 
+import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from dymo_med.imputers.mmvae_plus import MMVAEPlus
 from dymo_med.imputers.mopoe import (
     MoPoE,
     kl_to_standard_normal,
@@ -84,10 +86,11 @@ def blobs(n, seed):
     return Batch(ids, ids, values, mask, fields, torch.zeros(n, dtype=torch.long))
 
 
-def test_a_recovered_scan_has_its_lesion_where_the_other_scan_shows_it():
+@pytest.mark.parametrize("kind", [MoPoE, MMVAEPlus])
+def test_a_recovered_scan_has_its_lesion_where_the_other_scan_shows_it(kind):
     torch.manual_seed(0)
-    options = MoPoE.Options(latent=4, dim=16, width=8, map_channels=4, grid=2, beta=0.01)
-    imputer = MoPoE(SPECS, options)
+    options = kind.Options(latent=4, dim=16, width=8, map_channels=4, grid=2, beta=0.01)
+    imputer = kind(SPECS, options)
     assert imputer.grid == (4, 4, 4)
     data = blobs(128, 0)
     imputer.start_from(data)
