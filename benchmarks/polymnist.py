@@ -312,21 +312,49 @@ def show(work: Path, seeds: Sequence[int], distances: Sequence[str]) -> None:
         rows, columns=["seed", "distance", "source", "eta", "method", "value", "chosen"]
     )
     table.to_csv(work / "results.csv", index=False)
-    methods = [*SELECTORS, "default"]
+    mean, std = (
+        getattr(table.groupby(["distance", "source", "eta", "method"]).value, f)()
+        for f in ("mean", "std")
+    )
+
+    def print_table(distance: str, columns: dict[str, tuple[str, float]]) -> None:
+        print("| accuracy, % | " + " | ".join(columns) + " |")
+        print("|---" * (len(columns) + 1) + "|")
+        for method in (*SELECTORS, "default", "recovered_right"):
+            cells = []
+            for source, eta in columns.values():
+                key = (distance, source, eta, method)
+                spread = "" if len(seeds) < 2 else f" ± {100 * std[key]:.1f}"
+                cells.append(f"{100 * mean[key]:.1f}{spread}")
+            print(f"| {method} | " + " | ".join(cells) + " |")
+
+    sources = ["imputer", *map(str, RELIABILITIES)]
     for distance in distances:
-        for source in ("imputer", *map(str, RELIABILITIES)):
-            part = table[(table.distance == distance) & (table.source == source)]
-            chosen = ", ".join(sorted(set(part.chosen)))
+        for source in ("imputer", "0.7"):
             what = "trained imputer" if source == "imputer" else f"reliability {source}"
-            print(f"\n{distance}, {what} (default: {chosen})\n")
-            print("| method | " + " | ".join(f"eta {e}" for e in ETAS) + " |")
-            print("|---" * (len(ETAS) + 1) + "|")
-            for method in (*methods, "recovered_right"):
-                cells = []
-                for eta in ETAS:
-                    values = part[(part.eta == eta) & (part.method == method)].value
-                    cells.append(f"{values.mean():.4f} ± {values.std():.4f}")
-                print(f"| {method} | " + " | ".join(cells) + " |")
+            print(f"\n{distance}, {what}\n")
+            print_table(distance, {f"eta {eta}": (source, eta) for eta in ETAS})
+        print(f"\n{distance}, eta 0.8, by reliability\n")
+        print_table(distance, {f"p = {p}": (str(p), 0.8) for p in RELIABILITIES})
+    print("\ndefault picked, by seed:\n")
+    for distance in distances:
+        for source in sources:
+            part = table[(table.distance == distance) & (table.source == source)]
+            picked = part.groupby("seed").chosen.first()
+            print(f"- {distance}, {source}: " + ", ".join(picked))
+    worst = []
+    for distance in distances:
+        for source in sources:
+            for eta in ETAS:
+                key = (distance, source, eta)
+                other = max(("observed_only", "trust_all"), key=lambda m: mean[(*key, m)])
+                gap = mean[(*key, "default")] - mean[(*key, other)]
+                worst.append((gap, std[(*key, "default")], *key, other))
+    print("\nthe default against the better of observed_only and trust_all, five worst cells:\n")
+    for gap, spread, distance, source, eta, other in sorted(worst)[:5]:
+        print(
+            f"- {100 * gap:+.2f} (spread {100 * spread:.2f}): {distance}, {source}, {eta}, {other}"
+        )
 
 
 def main() -> None:
