@@ -315,6 +315,12 @@ def evaluate(
         list[str] | None,
         typer.Option("--selector", help="Compare this selector too; repeatable."),
     ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws", min=0, help="Draw recoveries so often (19 or more) to judge their spread."
+        ),
+    ] = 0,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -336,6 +342,7 @@ def evaluate(
             resume=resume,
             reports=reports,
             methods=tuple(selector or ()),
+            draws=draws,
             progress=progress,
         )
     reporter.say(f"cohort page: {out / 'index.html'}")

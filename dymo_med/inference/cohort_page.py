@@ -37,6 +37,7 @@ def write_pages(
     predictions: Sequence[Row],
     metrics: Sequence[Row],
     failures: Sequence[Row],
+    recovery: Row | None = None,
 ) -> None:
     """Write `index.html` and `plots/`.
 
@@ -46,6 +47,7 @@ def write_pages(
         predictions: Rows of `predictions.csv`.
         metrics: Rows of `metrics.csv`.
         failures: Rows of `failures.csv`.
+        recovery: What `quality.write` returned; None = nothing was measured.
     """
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
@@ -53,7 +55,8 @@ def write_pages(
         _plot_auroc(plots / "auroc.png", facts, metrics)
         _plot_calibration(plots / "calibration.png", facts, predictions)
     page = environment().get_template("cohort.html.j2")
-    write_text(out / "index.html", page.render(view(out, facts, predictions, metrics, failures)))
+    shown = view(out, facts, predictions, metrics, failures)
+    write_text(out / "index.html", page.render(shown, recovery=recovery))
 
 
 def view(

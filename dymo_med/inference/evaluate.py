@@ -23,6 +23,7 @@ from dymo_med.data.missingness import Scenario, apply, parse_scenario
 from dymo_med.data.patient import read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.files import write_csv, write_json
+from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.predict import (
     COMPARED,
@@ -86,6 +87,7 @@ def evaluate(
     reports: bool | int = True,
     batch_size: int = 16,
     methods: Sequence[str] = (),
+    draws: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluateResult:
     """Evaluate a bundle on the labelled records of one split.
@@ -93,13 +95,14 @@ def evaluate(
     Methods: `observed_only`, `trust_all`, `dymo` and the bundle's default selector, from one
     recovery and one encoding; in scenarios that hide something also `oracle`: observed-only on
     everything the record really has, for all records of that scenario, so that methods are
-    compared on the same ones.
+    compared on the same ones, and how good the recoveries are (`inference.quality`).
 
     Args:
         bundle: The model.
         cohort: The cohort; its description must fit the bundle.
-        out: Folder for `predictions.csv`, `selections.csv`, `metrics.csv`, `failures.csv`,
-            `run.json`, `index.html`, `plots/` and `reports/`.
+        out: Folder for `predictions.csv`, `selections.csv`, `metrics.csv`, `recovery.csv`,
+            `recovery_summary.csv`, `failures.csv`, `run.json`, `index.html`, `plots/` and
+            `reports/`.
         split: Which split.
         scenarios: Texts as in `data.missingness.parse_scenario`.
         seed: Seed of scenarios and bootstrap.
@@ -107,13 +110,15 @@ def evaluate(
         reports: Whether to write a report per patient (first scenario), or for how many.
         batch_size: Records at once.
         methods: Selectors to compare besides those above.
+        draws: Draws of a probabilistic imputer, to see whether their spread is right: 0 = none,
+            or at least 19.
         progress: Called with (done, total) records, scenarios counted separately.
 
     Returns:
         Counts and metrics.
 
     Raises:
-        ConfigError: If the split, a scenario or `out` is wrong.
+        ConfigError: If the split, a scenario, the number of draws or `out` is wrong.
         BundleError: If the bundle is for another task or other modalities.
     """
     start = time.perf_counter()
@@ -122,8 +127,16 @@ def evaluate(
     records = _labelled(cohort, split)
     for name in methods:
         bundle.with_selector(name)  # an unknown one is refused before anything is written
+    quality.check_draws(draws)
     run = _Run(
-        bundle, cohort, split, specs, seed, int(reports) if reports is not True else None, methods
+        bundle,
+        cohort,
+        split,
+        specs,
+        seed,
+        int(reports) if reports is not True else None,
+        methods,
+        draws,
     )
     known = {
         "bundle": bundle.bundle_id,
@@ -134,6 +147,7 @@ def evaluate(
         "reports": int(reports) if reports is not True else None,
         "first_scenario": rules[0].text,
         "selectors": [bundle.choice.name, *methods],
+        "draws": draws,
         "records, label or patient": _digest(records),
     }
     _open(out, known, resume)
@@ -155,9 +169,10 @@ def evaluate(
             done += len(chunk)
             if progress is not None:
                 progress(done, total)
-    predictions = [row for rule in rules for part in parts[rule] for row in part["predictions"]]
-    selections = [row for rule in rules for part in parts[rule] for row in part["selections"]]
-    failures = [row for rule in rules for part in parts[rule] for row in part["failures"]]
+    kinds = ("predictions", "selections", "failures", "recovery", "pictures")
+    predictions, selections, failures, recovered, pictures = (
+        [row for rule in rules for part in parts[rule] for row in part[kind]] for kind in kinds
+    )
     # A record that cannot be read fails in every scenario; once is enough.
     failures = list({tuple(row.values()): row for row in failures}.values())
     metrics = _metrics(predictions, [r.text for r in rules], bundle, seed)
@@ -179,6 +194,7 @@ def evaluate(
         "selector": bundle.choice.name,
         "selector_why": bundle.choice.why,
         "seed": seed,
+        "draws": draws,
         "batch_size": batch_size,
         "records": len(records),
         "patients": len({r.patient_id for r in records}),
@@ -189,7 +205,8 @@ def evaluate(
         "device": str(bundle.device),
         "versions": versions(),
     }
-    write_pages(out, facts, predictions, metrics, failures)
+    recovery = quality.write(out, recovered, pictures, facts["scenarios"], specs, seed)
+    write_pages(out, facts, predictions, metrics, failures, recovery)
     write_json(out / "run.json", {**facts, "seconds": round(time.perf_counter() - start, 1)})
     return EvaluateResult(out, len(records), facts["failed_records"], tuple(metrics))
 
@@ -206,6 +223,7 @@ class _Run:
         seed: Of scenarios.
         reports: How many records get a report; None = all.
         methods: Selectors to compare besides the usual ones.
+        draws: Draws of the imputer, to judge their spread.
     """
 
     bundle: ModelBundle
@@ -215,6 +233,7 @@ class _Run:
     seed: int
     reports: int | None
     methods: Sequence[str]
+    draws: int
 
     def batch(
         self,
@@ -231,7 +250,9 @@ class _Run:
             reports: Folder for reports; None = no reports in this scenario.
             first: Position of the batch's first record in the split.
         """
-        rows: dict[str, list[Row]] = {"predictions": [], "selections": [], "failures": []}
+        rows: dict[str, list[Row]] = {
+            key: [] for key in ("predictions", "selections", "failures", "recovery", "pictures")
+        }
         hidden, whole, positions = [], [], []
         for position, record in read:
             left = apply(rule, record, self.specs, self.seed)
@@ -251,6 +272,11 @@ class _Run:
             oracle = None
             if rule.kind != "as-is":
                 oracle = self._ask([whole[i] for i in index])
+                measured = quality.measure(
+                    self.bundle, rule.text, answers, oracle, draws=self.draws, seed=self.seed
+                )
+                rows["recovery"] += measured.rows
+                rows["pictures"] += measured.pictures
             for row, i in enumerate(index):
                 record = hidden[i]
                 rows["predictions"] += self._predictions(rule, record, answers, oracle, row)

@@ -18,7 +18,10 @@ from dymo_med.inference.predict import predict_batch
 from dymo_med.metrics import bootstrap
 
 SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
-TABLES = ("predictions.csv", "selections.csv", "metrics.csv", "failures.csv")
+TABLES = (
+    *("predictions.csv", "selections.csv", "metrics.csv", "failures.csv"),
+    *("recovery.csv", "recovery_summary.csv"),
+)
 
 
 def rows_of(path: Path):
@@ -58,7 +61,8 @@ def broken(cohort_dir, tmp_path):
 def test_everything_is_written(done):
     names = {p.name for p in done.out.iterdir()}
     assert names == {*TABLES, "run.json", "index.html", "plots", "reports", ".progress"}
-    assert {p.name for p in (done.out / "plots").iterdir()} == {"auroc.png", "calibration.png"}
+    plots = {"auroc.png", "calibration.png", "recovery.png", "recovered.png"}
+    assert {p.name for p in (done.out / "plots").iterdir()} == plots
     assert len(list((done.out / "reports").glob("*/report.html"))) == 2
     assert done.failures == 0 and rows_of(done.out / "failures.csv") == []
     header = (done.out / "failures.csv").read_text(encoding="utf-8")

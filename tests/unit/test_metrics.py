@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from dymo_med.metrics import METRICS, bootstrap, patient_weights
+from dymo_med.metrics import METRICS, bootstrap, bootstrap_means, patient_weights
 
 
 def cohort(seed: int, n: int = 200, classes: int = 2, ties: bool = False):
@@ -156,6 +156,27 @@ def test_same_seed_same_interval_whatever_the_chunks(monkeypatch):
     for name in METRICS:
         # Matrix products of another shape may round differently in the last bit.
         assert again["m"][name].low == pytest.approx(first["m"][name].low, abs=1e-12)
+
+
+def test_means_are_those_of_the_other_bootstrap(monkeypatch):
+    y, p, patients = cohort(8)
+    right = (p.argmax(1) == y).astype(float)
+    squared = np.square(p[:, 1] - y)
+    expected = bootstrap(y.tolist(), {"m": p}, patients.tolist(), seed=3)["m"]
+    for most in (2_000_000, 5000):
+        monkeypatch.setattr("dymo_med.metrics._MOST_WEIGHTS", most)
+        found = bootstrap_means(np.stack([right, squared], 1), patients.tolist(), seed=3)
+        for estimate, name in zip(found, ("accuracy", "brier"), strict=True):
+            for part in ("value", "low", "high"):
+                number = getattr(expected[name], part)
+                assert getattr(estimate, part) == pytest.approx(number, abs=1e-12)
+
+
+def test_means_over_those_who_have_the_value():
+    table = np.array([[1.0, np.nan], [3.0, np.nan], [np.nan, np.nan], [8.0, np.nan]])
+    some, nobody = bootstrap_means(table, ["a", "a", "a", "b"])
+    assert (some.value, some.low, some.high) == (5.0, 2.0, 8.0)
+    assert np.isnan([nobody.value, nobody.low, nobody.high]).all()
 
 
 def test_a_thousand_resamples_are_quick():
