@@ -1,6 +1,6 @@
 """What each selector does with good and with bad recoveries, on PolyMNIST.
 
-    python benchmarks/polymnist.py MNIST_FOLDER WORK [--seeds 3] [--distances cosine euclidean]
+    python benchmarks/polymnist.py MNIST_FOLDER WORK [--seed-list 0 1 2]
 
 Per seed: samples are drawn (splits share no digit image), an imputer and a backbone per distance
 are trained, and every selector is fitted on the calibration split and scored on the test split,
@@ -11,7 +11,7 @@ with exactly eta x 5 modalities missing per sample. Recoveries come from
   modality, of the right class with probability p, of another class otherwise.
 
 What is finished stays in WORK and is not computed again; several processes may share the work by
-taking different seeds or distances. Prints Markdown tables and writes `results.csv`.
+taking different seeds. Prints Markdown tables and writes `results.csv`.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """A trained model on disk: JSON and safetensors, checksums, a model card; nothing is unpickled.
 
 BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
-BUNDLE/configs/inference.json     table entries and their options, temperature, base rates
+BUNDLE/configs/inference.json     imputer, backbone, default selector, temperature, base rates
+BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/docs/README.md             model card
 BUNDLE/checksums.json             SHA-256 of every file above
@@ -224,7 +225,6 @@ class ModelBundle:
 
     def _selectors(self) -> dict[str, Any]:
         return {
-            "default": self.choice.name,
             "why": self.choice.why,
             "calibration": {
                 "patients": self.choice.patients,

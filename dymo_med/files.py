@@ -62,7 +62,8 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, obj
     Args:
         path: Where to.
         header: Columns in order.
-        rows: One mapping per row with exactly these columns; None and NaN become blank cells.
+        rows: One mapping per row with exactly these columns; None, NaN and infinity become blank
+            cells.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -162,7 +163,7 @@ def _finite(data: Any) -> Any:
 
 
 def _cell(value: object) -> object:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -475,8 +475,10 @@ class SelectionTrace:
         trust: Float `(T, B, M)`: what a fitted selector gives for admitting the candidate, 0 to
             1; NaN for those that go by the reward.
         threshold: What reward (or trust, where there is one) has to exceed to be admitted.
-        output: Fusion of the final subset: logits `(B, K)`, embedding `(B, D)`.
-        mixture: The subsets that were averaged; None = the answer is that of `used` alone.
+        output: Fusion of the final subset: logits `(B, K)`, embedding `(B, D)`; of an average, the
+            logits that its probabilities come from, and the embedding of `used`.
+        mixture: The subsets that were averaged; None = the answer is that of `used` alone. In an
+            average a candidate counts as admitted if the subsets with it weigh more than half.
     """
 
     names: tuple[str, ...]
@@ -508,7 +510,8 @@ class SelectionTrace:
 class SelectionStep:
     """One candidate in one step of one patient's selection (a row of `selection.csv`).
 
-    What exceeds `threshold` is admitted: `trust` where the selector gives one, else `reward`.
+    Only what exceeds `threshold` can be admitted: `trust` where the selector gives one, else
+    `reward`.
     """
 
     step: int

@@ -78,18 +78,20 @@ def view(
     found = {(r["scenario"], r["method"], r["metric"]): r for r in metrics}
     own = facts["selector"]
     scenarios = [s for s in facts["scenarios"] if (s, own, "auroc") in found]
-    differences = [f"{own} - {other}" for other in _AGAINST if other != own]
+    # Where measurements alone are the default, nothing was selected and nothing can have helped.
+    against = [other for other in _AGAINST if other != own] if own != _AGAINST[0] else []
+    differences = [f"{own} - {other}" for other in against]
     return {
         "f": facts,
         "headlines": [_headline(s, own, differences, found) for s in scenarios],
         "methods": facts["methods"],
-        "differences": differences,
+        "differences": differences[:2],  # more columns than these do not fit a page
         "table": [
             {
                 "scenario": s,
                 "methods": [_estimate(found.get((s, m, "auroc"))) for m in facts["methods"]],
                 "differences": [
-                    _estimate(found.get((s, d, "auroc")), signed=True) for d in differences
+                    _estimate(found.get((s, d, "auroc")), signed=True) for d in differences[:2]
                 ],
                 "records": found[s, own, "auroc"]["records"],
                 "patients": found[s, own, "auroc"]["patients"],

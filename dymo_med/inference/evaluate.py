@@ -26,7 +26,6 @@ from dymo_med.files import write_csv, write_json
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.predict import (
-    COMPARED,
     STEP_COLUMNS,
     Answers,
     answer,
@@ -563,7 +562,7 @@ def _metrics(
             [classes.index(row["label"]) for row in first],
             probabilities,
             patients,
-            pairs=[(own, other) for other in COMPARED if other != own],
+            pairs=[(own, other) for other in methods if other not in (own, ORACLE)],
             seed=seed,
         )
         rows += [

@@ -1,7 +1,7 @@
 """What moved the answer: modalities (Shapley values), table cells (ablation), voxels (gradients).
 
 All three explain one number, the calibrated probability of the predicted class, and only what the
-prediction used: a modality that was rejected or absent gets nothing.
+prediction used: a modality that was absent, or rejected outright, gets nothing.
 """
 
 from __future__ import annotations

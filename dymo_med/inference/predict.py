@@ -380,7 +380,9 @@ def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...
 
 
 def weighted_subsets(trace: SelectionTrace, row: int) -> tuple[WeightedSubset, ...]:
-    """Return what one record's answer was averaged over, heaviest first; empty if it was not.
+    """Return what one record's answer was averaged over, heaviest first.
+
+    Empty if it was not an average, or there was nothing to average over.
 
     Args:
         trace: Of B records.
@@ -397,6 +399,8 @@ def weighted_subsets(trace: SelectionTrace, row: int) -> tuple[WeightedSubset, .
             trace.mixture.admitted[own].tolist(), trace.mixture.weight[own].tolist(), strict=True
         )
     ]
+    if all(not s.admitted for s in found):
+        return ()
     return tuple(sorted(found, key=lambda s: -s.weight))
 
 

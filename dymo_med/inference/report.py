@@ -199,7 +199,9 @@ def view(prediction: Prediction, exhibits: Exhibits) -> dict[str, Any]:
         "answer": _answer(prediction, chosen),
         "had": _had(prediction),
         "change": _change(prediction, chosen),
-        "pictures": _pictures(exhibits.scans),
+        "pictures": _pictures(exhibits.scans, bool(prediction.subsets)),
+        # Words of the states, as this kind of selector means them.
+        "states": _states(bool(prediction.subsets)),
         "recovered_cells": [
             c for c in exhibits.cells if not c.measured and c.modality in prediction.recovered
         ],
@@ -224,7 +226,9 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
     count = round(100 * p)
     key = "frequency_low" if count < 1 else "frequency_high" if count > 99 else "frequency"
     used = _count("observed", len(prediction.observed))
-    if prediction.trusted:
+    # In an average nothing is wholly in or out: the shares are listed instead.
+    averaged = bool(prediction.subsets)
+    if prediction.trusted and not averaged:
         used = text["and"].format(a=used, b=_count("trusted", len(prediction.trusted)))
     order = sorted(range(len(prediction.classes)), key=lambda k: -prediction.probabilities[k])
     form = "statement" if len(prediction.classes) == 2 else "statement_many"
@@ -243,7 +247,7 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
         "rests": text["rests"]
         .format(
             used=used,
-            rejected=_count("rejected", len(prediction.rejected)),
+            rejected="" if averaged else _count("rejected", len(prediction.rejected)),
             absent=_count("absent", len(prediction.absent)),
         )
         .strip(),
@@ -262,6 +266,7 @@ def _had(prediction: Prediction) -> list[dict[str, str]]:
     """Return one row per modality, measured ones first."""
     text = words()["had"]
     trust = prediction.trust
+    kind = "average_" if prediction.subsets else ""
     rows = []
     names = dict.fromkeys((*prediction.observed, *prediction.recovered, *prediction.absent))
     for name in names:
@@ -273,14 +278,14 @@ def _had(prediction: Prediction) -> list[dict[str, str]]:
         if name in prediction.observed:
             state = "partly" if name in prediction.partly else "observed"
             word = (
-                text[f"partly_{'trusted' if trusted else 'rejected'}"]
+                text[f"{kind}partly_{'trusted' if trusted else 'rejected'}"]
                 if (trusted or rejected)
                 else text[state]
             )
             use = text["used_completed"] if trusted else text["used"]
         else:
             state = "trusted" if trusted else "rejected" if rejected else "absent"
-            word = text[state]
+            word = text[f"{kind}{state}" if trusted or rejected else state]
             use = text["used_synthetic"] if trusted else text["unused"]
         if name in trust:
             key = "used_partly_completed" if name in prediction.observed else "used_partly"
@@ -345,6 +350,9 @@ def _why(prediction: Prediction) -> dict[str, Any]:
                 "reward": _signed(s.reward),
                 "trust": "" if s.trust is None else percent(s.trust),
                 "decision": s.decision,
+                "decision_word": words()["why"][
+                    f"average_{s.decision}" if prediction.subsets else s.decision
+                ],
                 "borrowed": s.borrowed,
             }
             for s in prediction.steps
@@ -362,6 +370,10 @@ def _lead(prediction: Prediction) -> str:
         return str(text["lead_average"])
     if any(s.trust is not None for s in prediction.steps):
         return str(text["lead_gate"])
+    if prediction.method == "simultaneous":
+        return str(text["lead_simultaneous"])
+    if prediction.method == "dymo_uncalibrated":
+        return str(text["lead_uncalibrated"])
     lead = str(text["lead"])
     margin = max((s.threshold for s in prediction.steps), default=0.0)
     if margin > 0:
@@ -451,15 +463,26 @@ def _top_cell(attribution: Attribution, cell: Cell, largest: float) -> dict[str,
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def _pictures(scans: Sequence[Scan]) -> list[dict[str, str | bool]]:
+def _states(averaged: bool) -> dict[str, str]:
+    """Return the words of the states; in an average nothing is wholly trusted or rejected."""
+    text: dict[str, str] = words()["states"]
+    kind = "average_" if averaged else ""
+    return {
+        "observed": text["observed"],
+        "trusted": text[f"{kind}trusted"],
+        "rejected": text[f"{kind}rejected"],
+    }
+
+
+def _pictures(scans: Sequence[Scan], averaged: bool) -> list[dict[str, str | bool]]:
     """Return every scan as a strip of slices, measured ones first."""
-    text = words()
+    text, states = words(), _states(averaged)
     result = []
     order = sorted(scans, key=lambda s: s.state != "observed")
     for scan in order:
         flat = scan.values.ndim == 3
         alt = text["madeup"]["alt_2d" if flat else "alt"]
-        state = text["states"][scan.state]
+        state = states[scan.state]
         at = _centre(scan, scans)
         strip = _strip(scan, scans, at, synthetic=scan.state != "observed")
         result.append(

@@ -64,6 +64,10 @@ class AverageOptions(RewardOptions):
     most: Annotated[int, Field(ge=1, le=10)] = 6
 
 
+# Score that stands for certainty; a scaled feature is at most 5.
+_CERTAIN = 20.0
+
+
 @dataclass(frozen=True)
 class _Subsets:
     """Every averaged subset of every patient, in a grid of 2^k codes.
@@ -200,8 +204,20 @@ class SubsetAverage(Selector):
             subsets.whole[valid], (weights / valid.sum(1))[:, None].expand(valid.shape)[valid]
         )
         p, q = subsets.candidate.shape[-1], subsets.whole.shape[-1]
+        if not bool(there.any()):  # nothing can be said of candidates nobody has seen: admit none
+            none = torch.zeros(q, dtype=torch.float64)
+            none[SUBSET_FEATURES.index("size")] = -_CERTAIN
+            self._model = _Model(
+                candidate_scale,
+                torch.zeros(p, dtype=torch.float64),
+                Scale(torch.zeros_like(none), torch.ones_like(none)),
+                none,
+                cases.temperature,
+            )
+            return
         probability = torch.softmax(subsets.logits.double() / cases.temperature, -1)
-        true = probability[torch.arange(len(cases)), :, cases.labels]  # (B, S)
+        rows = torch.arange(len(cases), device=cases.labels.device)
+        true = probability[rows, :, cases.labels]  # (B, S)
 
         def model(values: Tensor) -> _Model:
             return _Model(candidate_scale, values[:p], whole_scale, values[p:], cases.temperature)
@@ -227,6 +243,7 @@ class SubsetAverage(Selector):
         """See `Selector.state`."""
         m = self.model
         return {
+            "features": [*FEATURES, *SUBSET_FEATURES],
             "candidate_mean": m.candidate_scale.mean.tolist(),
             "candidate_std": m.candidate_scale.std.tolist(),
             "candidate_weight": m.candidate_weight.tolist(),
@@ -238,6 +255,8 @@ class SubsetAverage(Selector):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Selector.load_state`."""
+        if state["features"] != [*FEATURES, *SUBSET_FEATURES]:
+            raise ValueError("subset_average was fitted to other features than this version's.")
 
         def read(key: str) -> Tensor:
             return torch.tensor(state[key], dtype=torch.float64)
@@ -342,7 +361,8 @@ class SubsetAverage(Selector):
         )
         probability = torch.softmax(logits.double() / alone.temperature, -1)
         p = probability[rows, code]  # (R, K)
-        says = torch.einsum("rk,rmk->rm", p, alone.probability[rows])  # candidates alone agree
+        # How far each candidate, alone, agrees with each subset's answer.
+        says = torch.einsum("bsk,bmk->bsm", probability, alone.probability)[rows, code]  # (R, M)
         members, size = alone.there[rows].double(), inside.sum(1)
         columns = [
             size.double(),

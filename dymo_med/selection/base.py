@@ -114,6 +114,7 @@ class Selector(ABC):
 
         Raises:
             KeyError: If something is absent from it.
+            ValueError: If it is from a version that fitted something else.
         """
 
 

@@ -144,6 +144,9 @@ def spreads(log_tail: Tensor) -> Tensor:
 class Scale:
     """Shift and scale that give features mean 0 and deviation 1 on held-back cases.
 
+    What lies further out than five deviations counts as five: a feature that hardly varied there
+    (a saturated quality) must not decide alone when it does vary.
+
     Attributes:
         mean: Float64 `(P,)`.
         std: Float64 `(P,)`, 1 where a feature never varies.
@@ -154,12 +157,15 @@ class Scale:
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor) -> Scale:
-        """Fit to `(R, P)` features with `(R,)` weights."""
-        share = (weights / weights.sum())[:, None]
+        """Fit to `(R, P)` features with `(R,)` weights; without any, nothing is scaled."""
+        if not len(values):
+            return cls(values.new_zeros(values.shape[1]), values.new_ones(values.shape[1]))
+        share = (weights.double() / weights.double().sum())[:, None]
         mean = (share * values).sum(0)
         std = (share * (values - mean).square()).sum(0).sqrt()
         return cls(mean, torch.where(std < 1e-9, torch.ones_like(std), std))
 
     def __call__(self, values: Tensor) -> Tensor:
         """Return the features scaled."""
-        return (values - self.mean.to(values.device)) / self.std.to(values.device)
+        scaled = (values - self.mean.to(values.device)) / self.std.to(values.device)
+        return scaled.clamp(-5, 5)

@@ -50,12 +50,13 @@ class _Model:
 
 
 class Gate(Dymo):
-    """Admit the candidate that most probably helps, as long as that is more likely than not.
+    """Admit the candidate with the best odds of gain against loss, while they are above even.
 
     A ridge-penalised logistic regression on what the trace knows of a candidate, what it says by
     itself and whether that agrees with the rest (`evidence.FEATURES`). Fitted on held-back patients
     to tell whether admitting it raises the probability of the true class; each example weighs as
-    much as the log of that probability changes, so that an even score means no expected gain.
+    much as the log of that probability changes (at most 3), so the score is the share of expected
+    gain in all expected change, and one half means that nothing is to be gained.
 
     Args:
         options: See `GateOptions`.
@@ -140,6 +141,7 @@ class Gate(Dymo):
         """See `Selector.state`."""
         m = self.model
         return {
+            "features": list(FEATURES),
             "mean": m.scale.mean.tolist(),
             "std": m.scale.std.tolist(),
             "weight": m.weight.tolist(),
@@ -149,6 +151,8 @@ class Gate(Dymo):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Selector.load_state`."""
+        if state["features"] != list(FEATURES):
+            raise ValueError("gate was fitted to other features than this version's.")
         mean, std, weight = (
             torch.tensor(state[k], dtype=torch.float64) for k in ("mean", "std", "weight")
         )

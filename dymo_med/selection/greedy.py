@@ -129,7 +129,7 @@ def attempt(
     state: Judged,
     logits: Tensor,
     statistics: SubsetStatistics,
-    options: Any,
+    options: RewardOptions,
 ) -> tuple[Step, FusionOutput]:
     """Fuse every pair's candidate on top of what its patient has so far.
 
@@ -348,6 +348,8 @@ class DymoMargin(Dymo):
 
     def state(self) -> dict[str, Any]:
         """See `Selector.state`."""
+        if self.margin is None:
+            raise ValueError("dymo_margin must be fitted before it has a state.")
         # JSON has no infinity.
         return {"margin": None if self.margin == math.inf else self.margin}
 

@@ -18,6 +18,8 @@ from dymo_med.types import Batch, Choice, Fuse, FusionOutput, ModalityMask, Subs
 
 _CHUNK = 64
 _FOLDS = 5
+# On fewer patients a difference between selectors is an accident.
+_FEWEST = 10
 # Times that modalities are hidden from each record, so that there are about this many cases.
 _MOST_REPEATS, _ENOUGH_CASES = 5, 5000
 # Share of repeats in which some cells of a table are blanked, and of its cells then.
@@ -76,6 +78,9 @@ def calibration_cases(
     Returns:
         The cases, and the patient of each.
     """
+    if len(batch) > _ENOUGH_CASES // 2:  # enough is enough: evenly spread records
+        kept = torch.linspace(0, len(batch) - 1, _ENOUGH_CASES // 2).long()
+        batch, weights = batch.rows(kept), weights[kept]
     n = len(batch)
     repeats = max(1, min(_MOST_REPEATS, _ENOUGH_CASES // max(n, 1)))
     parts: list[EncodedVersions] = []
@@ -101,7 +106,10 @@ def calibration_cases(
         ModalityMask(batch.observed.names, torch.cat(masks)),
         torch.cat(candidates),
         batch.labels.repeat(repeats + 1).to(device),
-        (weights / (repeats + 1)).repeat(repeats + 1).to(device),
+        # A patient's cases add up to 1, however many visits there are.
+        (weights * (len(set(batch.patient_ids)) / weights.sum() / (repeats + 1)))
+        .repeat(repeats + 1)
+        .to(device),
         temperature,
     )
     return cases, list(batch.patient_ids) * (repeats + 1)
@@ -120,7 +128,7 @@ def remember(fuse: Fuse, modalities: int, rows: int) -> Fuse:
     Returns:
         The same, remembering; `fuse` itself where the table of answers would be too long.
     """
-    if rows * 3**modalities > 5_000_000:
+    if rows * 3**modalities > 20_000_000:
         return fuse
     return _Remembering(fuse, modalities, rows)
 
@@ -218,8 +226,8 @@ def choose(
     """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
 
     A selector is eligible if, cross-fitted by patient, it is no less accurate than
-    `observed_only`, and its log-loss is lower by more than one standard error over patients.
-    Nothing eligible: `observed_only`.
+    `observed_only`, and its log-loss is lower by more than one standard error over patients, of
+    whom there must be ten. Nothing eligible: `observed_only`.
 
     Args:
         selectors: By name.
@@ -250,18 +258,25 @@ def choose(
         share = torch.zeros_like(gain).index_add_(0, who, weights)
         mean = gain.sum() / total
         # Standard error of a ratio of sums over patients.
-        error = (gain - mean * share).square().sum().sqrt() / total
-        sure = bool(mean > error)
+        n = len(order)
+        error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
+        sure = n >= _FEWEST and bool(mean > error)
         if sure and results[name]["accuracy"] >= results["observed_only"]["accuracy"]:
             eligible[name] = results[name]["log_loss"]
     base = results["observed_only"]["log_loss"]
-    about = f"on {len(order)} held-back patients"
+    n = len(order)
+    if n < _FEWEST:
+        why = f"Measurements alone: {n} held-back patients are too few to tell selectors apart."
+        return Choice("observed_only", why, results, n)
     if not eligible:
         why = (
-            f"No selector was clearly better than using measurements alone {about}"
-            f" (log-loss {base:.3f})."
+            f"Measurements alone (log-loss {base:.3f} on {n} held-back patients): no selector was"
+            " both clearly better and no less accurate."
         )
-        return Choice("observed_only", why, results, len(order))
+        return Choice("observed_only", why, results, n)
     best = min(eligible, key=lambda name: eligible[name])
-    why = f"Lowest log-loss {about}: {eligible[best]:.3f}, measurements alone {base:.3f}."
-    return Choice(best, why, results, len(order))
+    why = (
+        f"Lowest log-loss on {n} held-back patients ({eligible[best]:.3f}; measurements alone"
+        f" {base:.3f}) among selectors clearly better than those and no less accurate."
+    )
+    return Choice(best, why, results, n)

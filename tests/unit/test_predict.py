@@ -133,6 +133,32 @@ def test_every_selector_answers_consistently(bundle, records, name):
         assert total == pytest.approx(p.probabilities[chosen], abs=1e-5)
 
 
+def test_a_complete_patient_is_no_average(bundle, records):
+    average = bundle.with_selector("subset_average")
+    predictions = predict_batch(average, records, explain=False)
+    assert any(p.subsets for p in predictions)
+    for p in predictions:
+        assert bool(p.subsets) == bool(p.recovered)
+
+
+def test_an_infinite_margin_in_every_file(bundle, records, cohort, tmp_path):
+    margin = SELECTORS["dymo_margin"]()
+    margin.load_state({"margin": None})
+    selectors = {**bundle.selectors, "dymo_margin": margin}
+    never = dataclasses.replace(bundle, selectors=selectors).with_selector("dymo_margin")
+    (p,) = [q for q in predict_batch(bundle, records, explain=False) if q.steps][:1]
+    entry = next(r for r in cohort.records if r.record_id == p.record_id)
+    p = predict_patient(entry.folder, never, tmp_path / "out", explain=False)
+    assert p.trusted == () and p.probabilities == pytest.approx(p.alternatives["observed_only"])
+    told = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    with (tmp_path / "out" / "selection.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(p.steps) > 0
+    assert {row["threshold"] for row in rows} == {""}
+    assert {step["threshold"] for step in told["steps"]} == {None}
+    assert "Nothing is admitted" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_an_unknown_selector_is_refused(bundle):
     with pytest.raises(ConfigError, match=r"no selector called 'gaet'.*Did you mean 'gate'"):
         bundle.with_selector("gaet")

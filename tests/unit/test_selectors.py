@@ -1,5 +1,6 @@
 """Selectors fitted on held-back patients: what they learn, and which becomes the default."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dymo_med.selection import SELECTORS, Cases, Selector, fit_statistics
+from dymo_med.selection.evidence import Scale
 from dymo_med.selection.greedy import best_margin
 from dymo_med.training.selectors import choose, fit_all, held_out_logits, hide, remember
 from dymo_med.types import Batch, FusionOutput, ModalityMask
@@ -126,10 +128,71 @@ def test_selectors_live_without_candidates_and_without_variety():
         trace = selector.select(full.fuse, full.observed, full.candidates, statistics)
         assert bool(trace.output.logits.isfinite().all()), name
     choice = choose(fit_all(nobody, statistics, {}), nobody, statistics, names(12))
-    assert choice.name == "observed_only" and "No selector was clearly better" in choice.why
+    assert choice.name == "observed_only" and "no selector was both" in choice.why
     one = full.rows(torch.tensor([3]))
     choice = choose(fit_all(one, statistics, {}), one, statistics, ["only"])
     assert all(math.isfinite(r["log_loss"]) for r in choice.results.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_few_patients_cannot_pick_a_default(n):
+    for seed in range(5):
+        world = World(n, 0.9, 100 + seed)
+        cases, statistics = world.cases(), world.statistics()
+        choice = choose(fit_all(cases, statistics, {}), cases, statistics, names(n))
+        assert choice.name == "observed_only" and "too few" in choice.why
+
+
+def test_features_far_from_the_fit_stay_bounded():
+    g = torch.Generator().manual_seed(0)
+    values = 1 - 1e-7 * torch.rand(50, 1, generator=g, dtype=torch.float64)
+    scale = Scale.of(values, torch.ones(50))
+    assert float(scale(torch.tensor([[0.6]]).double())) == -5
+    assert abs(float(scale(values).mean())) < 1e-6
+
+
+def test_without_a_candidate_in_the_fit_none_is_admitted():
+    world = World(60, 1.0, 12)
+    statistics, full = world.statistics(), world.cases()
+    nobody = dataclasses.replace(full, candidates=torch.zeros_like(full.candidates))
+    for name in ("dymo_margin", "gate", "subset_average"):
+        selector = SELECTORS[name]()
+        selector.fit(nobody, statistics)
+        trace = selector.select(full.fuse, full.observed, full.candidates, statistics)
+        assert not bool(trace.admitted.any()), name
+        plain = SELECTORS["observed_only"]().select(
+            full.fuse, full.observed, full.candidates, statistics
+        )
+        torch.testing.assert_close(
+            torch.softmax(trace.output.logits, -1),
+            torch.softmax(plain.output.logits, -1),
+            atol=1e-6,
+            rtol=0,
+        )
+
+
+def test_more_candidates_than_are_combined():
+    world = World(80, 0.7, 13)
+    statistics, cases = world.statistics(), world.cases()
+    selector = SELECTORS["subset_average"](SELECTORS["subset_average"].Options(most=2))
+    selector.fit(cases, statistics)
+    trace = selector.select(cases.fuse, cases.observed, cases.candidates, statistics)
+    assert torch.bincount(trace.mixture.rows).tolist() == [4] * 80  # 2^2 of 3 candidates
+    best = (
+        trace.reward[0].nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)[:, :2]
+    )
+    for row in range(80):
+        held = trace.mixture.admitted[trace.mixture.rows == row].any(0).nonzero().squeeze(1)
+        assert set(held.tolist()) == set(best[row].tolist())
+
+
+def test_state_of_another_version_is_refused():
+    world = World(40, 0.7, 14)
+    fitted = fit_all(world.cases(), world.statistics(), {})
+    for name in ("gate", "subset_average"):
+        state = fitted[name].state()
+        with pytest.raises(ValueError, match="other features"):
+            SELECTORS[name]().load_state({**state, "features": state["features"][1:]})
 
 
 def test_folds_keep_patients_together():
