@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from monai.metrics.regression import compute_ssim_and_cs
 
 from dymo_med.data.missingness import apply, parse_scenario
 from dymo_med.errors import ConfigError
@@ -17,6 +18,7 @@ from dymo_med.inference.quality import (
     cell_quality,
     image_quality,
     measure,
+    similarity,
     within_interval,
 )
 from dymo_med.types import Column
@@ -88,7 +90,16 @@ def test_ssim_of_one_window_by_hand(dims):
     both = (weight * (x - mx) * (y - my)).sum()
     c1, c2 = 0.01**2, 0.03**2
     expected = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert found["ssim"] == pytest.approx(expected, abs=1e-4)
+    assert found["ssim"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 12), (1, 1, 8, 9, 11)])
+def test_similarity_agrees_with_monai(shape):
+    a = torch.rand(shape)
+    b = (a + 0.2 * torch.randn(shape)).clamp(0, 1)
+    dims = len(shape) - 2
+    expected, _ = compute_ssim_and_cs(a, b, dims, (7,) * dims, (1.5,) * dims)
+    torch.testing.assert_close(similarity(a, b), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_outside_the_body_nothing_counts():
@@ -328,6 +339,20 @@ def test_too_few_draws_are_refused_before_anything_is_written(bundle, cohort, tm
     with pytest.raises(ConfigError, match=r"--draws.*at least 19"):
         evaluate(bundle, cohort, tmp_path / "o", draws=5)
     assert not (tmp_path / "o").exists()
+
+
+def test_numbers_on_the_page():
+    def cell(metric, value, low, high, unit=""):
+        row = {"metric": metric, "value": value, "low": low, "high": high, "unit": unit}
+        return quality._cell(row)
+
+    assert cell("same_answer", 0.75, 0.5, 1.0) == ("75 %", "50 to 100")
+    assert cell("same_answer", 1.0, 1.0, 1.0) == ("100 %", "")
+    assert cell("probability_change", 0.0642, 0.01, 0.1) == ("6.4", "1.0 to 10.0")
+    assert cell("psnr", -0.04, -1.26, 1.0, "dB") == ("−0.0", "−1.3 to 1.0")
+    assert cell("mae", 12.34, 1.0, 20.0, "U/L") == ("12.3 U/L", "")
+    assert cell("mae", 0.886, 0.1, 2.0, "1") == ("0.886", "")
+    assert cell("ssim", math.nan, math.nan, math.nan) == quality._cell(None) == ("–", "")
 
 
 # --- Pictures -------------------------------------------------------------------------------------
