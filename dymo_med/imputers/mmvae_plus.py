@@ -80,6 +80,8 @@ class MixtureOptions(VAEOptions):
     private: Annotated[int, Field(ge=1)] = 16
     samples: Annotated[int, Field(ge=1)] = 1
     encoders: Annotated[int, Field(ge=1)] = 2
+    column_layers: Annotated[int, Field(ge=0)] = 1
+    hide_cells: Annotated[float, Field(ge=0, lt=1)] = 0.3
 
 
 class MixtureVAE(MultimodalVAE):
@@ -138,7 +140,7 @@ class MixtureVAE(MultimodalVAE):
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the negative evidence bound per record and (weighted) element."""
         available = batch.observed.available
-        mean, log_variance = self._posteriors(batch)
+        mean, log_variance = self._posteriors(self.partly_hidden(batch, generator))
         # One pair for every record and modality of it that encodes in this step.
         encoding = random_few(available, self.encoders, generator)
         encoder, row = encoding.T.nonzero(as_tuple=True)  # (E,)

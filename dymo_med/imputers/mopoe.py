@@ -118,7 +118,8 @@ class MoPoE(MultimodalVAE):
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the negative evidence bound per record and (weighted) element."""
         available = batch.observed.available
-        mean, log_variance = self.posterior(batch, random_subsets(available, generator))
+        seen = self.partly_hidden(batch, generator)
+        mean, log_variance = self.posterior(seen, random_subsets(available, generator))
         z = _draw(mean, log_variance, generator)
         loss = self.beta * kl_to_standard_normal(mean, log_variance)
         for m, spec in enumerate(self.specs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Annotated
 
@@ -36,6 +37,8 @@ class VAEOptions(Strict):
         hidden: Hidden width of table decoders.
         beta: Weight of the prior.
         table_weight: Weight of a table's log-likelihood; an image's is 1 per voxel.
+        column_layers: Transformer blocks among a table's columns in its expert.
+        hide_cells: Share of filled table cells that experts do not see in a training step.
     """
 
     latent: Annotated[int, Field(ge=1)] = 64
@@ -47,6 +50,8 @@ class VAEOptions(Strict):
     hidden: Annotated[int, Field(ge=8)] = 64
     beta: Annotated[float, Field(ge=0)] = 1.0
     table_weight: Annotated[float, Field(gt=0)] = 20.0
+    column_layers: Annotated[int, Field(ge=0)] = 0
+    hide_cells: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class _Expert(nn.Module):
@@ -61,7 +66,7 @@ class _Expert(nn.Module):
 
     def __init__(self, spec: ModalitySpec, o: VAEOptions, vector: int, grid: Sequence[int]) -> None:
         super().__init__()
-        sizes = {"width": o.width, "layers": 0, "heads": 1}
+        sizes = {"width": o.width, "layers": o.column_layers, "heads": 1}
         sizes |= {"stride": o.stride} if grid else {"grid": o.grid}
         self.grid = tuple(grid)
         self.encoder = modality(spec).encoder(o.dim, sizes)
@@ -125,7 +130,7 @@ class MultimodalVAE(Imputer):
         o = options
         self.specs = tuple(specs)
         self.modalities = {spec.name: modality(spec) for spec in specs}
-        self.beta = o.beta
+        self.beta, self.hide_cells = o.beta, o.hide_cells
         spatial = {spec.shape[1:] for spec in specs if len(spec.shape) > 1}
         common = spatial.pop() if len(spatial) == 1 and o.map_channels else ()
         self.grid = tuple(-(-s // o.stride) for s in common)
@@ -155,6 +160,27 @@ class MultimodalVAE(Imputer):
                     continue
                 with torch.no_grad():
                     decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))
+
+    def partly_hidden(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Return a training batch as experts see it: without some of the filled cells of tables.
+
+        Likelihoods are asked for all filled cells, so that a blank cell is something that a model
+        has learned to fill from what a patient's experts do see. A bound on the evidence stays
+        one: a posterior may look at less than there is.
+
+        Args:
+            batch: B records.
+            generator: CPU generator.
+        """
+        if not self.hide_cells:
+            return batch
+        fields = {}
+        for name, filled in batch.observed_fields.items():
+            coin = torch.rand(filled.shape, generator=generator).to(filled.device)
+            seen = filled & (coin >= self.hide_cells)
+            # A table that is there keeps something to say.
+            fields[name] = torch.where(seen.any(1, keepdim=True), seen, filled)
+        return replace(batch, observed_fields=fields)
 
     def encode(self, batch: Batch, subset: Tensor) -> tuple[Tensor, Tensor]:
         """Return what each expert of a subset says: mean and log variance `(M, B, V + C T)`.

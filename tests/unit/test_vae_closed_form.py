@@ -99,6 +99,7 @@ def assert_near(draws, expected):
 def small(kind, specs, seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"latent": 2, "dim": 8, "hidden": 8, "width": 4, "grid": 2, "table_weight": 1.0}
+    sizes |= {"hide_cells": 0.0}
     model = IMPUTERS[kind](specs, IMPUTERS[kind].Options(**{**sizes, **options})).double()
     # Away from the start, where every posterior has the same spread and hardly depends on x.
     with torch.no_grad():
@@ -247,8 +248,11 @@ def test_many_samples_reach_the_log_likelihood():
     """u, w and x are one number each, so p(x) is an integral over a plane."""
     model = small("mmvae_plus", tables(1, "a"), latent=1, private=1)
     with torch.no_grad():
-        # Away from zero, so that x depends on both.
+        # Away from zero, so that x depends on both; and a posterior wider than the prior, so that
+        # a thousand draws are many.
         model.decoders["a"].net[0].weight.fill_(1.0)
+        model.experts["a"].head.weight.zero_()
+        model.experts["a"].head.bias.copy_(torch.tensor([0.3, -0.3, 0.5, 0.5]))
     x = torch.tensor([[[0.4]]], dtype=torch.float64)
     batch = as_batch(x, torch.ones(1, 1, dtype=torch.bool), "a")
     axis = torch.linspace(-14, 14, 1201, dtype=torch.float64)
@@ -299,6 +303,14 @@ class LinearGaussian:
         precision = torch.einsum("nm,mfl,mfk->nlk", weight, self.a, self.a)
         covariance = (precision + torch.eye(self.a.shape[2]).double()).inverse()
         return torch.einsum("nlk,nm,mfk,mnf->nl", covariance, weight, self.a, x), covariance
+
+    def mean_given_cells(self, x, filled):
+        """E[x_m | the filled cells `(M, n, F)`] `(M, n, F)`."""
+        weight = filled.double() / self.sd**2
+        precision = torch.einsum("mnf,mfl,mfk->nlk", weight, self.a, self.a)
+        covariance = (precision + torch.eye(self.a.shape[2]).double()).inverse()
+        z = torch.einsum("nlk,mnf,mfk,mnf->nl", covariance, weight, self.a, x)
+        return torch.einsum("mfl,nl->mnf", self.a, z)
 
     def conditional_mean(self, x, available):
         """E[x_m | what is available] `(M, n, F)`."""
@@ -522,6 +534,17 @@ def test_a_training_step_with_a_map_reaches_every_parameter(kind):
     assert without == ["experts.t.encoder.blank"]
 
 
+def train(model, data, g, learning_rate, steps=400):
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        loss = model.loss(data.rows(torch.randint(len(data), (128,), generator=g)), g).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("kind", VAES)
 def test_training_on_incomplete_tables_finds_the_conditional_mean(kind):
     """Given one modality, and given two.
@@ -533,22 +556,21 @@ def test_training_on_incomplete_tables_finds_the_conditional_mean(kind):
     torch.manual_seed(0)
     entry = IMPUTERS[kind]
     private = {} if kind == "mopoe" else {"private": 2}
-    sizes = {"latent": 4, "dim": 16, "hidden": 32, "table_weight": 1.0, **private}
+    sizes = {
+        "latent": 4,
+        "dim": 16,
+        "hidden": 32,
+        "table_weight": 1.0,
+        "hide_cells": 0.0,
+        **private,
+    }
     model = entry(tables(4, std=problem.std), entry.Options(**sizes))
     g = seeded(1)
     x = problem.sample(2048, 1).float()
     available = torch.rand(2048, 3, generator=g) < 0.7
     available[torch.arange(2048), torch.randint(3, (2048,), generator=g)] = True
     data = as_batch(x, available)
-    steps = 400
-    optimizer = torch.optim.AdamW(model.parameters(), 0.02, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        loss = model.loss(data.rows(torch.randint(2048, (128,), generator=g)), g).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    train(model, data, g, 0.02)
 
     truth = problem.sample(4000, 2)
 
@@ -573,3 +595,35 @@ def test_training_on_incomplete_tables_finds_the_conditional_mean(kind):
         )
         assert least < 0.5 * floor  # there is something to recover
         assert (floor - error) / (floor - least) > 0.96
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_training_with_hidden_cells_finds_the_mean_of_blank_ones(kind):
+    """Half of a table's cells given the other half; training tables have blanks of their own."""
+    problem = LinearGaussian()
+    torch.manual_seed(0)
+    entry = IMPUTERS[kind]
+    private = {} if kind == "mopoe" else {"private": 2}
+    sizes = {"latent": 4, "dim": 16, "hidden": 32, "column_layers": 1, "hide_cells": 0.3, **private}
+    model = entry(tables(4, std=problem.std), entry.Options(**sizes))
+    g = seeded(1)
+    data = as_batch(problem.sample(2048, 1).float(), torch.rand(2048, 3, generator=g) < 0.7)
+    data = data.rows(data.observed.available.any(1).nonzero().squeeze(1))
+    for filled in data.observed_fields.values():
+        filled[:, 1:] &= torch.rand(len(data), 3, generator=g) < 0.7
+    train(model, data, g, 0.005)
+
+    truth = problem.sample(4000, 2)
+    for m, name in enumerate("abc"):
+        available = torch.arange(3).expand(4000, 3) == m
+        batch = as_batch(truth.float(), available)
+        batch.observed_fields[name][:, [1, 3]] = False
+        filled = torch.stack([batch.observed_fields[n] for n in "abc"])
+        best = problem.mean_given_cells(truth, filled)[m]
+        recovered = model.recover(batch).values[name]
+        floor, least, error = (
+            float(((truth[m] - guess) / problem.std[m])[:, [1, 3]].square().mean())
+            for guess in (0, best, recovered)
+        )
+        assert least < 0.7 * floor  # there is something to recover
+        assert (floor - error) / (floor - least) > 0.75
