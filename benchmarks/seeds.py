@@ -33,8 +33,9 @@ def main() -> None:
             arguments.recipe, arguments.cohort, out / "run", seed=seed, device="cpu", resume=True
         )
         seconds = time.perf_counter() - began
+        loaded = load_bundle(bundle, "cpu")
         evaluate(
-            load_bundle(bundle, "cpu"),
+            loaded,
             read_cohort(arguments.cohort),
             out / "evaluation",
             scenarios=scenarios,
@@ -43,9 +44,15 @@ def main() -> None:
         with (out / "evaluation" / "metrics.csv").open(newline="") as stream:
             for row in csv.DictReader(stream):
                 if row["metric"] in metrics:
-                    key = (row["scenario"], row["method"], row["metric"])
-                    found.setdefault(key, []).append(float(row["value"]))
-        print(f"seed {seed}: trained in {seconds:.0f} s", flush=True)
+                    names = [row["method"]]
+                    # Which selector is the default may differ from seed to seed.
+                    if row["method"] == loaded.choice.name:
+                        names.append("the default")
+                    for name in names:
+                        key = (row["scenario"], name, row["metric"])
+                        found.setdefault(key, []).append(float(row["value"]))
+        picked = f"{loaded.choice.name}. {loaded.choice.why}"
+        print(f"seed {seed}: trained in {seconds:.0f} s; default {picked}", flush=True)
     print(f"\n{platform.processor() or platform.machine()}, torch {torch.__version__}")
     print(f"{arguments.seeds} seeds of training: mean (lowest to highest)\n")
     print("| scenario | method | metric | value |\n|---|---|---|---|")

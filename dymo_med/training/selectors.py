@@ -121,7 +121,7 @@ def remember(fuse: Fuse, modalities: int, rows: int) -> Fuse:
     Several selectors are fitted and compared on the same cases, and ask for the same subsets.
 
     Args:
-        fuse: Over B patients; must not depend on how requests are batched.
+        fuse: Over B patients; must not depend on how questions are batched.
         modalities: M.
         rows: B.
 
@@ -151,7 +151,7 @@ class _Remembering:
         if len(missing):
             new, which = key[missing].unique(return_inverse=True)
             ask = torch.empty_like(new)
-            ask[which] = missing  # any of the requests with the same key will do
+            ask[which] = missing  # any of the questions with the same key will do
             ask = ask.to(rows.device)
             output = self._fuse(rows[ask], used[ask], admitted[ask])
             known = 0 if self._logits is None else len(self._logits)
