@@ -112,7 +112,8 @@ class MixtureVAE(MultimodalVAE):
 
     Deviations from the published models: free log variances (in the published code the scales of
     a posterior sum to the length of the vector, which keeps it from being sure of everything
-    there is to know); one network per modality gives u and w; the latent map; weighted tables.
+    there is to know); one network per modality gives u and w; the latent map; weighted tables,
+    whose experts do not see every cell in training (`partly_hidden`).
     For K > 1 the gradient is the plain one of the bound above, not the doubly reparametrised one.
     Of the mean over m, each step computes a random part (`encoders`), which has the same
     expectation: decoding every modality from every other takes M^2 decodings per record.
