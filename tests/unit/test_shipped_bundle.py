@@ -63,7 +63,7 @@ def test_predict_and_evaluate_agree(shipped, patients, tmp_path):
     """The same patient alone and within a cohort: same probabilities, same selection."""
     evaluate(shipped, patients, tmp_path / "e", split="train", reports=0)
     with (tmp_path / "e" / "predictions.csv").open(newline="", encoding="utf-8") as stream:
-        rows = [r for r in csv.DictReader(stream) if r["method"] == "dymo"]
+        rows = [r for r in csv.DictReader(stream) if r["method"] == shipped.choice.name]
     assert len(rows) >= 7
     for row in rows:
         folder = patients.root / "patients" / row["record_id"]
