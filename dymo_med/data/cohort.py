@@ -98,7 +98,7 @@ def _read_specs(
                     expected="lower-case letters, digits and underscores, a letter first",
                 )
             )
-        elif hasattr(nn.ModuleDict, name):
+        elif hasattr(nn.ModuleDict(), name):
             # Networks keep their parts by modality in a ModuleDict, which has these itself.
             problems.append(
                 Problem(

@@ -335,7 +335,7 @@ def test_more_selectors_are_compared_when_asked_for(bundle, cohort, tmp_path):
     evaluate(bundle, cohort, tmp_path / "o", reports=1, methods=asked)
     methods = {r["method"] for r in rows_of(tmp_path / "o" / "predictions.csv")}
     assert methods == {"observed_only", "trust_all", "dymo", *asked}
-    page = (tmp_path / "o" / "index.html").read_text()
+    page = (tmp_path / "o" / "index.html").read_text(encoding="utf-8")
     assert "fitted gate" in page and "averaged by trust" in page
     with pytest.raises(ConfigError, match="no selector called"):
         evaluate(bundle, cohort, tmp_path / "p", methods=("gaet",))

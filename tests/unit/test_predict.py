@@ -150,13 +150,13 @@ def test_an_infinite_margin_in_every_file(bundle, records, cohort, tmp_path):
     entry = next(r for r in cohort.records if r.record_id == p.record_id)
     p = predict_patient(entry.folder, never, tmp_path / "out", explain=False)
     assert p.trusted == () and p.probabilities == pytest.approx(p.alternatives["observed_only"])
-    told = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    told = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
     with (tmp_path / "out" / "selection.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(p.steps) > 0
     assert {row["threshold"] for row in rows} == {""}
     assert {step["threshold"] for step in told["steps"]} == {None}
-    assert "Nothing is admitted" in (tmp_path / "out" / "report.html").read_text()
+    assert "Nothing is admitted" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_an_unknown_selector_is_refused(bundle):

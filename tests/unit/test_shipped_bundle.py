@@ -96,7 +96,8 @@ def test_a_recovered_scan_keeps_what_the_other_sequences_show(shipped, patients)
 
 @pytest.mark.slow
 def test_the_demo_runs_twice_in_a_row(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dymo_med.demo.PATIENTS", 24)  # 6 of them in the test split
+    monkeypatch.setattr("dymo_med.demo.PATIENTS", 16)
+    monkeypatch.setattr("dymo_med.demo.REPORTS", 2)
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
             main(["demo", "--out", str(tmp_path / "demo"), "-d", "cpu"])
