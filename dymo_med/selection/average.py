@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dymo_med.selection.base import Cases, Selector, require_something
+from dymo_med.selection.base import Cases, Fitted, require_something
 from dymo_med.selection.evidence import (
     FEATURES,
     Alone,
@@ -112,7 +112,7 @@ class _Model:
     temperature: float
 
 
-class SubsetAverage(Selector):
+class SubsetAverage(Fitted[_Model]):
     """Average the answers over subsets of the recoveries instead of committing to one.
 
     Each subset A of a patient's candidates gets a score, linear in the features of its members
@@ -130,22 +130,6 @@ class SubsetAverage(Selector):
 
     name = "subset_average"
     Options = AverageOptions
-    needs_fit = True
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._model: _Model | None = None
-
-    @property
-    def model(self) -> _Model:
-        """What was fitted.
-
-        Raises:
-            ValueError: If nothing was.
-        """
-        if self._model is None:
-            raise ValueError("subset_average must be fitted before it can select.")
-        return self._model
 
     def select(
         self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel
 from torch import Tensor
 
 from dymo_med.config import Strict
 from dymo_med.types import Fuse, FusionOutput, ModalityMask, SelectionTrace, SubsetStatistics
+
+ModelT = TypeVar("ModelT")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,27 @@ class Selector(ABC):
             KeyError: If something is absent from it.
             ValueError: If it is from a version that fitted something else.
         """
+
+
+class Fitted(Selector, Generic[ModelT]):
+    """A selector that knows nothing before it is fitted."""
+
+    needs_fit = True
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        self._model: ModelT | None = None
+
+    @property
+    def model(self) -> ModelT:
+        """What was fitted.
+
+        Raises:
+            ValueError: If nothing was.
+        """
+        if self._model is None:
+            raise ValueError(f"{self.name} must be fitted first.")
+        return self._model
 
 
 def require_something(observed: ModalityMask) -> None:

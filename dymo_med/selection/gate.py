@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.selection.base import Cases
+from dymo_med.selection.base import Cases, Fitted
 from dymo_med.selection.evidence import FEATURES, Alone, Scale, ask_alone, features
 from dymo_med.selection.greedy import Dymo, RewardOptions, Step, attempt, judge
 from dymo_med.types import Fuse, ModalityMask, SelectionTrace, SubsetStatistics
@@ -49,7 +49,7 @@ class _Model:
     temperature: float
 
 
-class Gate(Dymo):
+class Gate(Fitted[_Model], Dymo):
     """Admit the candidate with the best odds of gain against loss, while they are above even.
 
     A ridge-penalised logistic regression on what the trace knows of a candidate, what it says by
@@ -64,22 +64,6 @@ class Gate(Dymo):
 
     name = "gate"
     Options = GateOptions
-    needs_fit = True
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._model: _Model | None = None
-
-    @property
-    def model(self) -> _Model:
-        """What was fitted.
-
-        Raises:
-            ValueError: If nothing was.
-        """
-        if self._model is None:
-            raise ValueError("gate must be fitted before it can select.")
-        return self._model
 
     def select(
         self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.config import Strict
-from dymo_med.selection.base import Cases, Selector, require_something
+from dymo_med.selection.base import Cases, Fitted, Selector, require_something
 from dymo_med.selection.reward import (
     SimilarityCalibration,
     log_quality,
@@ -315,7 +315,7 @@ class Simultaneous(Dymo):
         return replace(trace, used=used, admitted=admitted, output=fuse(rows, used, admitted))
 
 
-class DymoMargin(Dymo):
+class DymoMargin(Fitted[float], Dymo):
     """The published rule with an admission margin: a reward must exceed it, not only 0.
 
     The margin is the one with which selection, on held-back patients, puts most answers of the
@@ -327,35 +327,26 @@ class DymoMargin(Dymo):
     """
 
     name = "dymo_margin"
-    needs_fit = True
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self.margin: float | None = None
 
     def select(
         self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
     ) -> SelectionTrace:
         """See `Selector.select`."""
-        if self.margin is None:
-            raise ValueError("dymo_margin must be fitted before it can select.")
-        return self.walk(fuse, observed, candidates, statistics, threshold=self.margin)[0]
+        return self.walk(fuse, observed, candidates, statistics, threshold=self.model)[0]
 
     def fit(self, cases: Cases, statistics: SubsetStatistics) -> None:
         """See `Selector.fit`."""
         trace, path = self.walk(cases.fuse, cases.observed, cases.candidates, statistics)
-        self.margin = best_margin(trace, path, cases)
+        self._model = best_margin(trace, path, cases)
 
     def state(self) -> dict[str, Any]:
         """See `Selector.state`."""
-        if self.margin is None:
-            raise ValueError("dymo_margin must be fitted before it has a state.")
         # JSON has no infinity.
-        return {"margin": None if self.margin == math.inf else self.margin}
+        return {"margin": None if self.model == math.inf else self.model}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See `Selector.load_state`."""
-        self.margin = math.inf if state["margin"] is None else float(state["margin"])
+        self._model = math.inf if state["margin"] is None else float(state["margin"])
 
 
 def best_margin(trace: SelectionTrace, path: Tensor, cases: Cases) -> float:

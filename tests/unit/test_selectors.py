@@ -265,7 +265,7 @@ def test_the_margin_lets_in_what_rescues_and_keeps_out_what_spoils():
 def test_an_infinite_margin_survives_json():
     selector = SELECTORS["dymo_margin"]()
     selector.load_state({"margin": None})
-    assert selector.margin == math.inf and selector.state() == {"margin": None}
+    assert selector.model == math.inf and selector.state() == {"margin": None}
 
 
 def make_batch(n=200):
