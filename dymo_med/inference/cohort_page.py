@@ -12,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from dymo_med.files import write_text
+from dymo_med.inference.predict import COMPARED
 from dymo_med.inference.report import environment, words
 from dymo_med.metrics import patient_weights
 
@@ -27,8 +28,6 @@ _COLOURS = {
 _OWN = ("#1f5a82", "o")
 _OTHERS = (("#5b8a3c", "v"), ("#8a4f7d", "P"), ("#b08d1f", "X"), ("#3f8f8a", "d"), ("#9a5b4f", "*"))
 _BINS = 10
-# What the bundle's own selector is compared with.
-_AGAINST = ("observed_only", "trust_all", "dymo")
 
 
 def write_pages(
@@ -79,7 +78,7 @@ def view(
     own = facts["selector"]
     scenarios = [s for s in facts["scenarios"] if (s, own, "auroc") in found]
     # Where measurements alone are the default, nothing was selected and nothing can have helped.
-    against = [other for other in _AGAINST if other != own] if own != _AGAINST[0] else []
+    against = [other for other in COMPARED if other != own] if own != COMPARED[0] else []
     differences = [f"{own} - {other}" for other in against]
     return {
         "f": facts,
@@ -183,7 +182,7 @@ def _changes(scenario: str, own: str, predictions: Sequence[Row]) -> dict[str, A
     """Return how many answers selection put right and wrong, against each other method."""
     methods = _by_method(scenario, predictions)
     result: dict[str, Any] = {"scenario": scenario, "records": len(methods[own]), "against": []}
-    for other in _AGAINST:
+    for other in COMPARED:
         if other == own:
             continue
         pairs = list(zip(methods[own], methods[other], strict=True))

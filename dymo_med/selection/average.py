@@ -203,9 +203,6 @@ class SubsetAverage(Fitted[_Model]):
         rows = torch.arange(len(cases), device=cases.labels.device)
         true = probability[rows, :, cases.labels]  # (B, S)
 
-        def model(values: Tensor) -> _Model:
-            return _Model(candidate_scale, values[:p], whole_scale, values[p:], cases.temperature)
-
         members = _members(subsets, candidate_scale)
         whole = whole_scale(subsets.whole)
 
@@ -221,7 +218,8 @@ class SubsetAverage(Fitted[_Model]):
 
         with torch.enable_grad():
             found = minimize(objective, torch.zeros(p + q).numpy(), jac=True, method="L-BFGS-B")
-        self._model = model(torch.from_numpy(found.x.copy()).double())
+        w = torch.from_numpy(found.x.copy()).double()
+        self._model = _Model(candidate_scale, w[:p], whole_scale, w[p:], cases.temperature)
 
     def state(self) -> dict[str, Any]:
         """See `Selector.state`."""

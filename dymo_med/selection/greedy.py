@@ -195,7 +195,6 @@ class Dymo(Selector):
         statistics: SubsetStatistics,
         *,
         threshold: float = 0.0,
-        floor: float = 0.0,
         most_steps: int | None = None,
     ) -> tuple[SelectionTrace, Tensor]:
         """Return the trace, and the logits `(T + 1, B, K)` before the first and after each step.
@@ -206,7 +205,6 @@ class Dymo(Selector):
             candidates: Bool `(B, M)`.
             statistics: Of the backbone.
             threshold: What the reward (or the trust that stands in for it) must exceed.
-            floor: Below it a candidate is rejected for good.
             most_steps: Stop after so many steps; None = when nobody gains.
         """
         require_something(observed)
@@ -251,7 +249,7 @@ class Dymo(Selector):
             logits = logits.index_copy(0, winners, after.logits[won])
             embedding = embedding.index_copy(0, winners, after.embedding[won])
             path.append(logits)
-            open_ = open_ & (grid >= floor) & ~admitted & (chosen >= 0)[:, None]
+            open_ = open_ & (grid >= 0) & ~admitted & (chosen >= 0)[:, None]
         trace = make_trace(
             self.name,
             observed,

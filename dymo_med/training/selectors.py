@@ -238,7 +238,7 @@ def choose(
     labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients])
-    total = weights.sum()
+    n, total = len(order), weights.sum()
     losses, right = {}, {}
     for name, selector in selectors.items():
         logits = held_out_logits(selector, cases, statistics, patients).double().cpu()
@@ -253,18 +253,16 @@ def choose(
             "spoilt": float((weights * base_right * (1 - right[name])).sum() / total),
             "rescued": float((weights * (1 - base_right) * right[name]).sum() / total),
         }
-        gain = torch.zeros(len(order), dtype=torch.float64)
+        gain = torch.zeros(n, dtype=torch.float64)
         gain.index_add_(0, who, weights * (base_loss - losses[name]))
         share = torch.zeros_like(gain).index_add_(0, who, weights)
         mean = gain.sum() / total
         # Standard error of a ratio of sums over patients.
-        n = len(order)
         error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
         sure = n >= _FEWEST and bool(mean > error)
         if sure and results[name]["accuracy"] >= results["observed_only"]["accuracy"]:
             eligible[name] = results[name]["log_loss"]
     base = results["observed_only"]["log_loss"]
-    n = len(order)
     if n < _FEWEST:
         why = f"Measurements alone: {n} held-back patients are too few to tell selectors apart."
         return Choice("observed_only", why, results, n)
