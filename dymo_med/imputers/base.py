@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,11 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dymo_med.errors import ConfigError, PatientDataError, Problem
+from dymo_med.modalities.base import Modality
 from dymo_med.types import Batch, ModalitySpec, Recovery
+
+# No category is thought to be less likely, where probabilities are frequencies.
+RAREST = 1e-3
 
 
 class Imputer(nn.Module, ABC):
@@ -68,6 +72,19 @@ class Imputer(nn.Module, ABC):
             wanted: Modalities that are missing or partly filled somewhere in the batch.
             generator: CPU generator for one random draw; None = the deterministic best guess.
         """
+
+    def table_likelihood(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Return what is thought of every cell of the tables in `wanted`, beyond its best guess.
+
+        Args:
+            batch: B records.
+            wanted: Tables.
+
+        Returns:
+            Likelihood parameters `(B, P)` as `Table.cell_log_likelihood` reads them, of the
+            deterministic best guess; nothing where an imputer states values only.
+        """
+        return {}
 
     def recoverable(self, observed: Tensor) -> Tensor:
         """Return bool `(B, M)`: what could be recovered from these observed modalities.
@@ -146,6 +163,42 @@ class Imputer(nn.Module, ABC):
                 keep = keep & batch.observed_fields[name]
             values[name] = torch.where(keep, values[name], proposals[name].to(values[name].dtype))
         return values
+
+
+class LikelihoodImputer(Imputer):
+    """An imputer that has a likelihood, as the modality's kind defines it, of what it proposes.
+
+    Attributes:
+        modalities: The kind of each modality, by name.
+    """
+
+    modalities: Mapping[str, Modality]
+
+    @abstractmethod
+    def likelihoods(
+        self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return likelihood parameters `(B, P)` or `(B, *shape)` of the modalities in `wanted`.
+
+        Args:
+            batch: B records; values where nothing was observed must not be looked at.
+            wanted: Modalities.
+            generator: CPU generator of whatever a draw varies before the likelihood (a latent);
+                None = the deterministic best guess.
+        """
+
+    def propose(
+        self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """See `Imputer.propose`: the likelihood's mean, or one draw from it."""
+        found = self.likelihoods(batch, wanted, generator)
+        if generator is None:
+            return {name: self.modalities[name].mean(p) for name, p in found.items()}
+        return {name: self.modalities[name].draw(p, generator) for name, p in found.items()}
+
+    def table_likelihood(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """See `Imputer.table_likelihood`."""
+        return self.likelihoods(batch, wanted, None)
 
 
 def require_recovery(imputer: Imputer, name: str) -> None:

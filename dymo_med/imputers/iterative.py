@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.config import Strict
-from dymo_med.imputers.base import Imputer, unfitted
+from dymo_med.imputers.base import RAREST, LikelihoodImputer, unfitted
 from dymo_med.modalities import modality
 from dymo_med.types import Batch, ModalitySpec
 
 
-class Iterative(Imputer):
+class Iterative(LikelihoodImputer):
     """Each column is regressed on all the others, in rounds; tables only.
 
     The columns of all tables lie side by side as J features: a continuous cell in standardised
@@ -75,6 +75,7 @@ class Iterative(Imputer):
         self.specs = tuple(specs)
         self.tolerance = o.tolerance
         self.tables = [spec for spec in self.specs if spec.columns]
+        self.modalities = {spec.name: modality(spec) for spec in self.tables}
         limits: list[tuple[float, float]] = []
         for column in (column for spec in self.tables for column in spec.columns):
             if column.type == "categorical":
@@ -155,10 +156,12 @@ class Iterative(Imputer):
         """Return bool `(B, M)`: all tables, where at least one table is observed."""
         return self.is_table & (observed & self.is_table).any(1, keepdim=True)
 
-    def propose(
+    def likelihoods(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """See `Imputer.propose`.
+        """See `LikelihoodImputer.likelihoods`.
+
+        A number's spread is not estimated; it counts as that of the training patients.
 
         Raises:
             RuntimeError: Before `start_from`.
@@ -173,19 +176,19 @@ class Iterative(Imputer):
                 predicted = x @ self.coefficients[turn, j] + self.intercepts[turn, j]
                 predicted = predicted.clamp(self.low[j], self.high[j])
                 x[:, j] = x[:, j].where(known[:, j], predicted)
-        proposals, at = {}, 0
+        found, at = {}, 0
         for spec in self.tables:
-            parameters = []  # of the table's likelihood, whose mean or mode is proposed
+            parts = []
             for column in spec.columns:
                 size = max(1, len(column.values) - 1)
                 cell = x[:, at : at + size]
-                first = 1 - cell.sum(1, keepdim=True)
-                parameters += (
-                    [first, cell]
-                    if column.type == "categorical"
-                    else [cell, torch.zeros_like(cell)]
-                )
+                if column.type == "categorical":
+                    # Linear regressions on indicators can leave 0..1.
+                    share = torch.cat([1 - cell.sum(1, keepdim=True), cell], 1)
+                    parts.append(share.clamp_min(RAREST).log())
+                else:
+                    parts += [cell, torch.zeros_like(cell)]
                 at += size
             if spec.name in wanted:
-                proposals[spec.name] = modality(spec).mean(torch.cat(parameters, 1))
-        return proposals
+                found[spec.name] = torch.cat(parts, 1)
+        return found

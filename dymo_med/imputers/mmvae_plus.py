@@ -170,10 +170,10 @@ class MixtureVAE(MultimodalVAE):
         loss = per_pair.new_zeros(len(batch)).index_add(0, row, -per_pair)
         return loss / self.elements
 
-    def propose(
+    def likelihoods(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """See `Imputer.propose`."""
+        """See `LikelihoodImputer.likelihoods`."""
         available = batch.observed.available
         mean, log_variance = self._posteriors(batch)
         maps = available & torch.tensor(self.has_map, device=available.device)
@@ -190,7 +190,7 @@ class MixtureVAE(MultimodalVAE):
             pick = score.masked_fill(~maps, -1).argmax(1).where(maps.any(1), pick)
             part = slice(self.vector, None)
             z_map = draw_laplace(mean[pick, row, part], log_variance[pick, row, part], generator)
-        values = {}
+        found = {}
         for m, spec in enumerate(self.specs):
             if spec.name not in wanted:
                 continue
@@ -199,9 +199,8 @@ class MixtureVAE(MultimodalVAE):
                 spread = log_variance[m, :, self.shared : self.vector]
                 spread = torch.where(available[:, m, None], spread, self.auxiliary[m])
                 w = draw_laplace(w, spread, generator)
-            parameters = self.decode(spec.name, torch.cat([u, w, z_map], 1))
-            values[spec.name] = self.modalities[spec.name].mean(parameters)
-        return values
+            found[spec.name] = self.decode(spec.name, torch.cat([u, w, z_map], 1))
+        return found
 
     def _posteriors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return `encode` of all that was observed; a table's map is the auxiliary one."""

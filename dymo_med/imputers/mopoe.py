@@ -129,13 +129,13 @@ class MoPoE(MultimodalVAE):
             loss = loss.index_add(0, rows, -self.log_likelihood(spec.name, z[rows], batch, rows))
         return loss / self.elements
 
-    def propose(
+    def likelihoods(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """See `Imputer.propose`."""
+        """See `LikelihoodImputer.likelihoods`."""
         mean, log_variance = self.posterior(batch, batch.observed.available)
         z = mean if generator is None else _draw(mean, log_variance, generator)
-        return {n: self.modalities[n].mean(self.decode(n, z)) for n in wanted}
+        return {name: self.decode(name, z) for name in wanted}
 
 
 def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Tensor:

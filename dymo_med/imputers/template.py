@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from dymo_med.config import Strict
-from dymo_med.imputers.base import Imputer, unfitted
+from dymo_med.imputers.base import RAREST, Imputer, unfitted
 from dymo_med.modalities import modality
 from dymo_med.types import Batch, ModalitySpec
 
@@ -89,3 +89,21 @@ class Template(Imputer):
         return {
             name: average.expand(len(batch), *average.shape) for name, average in averages.items()
         }
+
+    def table_likelihood(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """See `Imputer.table_likelihood`: categories are as likely as among training patients."""
+        found = {}
+        for spec in self.specs:
+            if spec.name not in wanted or not spec.columns:
+                continue
+            parts = []
+            for column in spec.columns:
+                if column.type == "categorical":
+                    even = (1 / len(column.values),) * len(column.values)
+                    shares = torch.tensor(column.frequencies or even)
+                    parts.append(shares.clamp_min(RAREST).log())
+                else:
+                    parts.append(torch.zeros(2))  # mean and log spread in standardised units
+            row = torch.cat(parts).to(batch.observed.available.device)
+            found[spec.name] = row.expand(len(batch), -1)
+        return found

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dymo_med.blocks import Block
 from dymo_med.config import Strict
-from dymo_med.imputers.base import Imputer
+from dymo_med.imputers.base import LikelihoodImputer
 from dymo_med.modalities import modality
 from dymo_med.types import Batch, Column, ModalitySpec
 
@@ -134,7 +134,7 @@ class _CellHead(nn.Module):
         return (tokens.index_select(1, self.owner) * self.weight).sum(2) + self.bias
 
 
-class TIP(Imputer):
+class TIP(LikelihoodImputer):
     """Recovers tables, and blank cells of tables, from scans and from the cells that are there.
 
     Columns of all tables are tokens of one table encoder (attention among a class token and the
@@ -158,7 +158,8 @@ class TIP(Imputer):
     of self- and cross-attention. Besides some cells of a record, whole tables are hidden, and
     images are left out of reconstruction, because both happen to patients. Continuous cells have
     a Gaussian likelihood with a learned spread where the published loss is the squared error. Two
-    records of one patient are not each other's wrong partners. Images are not augmented.
+    records of one patient are not each other's wrong partners. Images are not augmented. A random
+    draw takes each cell from its own likelihood, independently of the other cells.
 
     Args:
         specs: Modalities in canonical order, fitted.
@@ -206,7 +207,7 @@ class TIP(Imputer):
                 raise ValueError("dim must be a multiple of heads")
             return self
 
-    probabilistic = False
+    probabilistic = True
     is_table: Tensor
     table_of_column: Tensor
     image_of_token: Tensor
@@ -219,7 +220,8 @@ class TIP(Imputer):
         self.tables = [(m, spec) for m, spec in enumerate(self.specs) if spec.columns]
         self.images = [(m, spec) for m, spec in enumerate(self.specs) if not spec.columns]
         sizes = {"width": o.width, "grid": o.grid, "layers": 0, "heads": o.heads}
-        encoders = {spec.name: modality(spec).encoder(o.dim, sizes) for spec in self.specs}
+        self.modalities = {spec.name: modality(spec) for spec in self.specs}
+        encoders = {name: kind.encoder(o.dim, sizes) for name, kind in self.modalities.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.columns = [len(spec.columns) for _, spec in self.tables]
         self.tokens = [encoders[spec.name].tokens for _, spec in self.images]
@@ -407,7 +409,7 @@ class TIP(Imputer):
         parts = zip(self.tables, *map(self._split, (fused[:, 1:], values, hidden)), strict=True)
         for (_, spec), tokens, truth, asked in parts:
             parameters = self.heads[spec.name](tokens)
-            loss = loss - modality(spec).log_likelihood(parameters, truth, asked)
+            loss = loss - self.modalities[spec.name].log_likelihood(parameters, truth, asked)
         return loss / hidden.sum(1).clamp_min(1)
 
     # -- recovery ------------------------------------------------------------------------------
@@ -416,14 +418,14 @@ class TIP(Imputer):
         """Return bool `(B, M)`: all tables, where anything at all is observed."""
         return super().recoverable(observed) & self.is_table
 
-    def propose(
+    def likelihoods(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """See `Imputer.propose`."""
+        """See `LikelihoodImputer.likelihoods`."""
         values, filled = self._cells(batch)
         fused = self.fuse(self.encode_tables(values, filled), filled, *self.encode_images(batch))
         return {
-            spec.name: modality(spec).mean(self.heads[spec.name](tokens))
+            spec.name: self.heads[spec.name](tokens)
             for (_, spec), tokens in zip(self.tables, self._split(fused[:, 1:]), strict=True)
             if spec.name in wanted
         }

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dymo_med.blocks import ConvDecoder, ConvEncoder, PatchDecoder
 from dymo_med.config import Strict
-from dymo_med.imputers.base import Imputer
+from dymo_med.imputers.base import LikelihoodImputer
 from dymo_med.modalities import modality
 from dymo_med.types import Batch, ModalitySpec
 
@@ -103,7 +103,7 @@ class _Expert(nn.Module):
         return mean, bounded, map_mean, None if map_log is None else map_log.clamp(-10, 10)
 
 
-class MultimodalVAE(Imputer):
+class MultimodalVAE(LikelihoodImputer):
     """Experts and decoders for any mix of modality kinds; a subclass adds the objective.
 
     All modalities share a latent vector. Images that lie on one common grid (the sequences of

@@ -32,6 +32,7 @@ from dymo_med.files import write_csv
 from dymo_med.inference.predict import Answers, calibrated
 from dymo_med.inference.report import png, slices, watermark, words
 from dymo_med.metrics import bootstrap_means
+from dymo_med.modalities.table import Table
 from dymo_med.types import Batch, Column, ModalitySpec, Recovery
 
 Row = dict[str, Any]
@@ -48,7 +49,7 @@ SUMMARY_COLUMNS = (
 )
 # In the order of tables and plots.
 IMAGE_METRICS = ("psnr", "ssim", "nmae")
-TABLE_METRICS = ("mae", "mae_sd", "accuracy")
+TABLE_METRICS = ("mae", "mae_sd", "accuracy", "log_loss")
 FIDELITY = ("same_answer", "probability_change")
 WITHIN = "within_90"
 METRICS = (*FIDELITY, *IMAGE_METRICS, *TABLE_METRICS, WITHIN)
@@ -141,6 +142,7 @@ def measure(
     measured = _hidden(truth.batch, answers.batch, cells) & answers.recovery.candidates
     found = [
         *_nearness(bundle, answers.recovery, truth.batch, measured, cells),
+        *_log_loss(bundle, answers.batch, truth.batch, measured, cells),
         *_fidelity(bundle, answers.recovery, truth, measured, cells),
     ]
     if draws and bundle.imputer.probabilistic:
@@ -343,6 +345,33 @@ def _nearness(
                     yield _Value(i, spec.name, metric, value, column)
 
 
+def _log_loss(
+    bundle: ModelBundle, left: Batch, truth: Batch, measured: Tensor, cells: Mapping[str, Tensor]
+) -> Iterator[_Value]:
+    """Yield minus the log probability of the true category, of every recovered one."""
+    asked = {
+        spec.name: measured[:, m, None]
+        & cells[spec.name]
+        & cells[spec.name].new_tensor([c.type == "categorical" for c in spec.columns])
+        for m, spec in enumerate(bundle.specs)
+        if spec.columns
+    }
+    wanted = [name for name, some in asked.items() if bool(some.any())]
+    if not wanted:
+        return
+    with torch.inference_mode():
+        found = bundle.imputer.table_likelihood(left, wanted)
+    columns = {spec.name: spec.columns for spec in bundle.specs}
+    for name, parameters in found.items():
+        kind = bundle.modalities[name]
+        assert isinstance(kind, Table)
+        # A cell that nobody filled may hold anything.
+        known = truth.values[name].where(asked[name], 0.0)
+        loss = -kind.cell_log_likelihood(parameters, known)
+        for i, f in asked[name].nonzero().tolist():
+            yield _Value(i, name, "log_loss", float(loss[i, f]), columns[name][f])
+
+
 def _fidelity(
     bundle: ModelBundle,
     recovery: Recovery,
@@ -449,7 +478,7 @@ def _spread(
 def _unit(metric: str, column: Column | None) -> str:
     if metric == "mae" and column is not None:
         return column.unit
-    return {"psnr": "dB", "mae_sd": "SD"}.get(metric, "")
+    return {"psnr": "dB", "mae_sd": "SD", "log_loss": "nats"}.get(metric, "")
 
 
 # --- Tables, plots and the section of the page ----------------------------------------------------

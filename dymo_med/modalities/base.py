@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -174,3 +175,12 @@ class Modality(ABC):
     @abstractmethod
     def mean(self, parameters: Tensor) -> Tensor:
         """Return the likelihood's mean (mode for categories) as `values` `(B, *shape)`."""
+
+    @abstractmethod
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one random draw of what is recovered, as `values` `(B, *shape)`.
+
+        Args:
+            parameters: As for `mean`.
+            generator: CPU generator.
+        """

@@ -347,3 +347,11 @@ class Image(Modality):
     def mean(self, parameters: Tensor) -> Tensor:
         """Return the locations, which are the mean."""
         return parameters
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the locations: what varies from draw to draw is what they were decoded from.
+
+        The likelihood's noise is independent from voxel to voxel. On a picture it would be grain
+        that no scanner makes and no network was trained on.
+        """
+        return parameters

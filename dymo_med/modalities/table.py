@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -328,10 +328,21 @@ class Table(Modality):
             values: `(B, F)`, natural units, categories as their index.
             observed_fields: Bool `(B, F)`, True = filled; None = all filled.
         """
-        if observed_fields is not None:
-            # A blank cell may hold anything; out with it before it can become NaN in a gradient.
-            values = values.where(observed_fields, values.new_zeros(()))
-        total = parameters.new_zeros(len(parameters))
+        if observed_fields is None:
+            return self.cell_log_likelihood(parameters, values).sum(1)
+        # A blank cell may hold anything; out with it before it can become NaN in a gradient.
+        values = values.where(observed_fields, values.new_zeros(()))
+        cells = self.cell_log_likelihood(parameters, values)
+        return cells.where(observed_fields, cells.new_zeros(())).sum(1)
+
+    def cell_log_likelihood(self, parameters: Tensor, values: Tensor) -> Tensor:
+        """Return the log likelihood of every cell, `(B, F)`.
+
+        Args:
+            parameters: `(B, P)`, as in `log_likelihood`.
+            values: `(B, F)`, all filled; numbers count in standardised units.
+        """
+        cells = []
         for i, (column, start) in enumerate(zip(self.spec.columns, self._starts, strict=True)):
             if column.type == "continuous":
                 center, spread = column.mean or 0.0, column.std or 1.0
@@ -343,10 +354,8 @@ class Table(Modality):
                 logits = parameters[:, start : start + len(column.values)]
                 index = values[:, i].round().long().clamp(0, len(column.values) - 1)
                 term = -F.cross_entropy(logits, index, reduction="none")
-            if observed_fields is not None:
-                term = term.where(observed_fields[:, i], term.new_zeros(()))
-            total = total + term
-        return total
+            cells.append(term)
+        return torch.stack(cells, dim=1)
 
     def mean(self, parameters: Tensor) -> Tensor:
         """Return the mean in natural units within `range`, or the likeliest category's index.
@@ -357,15 +366,35 @@ class Table(Modality):
         Returns:
             `(B, F)`.
         """
+        return self._cells(parameters, None)
+
+    def draw(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one draw of every cell from its likelihood, `(B, F)`, numbers within `range`."""
+        return self._cells(parameters, generator)
+
+    def _cells(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return every cell's mean or mode, or one draw of it."""
+
+        def noise(sample: Callable[..., Tensor]) -> Tensor:
+            return sample(len(parameters), generator=generator).to(parameters)
+
         cells = []
         for column, start in zip(self.spec.columns, self._starts, strict=True):
             if column.type == "continuous":
-                cell = parameters[:, start] * (column.std or 1.0) + (column.mean or 0.0)
+                cell = parameters[:, start]
+                if generator is not None:
+                    log_std = parameters[:, start + 1].clamp(*self.log_std_range)
+                    cell = cell + noise(torch.randn) * log_std.exp()
+                cell = cell * (column.std or 1.0) + (column.mean or 0.0)
                 if column.range is not None:
                     cell = cell.clamp(*column.range)
             else:
                 logits = parameters[:, start : start + len(column.values)]
-                cell = logits.argmax(1).to(parameters.dtype)
+                index = logits.argmax(1)
+                if generator is not None:
+                    below = logits.softmax(1).cumsum(1)[:, :-1]
+                    index = (noise(torch.rand)[:, None] >= below).sum(1)
+                cell = index.to(parameters.dtype)
             cells.append(cell)
         return torch.stack(cells, dim=1)
 

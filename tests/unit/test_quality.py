@@ -237,6 +237,35 @@ def test_all_at_once_is_trust_all_where_nothing_else_is_missing(bundle, whole):
     assert max(found) > 1e-4
 
 
+def test_log_loss_is_of_the_category_that_was_hidden(bundle, records):
+    _, answers, truth = compared(bundle, records, "cells:0.6")
+    found = {
+        (r["record_id"], r["column"]): r["value"]
+        for r in measure(bundle, "s", answers, truth).rows
+        if r["metric"] == "log_loss"
+    }
+    asked = {
+        (r["record_id"], r["column"])
+        for r in measure(bundle, "s", answers, truth).rows
+        if r["metric"] == "accuracy"
+    }
+    assert set(found) == asked and {column for _, column in asked} >= {"blood_group"}
+    names = [spec.name for spec in bundle.specs]
+    labs = bundle.specs[names.index("labs")]
+    column = [c.name for c in labs.columns].index("blood_group")
+    first = sum(2 if c.type == "continuous" else len(c.values) for c in labs.columns[:column])
+    parameters = bundle.imputer.table_likelihood(answers.batch, ["labs"])["labs"]
+    checked = 0
+    for i, record in enumerate(truth.batch.record_ids):
+        if (record, "blood_group") in found:
+            logits = parameters[i, first : first + len(labs.columns[column].values)]
+            true = int(truth.batch.values["labs"][i, column])
+            loss = -float(logits.log_softmax(0)[true])
+            assert found[record, "blood_group"] == pytest.approx(loss, abs=1e-5)
+            checked += 1
+    assert checked > 5
+
+
 def test_nothing_hidden_nothing_measured(bundle, records):
     _, answers, truth = compared(bundle, records, "cells:0")
     assert measure(bundle, "s", answers, truth) == quality.Measured([], [])

@@ -256,6 +256,21 @@ def test_mean_is_in_natural_units_range_and_own_categories():
     ]
 
 
+def test_draws_follow_the_likelihood():
+    kind = fitted()
+    ldh = kind.spec.columns[0]
+    one = torch.tensor([[0.2, -1.5, 0.0, 1.0, -9.0, 0.0, 0.5, 0.0, -1.0]], dtype=torch.float64)
+    n = 20_000
+    drawn = kind.draw(one.expand(n, -1), torch.Generator().manual_seed(0))
+    standard = (drawn[:, 0] - ldh.mean) / ldh.std
+    assert float(standard.mean()) == pytest.approx(0.2, abs=5 * 0.2231 / n**0.5)
+    assert float(standard.std()) == pytest.approx(0.2231, rel=0.03)  # e^-1.5
+    for column, logits in ((1, one[0, 2:4]), (3, one[0, 6:])):
+        shares = torch.bincount(drawn[:, column].long(), minlength=len(logits)) / n
+        torch.testing.assert_close(shares, logits.softmax(0).float(), atol=0.02, rtol=0)
+    assert float(kind.draw(one - 40, torch.Generator())[0, 0]) == 50  # never below `range`
+
+
 def test_networks_fit():
     kind = fitted()
     values = torch.tensor([[250.0, 1, 2, 2]] * 3)

@@ -18,6 +18,7 @@ from torch.distributions import (
 from dymo_med.imputers import IMPUTERS
 from dymo_med.imputers.mmvae_plus import draw_laplace, log_laplace, random_few
 from dymo_med.imputers.mopoe import MoPoE, kl_to_standard_normal
+from dymo_med.inference.quality import within_interval
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
 VAES = ("mopoe", "mmvae_plus", "cmvae")
@@ -413,7 +414,9 @@ def test_recovery_decodes_the_mean_of_u_and_the_mean_of_w(transparent):
 def test_draws_take_u_from_one_modality_at_random_and_w_from_its_auxiliary(transparent):
     available = torch.tensor([[True, True, False]]).expand(4000, 3)
     batch = as_batch(torch.zeros(3, 4000, 3, dtype=torch.float64), available)
-    drawn = transparent.recover(batch, draws=1).draws["c"][0]
+    # What a cell is drawn around; its own noise comes on top.
+    found = transparent.likelihoods(batch, ["c"], seeded(0))["c"].detach()
+    drawn = transparent.modalities["c"].mean(found)
     from_a = drawn[:, 0] > 0
     torch.testing.assert_close(drawn[:, 0].abs(), torch.ones(4000).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn[:, 1], 2 * drawn[:, 0], atol=1e-4, rtol=0)
@@ -595,6 +598,11 @@ def test_training_on_incomplete_tables_finds_the_conditional_mean(kind):
         )
         assert least < 0.5 * floor  # there is something to recover
         assert (floor - error) / (floor - least) > 0.96
+        # Draws are as wide as what cannot be known.
+        draws = model.recover(as_batch(truth.float(), given(*observed)), draws=39).draws
+        drawn = torch.stack([draws["abc"[m]] for m in hidden], 1).double()
+        covered = within_interval(drawn.numpy(), truth[hidden].numpy()).mean()
+        assert 0.85 < covered < 0.97
 
 
 @pytest.mark.parametrize("kind", VAES)
