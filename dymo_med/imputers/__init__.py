@@ -7,6 +7,7 @@ from dymo_med.imputers.cmvae import CMVAE
 from dymo_med.imputers.iterative import Iterative
 from dymo_med.imputers.mmvae_plus import MMVAEPlus
 from dymo_med.imputers.mopoe import MoPoE
+from dymo_med.imputers.synthesis import Synthesis
 from dymo_med.imputers.template import Template
 from dymo_med.imputers.tip import TIP
 from dymo_med.registry import Registry
@@ -20,6 +21,7 @@ IMPUTERS: Registry[Imputer] = Registry(
         "tip": TIP,
         "iterative": Iterative,
         "template": Template,
+        "synthesis": Synthesis,
     },
 )
 
