@@ -302,7 +302,10 @@ def evaluate(
     missing: Annotated[
         list[str] | None,
         typer.Option(
-            "--missing", "-m", help="as-is, rate:0.4, drop:t1ce,labs or cells:0.3; repeatable."
+            "--missing",
+            "-m",
+            help="as-is, rate:0.4, drop:t1ce,labs, cells:0.3, columns:0.3, columns-most:0.3, "
+            "columns-least:0.3, mcar:0.3, mar:0.3, mnar:0.3 or replay:FILE; repeatable.",
         ),
     ] = None,
     resume: Annotated[

@@ -37,6 +37,9 @@ class Column:
         percentiles: The 101 percentiles 0..100 of a continuous column over training patients,
             in `unit`, the first and last replaced by the 1st and 99th; empty before fitting, for
             categorical columns, and where too few cells were filled to hide single patients.
+        importance: How much the column tells about the target, as a share of what all columns of
+            all tables tell (`training.train.fit_importances`); None before fitting and in
+            bundles that were made without it.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Column:
     std: float | None = None
     frequencies: tuple[float, ...] = ()
     percentiles: tuple[float, ...] = ()
+    importance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,12 @@ class ModalitySpec:
     columns: tuple[Column, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        return asdict(self)
+        """Return a JSON-ready dictionary; a column without importance has no key for it."""
+        data = asdict(self)
+        for column in data["columns"]:
+            if column["importance"] is None:
+                del column["importance"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModalitySpec:
