@@ -20,7 +20,8 @@ from dymo_med.types import Batch, ModalitySpec
 # Voxels that are tried as the centre of a training patch before one outside the body is taken.
 _TRIES = 16
 _SLOPE = 0.1  # of the leaky ReLU below zero
-# The last convolution starts small, so that training starts from the mean of the scans shown.
+_SIGMA = 0.125  # standard deviation of a window's weights, as a share of its side
+# The last convolution starts small, so that training starts from 0, the mean of z-scored scans.
 _FIRST_STEP = 0.1
 
 
@@ -56,16 +57,17 @@ class _Grid:
     Attributes:
         members: Positions among the modalities, in canonical order; G of them, at least two.
         spatial: Voxels along each axis.
-        stride: Of the network: voxels per cell of its coarsest level.
-        window: Voxels along each axis of a patch or window, multiples of the stride.
+        window: Voxels along each axis of a patch or window, multiples of the network's stride.
         overlap: Of windows, along each axis.
+        tiled: Voxels along each axis that windows cover with this overlap throughout; at least
+            `spatial`.
     """
 
     members: tuple[int, ...]
     spatial: tuple[int, ...]
-    stride: int
     window: tuple[int, ...]
     overlap: tuple[float, ...]
+    tiled: tuple[int, ...]
 
 
 class _UNet(nn.Module):
@@ -77,7 +79,6 @@ class _UNet(nn.Module):
     """
 
     normalised: Tensor
-    share: Tensor
     scan_of: Tensor
 
     def __init__(self, specs: Sequence[ModalitySpec], o: SynthesisOptions) -> None:
@@ -89,8 +90,6 @@ class _UNet(nn.Module):
         # These come with the specs, so they are not part of the weights.
         normalised = torch.tensor([spec.intensity == "zscore" for spec in specs])
         self.register_buffer("normalised", normalised, persistent=False)
-        share = torch.cat([torch.full((c,), 1 / c) for c in counts])
-        self.register_buffer("share", share, persistent=False)
         scan_of = torch.arange(len(specs)).repeat_interleave(torch.tensor(counts))
         self.register_buffer("scan_of", scan_of, persistent=False)
         axes = len(specs[0].shape) - 1
@@ -138,9 +137,7 @@ class _UNet(nn.Module):
         y = levels.pop()
         for up in self.ups:
             y = up(y, levels.pop())
-        share = self.share.to(x.dtype)[spread]
-        count = shown.sum(1, keepdim=True).to(x.dtype)[spread]
-        y = self.last(y) + (x * share).sum(1, keepdim=True) / count
+        y = self.last(y)
         # Scans that are not shown are zeros too, so only those shown have a say.
         empty = (x == 0).all(1, keepdim=True)
         clear = (self.normalised | ~shown).all(1, keepdim=True) & self.normalised[self.scan_of]
@@ -176,13 +173,15 @@ class Synthesis(Imputer):
       stand for absent scans, are a poor summary of each subset. Intensities are standardised scan
       by scan before they get here, and what is synthesised is an absolute level, which
       normalisation only throws away (Lim et al. found so for super-resolution). He initialisation
-      and a last layer that starts small take its place: training starts from the mean of the
-      scans shown, to which the network adds a difference.
+      and a last layer that starts small take its place. (Starting from the mean of the scans
+      shown instead held training back: contrasts differ too much between sequences.)
     - Upsampling is a transposed convolution of kernel and stride 2, which puts each voxel at the
       same place in every window. (Linear interpolation with aligned corners, which MONAI's blocks
       default to, shifts features by an amount that depends on the window's size.)
     - Windows start at multiples of the network's stride, so that pooling divides the volume in the
-      same cells in each of them. Images that are no multiple of it are padded with zeros.
+      same cells in each of them, and the volume is padded (its last voxels repeated) to what they
+      tile evenly: a last window that is moved back to fit would have its neighbour's edge, of
+      which that one knows least, where its own is.
 
     Scans that are z-scored have exact zeros outside the body. A z-scored scan synthesised from
     z-scored scans is 0 where these are all 0, in training too, so that no capacity goes into
@@ -275,7 +274,7 @@ class Synthesis(Imputer):
             x = torch.where(shown[:, scan_of][pick], truth, zero)
             asked = target[:, scan_of][pick]
             size = truth.shape[2:]
-            made = network(_padded(x, grid.stride), shown)[_box(size)]
+            made = network(_padded(x, grid.window), shown)[_box(size)]
             error = torch.where(asked, made - torch.where(asked, truth, zero), zero).abs()
             voxels = asked.flatten(1).sum(1) * prod(size)
             loss = loss.index_add(0, rows, error.flatten(1).sum(1) / voxels)
@@ -354,12 +353,12 @@ class Synthesis(Imputer):
             return made
 
         made = sliding_window_inference(
-            _padded(x, grid.stride),
+            _padded(x, grid.tiled),
             grid.window,
             self.windows,
             window,
             overlap=grid.overlap,
-            mode="gaussian",
+            roi_weight_map=_gaussian(grid.window).to(x),
         )
         return cast("Tensor", made)[_box(grid.spatial)]
 
@@ -392,12 +391,30 @@ def _grid(members: Sequence[int], spatial: Sequence[int], o: SynthesisOptions) -
     """Return where and how the network looks at the scans of a group."""
     stride = 2**o.levels
     window = tuple(min(o.patch, -(-size // stride) * stride) for size in spatial)
-    overlap = []
-    for side in window:
+    overlap, tiled = [], []
+    for side, size in zip(window, spatial, strict=True):
         step = max(stride, int(side * (1 - o.overlap)) // stride * stride)
         # MONAI rounds down to voxels; half a voxel more keeps rounding errors out of that.
         overlap.append(max(0.0, 1 - (step + 0.5) / side))
-    return _Grid(tuple(members), tuple(spatial), stride, window, tuple(overlap))
+        tiled.append(side + max(0, -(-(size - side) // step)) * step)
+    return _Grid(tuple(members), tuple(spatial), window, tuple(overlap), tuple(tiled))
+
+
+def _gaussian(window: Sequence[int]) -> Tensor:
+    """Return the weight of each voxel of a window in the blend, `(*window)`, 1 at its centre.
+
+    MONAI's own Gaussian weights are the same, but cut off at 0.001, which all voxels near a face
+    of the window fall below. Near a face of the image, where every window lies at its own face,
+    windows would be averaged evenly, and seams appeared.
+
+    Args:
+        window: Voxels along each axis.
+    """
+    weight = torch.ones(())
+    for side in window:
+        x = (torch.arange(side) - (side - 1) / 2) / (_SIGMA * side)
+        weight = weight[..., None] * (-x.square() / 2).exp()
+    return weight
 
 
 def _around_body(
@@ -424,12 +441,12 @@ def _around_body(
     return tuple(result)
 
 
-def _padded(x: Tensor, stride: int) -> Tensor:
-    """Return `(B, C, *spatial)` with zeros at the ends of axes, up to multiples of `stride`."""
+def _padded(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Return `(B, C, *size)` from `(B, C, *spatial)`, the last voxels of each axis repeated."""
     ends: list[int] = []
-    for size in reversed(x.shape[2:]):
-        ends += [0, -size % stride]
-    return F.pad(x, ends) if any(ends) else x
+    for now, then in zip(reversed(x.shape[2:]), reversed(size), strict=True):
+        ends += [0, then - now]
+    return F.pad(x, ends, mode="replicate") if any(ends) else x
 
 
 def _box(size: Sequence[int]) -> tuple[slice, ...]:
