@@ -50,6 +50,7 @@ _METRIC_COLUMNS = (
     "value",
     "low",
     "high",
+    "p",
     "records",
     "patients",
 )
