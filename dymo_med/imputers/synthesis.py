@@ -21,6 +21,7 @@ from dymo_med.types import Batch, ModalitySpec
 _TRIES = 16
 _SLOPE = 0.1  # of the leaky ReLU below zero
 _SIGMA = 0.125  # standard deviation of a window's weights, as a share of its side
+_LEAST = 0.01  # mean square of features below which they are not scaled up any more
 # The last convolution starts small, so that training starts from 0, the mean of z-scored scans.
 _FIRST_STEP = 0.1
 
@@ -131,12 +132,12 @@ class _UNet(nn.Module):
         """
         spread = (..., *(None,) * (x.ndim - 2))
         maps = shown.to(x.dtype)[spread].expand(-1, -1, *x.shape[2:])
-        levels = [self.first(torch.cat([x, maps], 1))]
+        levels = [_scaled(self.first(torch.cat([x, maps], 1)))]
         for down in self.downs:
-            levels.append(down(levels[-1]))
+            levels.append(_scaled(down(levels[-1])))
         y = levels.pop()
         for up in self.ups:
-            y = up(y, levels.pop())
+            y = _scaled(up(y, levels.pop()))
         y = self.last(y)
         # Scans that are not shown are zeros too, so only those shown have a say.
         empty = (x == 0).all(1, keepdim=True)
@@ -167,14 +168,12 @@ class Synthesis(Imputer):
     one window, of whose surroundings it has seen half, come from its neighbours. Two windows must
     agree about a voxel, or seams appear. Hence:
 
-    - No layer normalises. Instance and group norm take their statistics from the window: a window
-      half full of background would put the same tissue at another level. Batch norm has fixed
-      statistics at recovery, but those of a few patches under varying subsets, in which zeros
-      stand for absent scans, are a poor summary of each subset. Intensities are standardised scan
-      by scan before they get here, and what is synthesised is an absolute level, which
-      normalisation only throws away (Lim et al. found so for super-resolution). He initialisation
-      and a last layer that starts small take its place. (Starting from the mean of the scans
-      shown instead held training back: contrasts differ too much between sequences.)
+    - Features are normalised voxel by voxel, over channels, to a mean square of 1 (as Karras et
+      al. do). Instance and group norm take their statistics from the window: a window half full
+      of background would put the same tissue at another level. Batch norm has fixed statistics at
+      recovery, but those of a few patches under varying subsets, in which zeros stand for absent
+      scans, and in training it lets patients look at one another. Without any normalisation
+      training took twice as many steps (measured on the simulated cohort).
     - Upsampling is a transposed convolution of kernel and stride 2, which puts each voxel at the
       same place in every window. (Linear interpolation with aligned corners, which MONAI's blocks
       default to, shifts features by an amount that depends on the window's size.)
@@ -206,8 +205,8 @@ class Synthesis(Imputer):
         Latent Representation, IEEE Transactions on Medical Imaging 2018 (mean absolute error).
         Falk et al.: U-Net: deep learning for cell counting, detection, and morphometry, Nature
         Methods 2019 (the blocks, in MONAI's form).
-        Lim et al.: Enhanced Deep Residual Networks for Single Image Super-Resolution, CVPR
-        Workshops 2017 (no normalisation).
+        Karras, Aila, Laine, Lehtinen: Progressive Growing of GANs for Improved Quality, Stability,
+        and Variation, ICLR 2018 (normalisation over channels).
     """
 
     Options = SynthesisOptions
@@ -361,6 +360,11 @@ class Synthesis(Imputer):
             roi_weight_map=_gaussian(grid.window).to(x),
         )
         return cast("Tensor", made)[_box(grid.spatial)]
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Return features `(B, C, *spatial)` scaled to a mean square of 1 over C, voxel by voxel."""
+    return x * (x.square().mean(1, keepdim=True) + _LEAST).rsqrt()
 
 
 def random_proper_subsets(available: Tensor, generator: torch.Generator) -> Tensor:
