@@ -302,7 +302,11 @@ def fit_importances(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[Modali
     shares = np.zeros(cells.shape[1])
     if len(some):
         forest = RandomForestClassifier(
-            n_estimators=300, min_samples_leaf=5, random_state=0, n_jobs=1
+            n_estimators=200,
+            min_samples_leaf=5,
+            max_samples=min(len(known), 10_000),  # of a large cohort a tree need not see all
+            random_state=0,
+            n_jobs=1,
         )
         forest.fit(cells[:, some], known.labels.numpy(), sample_weight=_weights(known).numpy())
         shares[some] = forest.feature_importances_
