@@ -44,7 +44,13 @@ from dymo_med.training.objectives import (
     sampled_subsets,
     subset_logits,
 )
-from dymo_med.training.selectors import calibration_cases, choose, fit_all, remember
+from dymo_med.training.selectors import (
+    calibration_cases,
+    choose,
+    fit_all,
+    held_out,
+    remember,
+)
 from dymo_med.training.train import fit_temperature
 from dymo_med.types import Batch, ModalityMask, ModalitySpec, SubsetStatistics
 
@@ -224,7 +230,8 @@ def score(
         imputer, backbone, held_back, ones(held_back), temperature, seed, cpu
     )
     selectors = fit_all(cases, statistics, {})
-    choice = choose(selectors, cases, statistics, patients)
+    answers = held_out(selectors, cases, statistics, patients)
+    choice = choose(answers, cases, patients)
     result: dict[str, Any] = {"default": choice.name, "calibration": choice.results}
     test = data["test"]
     for eta in ETAS:

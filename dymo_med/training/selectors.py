@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
+from dymo_med.conformal import Conformal
 from dymo_med.imputers import Imputer
 from dymo_med.selection import SELECTORS, Cases, Selector
 from dymo_med.training.loop import stream
@@ -217,17 +218,15 @@ def held_out_logits(
     return logits
 
 
-def choose(
+def held_out(
     selectors: Mapping[str, Selector],
     cases: Cases,
     statistics: SubsetStatistics,
     patients: Sequence[str],
-) -> Choice:
-    """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
+) -> dict[str, Tensor]:
+    """Return every selector's log-probabilities `(B, K)`, calibrated, float64 on the CPU.
 
-    A selector is eligible if, cross-fitted by patient, it is no less accurate than
-    `observed_only`, and its log-loss is lower by more than one standard error over patients, of
-    whom there must be ten. Nothing eligible: `observed_only`.
+    Fitted selectors answer for patients whom they were not fitted on.
 
     Args:
         selectors: By name.
@@ -235,18 +234,52 @@ def choose(
         statistics: Of the backbone.
         patients: Whose case each is.
     """
+    logits = {n: held_out_logits(s, cases, statistics, patients) for n, s in selectors.items()}
+    return {n: (z.double().cpu() / cases.temperature).log_softmax(-1) for n, z in logits.items()}
+
+
+def conformal(answers: Mapping[str, Tensor], cases: Cases) -> Conformal:
+    """Return what prediction sets are calibrated on.
+
+    Args:
+        answers: What `held_out` returned.
+        cases: The same cases.
+    """
+    labels = cases.labels.cpu()
+    rows = torch.arange(len(labels))
+    names = cases.observed.names
+    return Conformal(
+        tuple(
+            "+".join(n for n, seen in zip(names, row, strict=True) if seen)
+            for row in cases.observed.available.tolist()
+        ),
+        {n: tuple((1 - p[rows, labels].exp()).tolist()) for n, p in answers.items()},
+    )
+
+
+def choose(answers: Mapping[str, Tensor], cases: Cases, patients: Sequence[str]) -> Choice:
+    """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
+
+    A selector is eligible if, cross-fitted by patient, it is no less accurate than
+    `observed_only`, and its log-loss is lower by more than one standard error over patients, of
+    whom there must be ten. Nothing eligible: `observed_only`.
+
+    Args:
+        answers: What `held_out` returned.
+        cases: The same cases.
+        patients: Whose case each is.
+    """
     labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients])
     n, total = len(order), weights.sum()
     losses, right = {}, {}
-    for name, selector in selectors.items():
-        logits = held_out_logits(selector, cases, statistics, patients).double().cpu()
-        losses[name] = F.cross_entropy(logits / cases.temperature, labels, reduction="none")
-        right[name] = (logits.argmax(-1) == labels).double()
+    for name, p in answers.items():
+        losses[name] = F.nll_loss(p, labels, reduction="none")
+        right[name] = (p.argmax(-1) == labels).double()
     base_loss, base_right = losses["observed_only"], right["observed_only"]
     results, eligible = {}, {}
-    for name in selectors:
+    for name in answers:
         results[name] = {
             "log_loss": float((weights * losses[name]).sum() / total),
             "accuracy": float((weights * right[name]).sum() / total),

@@ -10,10 +10,23 @@ from torch.nn import functional as F
 from dymo_med.selection import SELECTORS, Cases, Selector, fit_statistics
 from dymo_med.selection.evidence import Scale
 from dymo_med.selection.greedy import best_margin
-from dymo_med.training.selectors import choose, fit_all, held_out_logits, hide, remember
+from dymo_med.training.selectors import (
+    choose,
+    conformal,
+    fit_all,
+    held_out,
+    held_out_logits,
+    hide,
+    remember,
+)
 from dymo_med.types import Batch, FusionOutput, ModalityMask
 
 K, M = 3, 4
+
+
+def pick(cases, statistics, patients):
+    answers = held_out(fit_all(cases, statistics, {}), cases, statistics, patients)
+    return choose(answers, cases, patients)
 
 
 class World:
@@ -69,7 +82,7 @@ def test_the_default_is_no_worse_than_both_extremes(reliability):
     statistics = world.statistics()
     cases = world.cases()
     selectors = fit_all(cases, statistics, {})
-    choice = choose(selectors, cases, statistics, names(300))
+    choice = choose(held_out(selectors, cases, statistics, names(300)), cases, names(300))
     test = World(1000, reliability, 2)
     scores = {n: accuracy(s, test, statistics)[0] for n, s in selectors.items()}
     best = max(scores["observed_only"], scores["trust_all"])
@@ -127,10 +140,10 @@ def test_selectors_live_without_candidates_and_without_variety():
         selector.fit(nobody, statistics)
         trace = selector.select(full.fuse, full.observed, full.candidates, statistics)
         assert bool(trace.output.logits.isfinite().all()), name
-    choice = choose(fit_all(nobody, statistics, {}), nobody, statistics, names(12))
+    choice = pick(nobody, statistics, names(12))
     assert choice.name == "observed_only" and "no selector was both" in choice.why
     one = full.rows(torch.tensor([3]))
-    choice = choose(fit_all(one, statistics, {}), one, statistics, ["only"])
+    choice = pick(one, statistics, ["only"])
     assert all(math.isfinite(r["log_loss"]) for r in choice.results.values())
 
 
@@ -139,7 +152,7 @@ def test_few_patients_cannot_pick_a_default(n):
     for seed in range(5):
         world = World(n, 0.9, 100 + seed)
         cases, statistics = world.cases(), world.statistics()
-        choice = choose(fit_all(cases, statistics, {}), cases, statistics, names(n))
+        choice = pick(cases, statistics, names(n))
         assert choice.name == "observed_only" and "too few" in choice.why
 
 
@@ -330,3 +343,22 @@ def test_remembered_answers_are_the_answers():
             assert torch.equal(got.embedding, expected.embedding)
     assert len(asked) <= 4 and sum(asked) < 200
     assert remember(fuse, 30, 20) is fuse  # too many combinations to keep a table of
+
+
+def test_prediction_sets_are_calibrated_on_answers_by_selectors_fitted_on_others():
+    world = World(60, 0.7, 5)
+    cases, statistics = world.cases(), world.statistics()
+    patients = names(60)
+    selectors = fit_all(cases, statistics, {})
+    answers = held_out(selectors, cases, statistics, patients)
+    found = conformal(answers, cases)
+    assert set(found.scores) == set(SELECTORS)
+    assert len(found.patterns) == 60 and set(found.patterns) == {"+".join(cases.observed.of(0))}
+    for name, scores in found.scores.items():
+        logits = held_out_logits(selectors[name], cases, statistics, patients)
+        p = (logits / cases.temperature).softmax(-1)[torch.arange(60), cases.labels]
+        assert scores == pytest.approx((1 - p.double()).tolist(), abs=1e-6)
+    other = answers["gate"].exp().gather(1, cases.labels[:, None])
+    again = selectors["gate"].select(cases.fuse, cases.observed, cases.candidates, statistics)
+    seen = again.output.logits.softmax(-1).gather(1, cases.labels[:, None])
+    assert float((other - seen).abs().max()) > 1e-4  # not the fit that saw them
