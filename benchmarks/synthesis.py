@@ -4,8 +4,8 @@
     python benchmarks/synthesis.py quality --cohort COHORT [--minutes 4] [--out FOLDER]
 
 *cost*: four sequences of `size` voxels along each axis, one of them absent; a network of default
-size recovers it from the other three on the CPU. Prints seconds, with and without the time that other
-programs took, and the peak memory of the whole process, which includes Python, torch and MONAI.
+size recovers it from the other three on the CPU. Prints seconds, with and without the time that
+other programs took, and the peak memory of the whole process, with Python, torch and MONAI.
 
 *quality*: trains on the training split of a cohort with at least two scans on one grid (such as
 `dymo-med simulate COHORT --patients 90 --size 32`) for a number of minutes on the CPU. Then, for
