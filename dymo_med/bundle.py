@@ -3,7 +3,9 @@
 BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
 BUNDLE/configs/inference.json     imputer, backbone, default selector, temperature, base rates
 BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
+BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
+BUNDLE/models/comparators.safetensors  if there are any
 BUNDLE/docs/README.md             model card
 BUNDLE/checksums.json             SHA-256 of every file above
 """
@@ -12,17 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dymo_med.backbones import BACKBONES, FusionBackbone
+from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import Recipe
 from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.errors import BundleError, ConfigError, Problem
@@ -38,6 +41,7 @@ TABLES: dict[str, Registry[Any]] = {
     "imputer": IMPUTERS,
     "backbone": BACKBONES,
     "selector": SELECTORS,
+    "comparators": COMPARATORS,
 }
 SCHEMA_VERSION = 2
 _STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
@@ -97,6 +101,7 @@ class ModelBundle:
         statistics: Of the backbone's embedding.
         temperature: Probabilities are softmax(logits / temperature).
         base_rates: K class shares among training patients.
+        comparators: Trained to be compared with, by name; no part of the bundle's own answers.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
         device: Where the networks are.
@@ -117,6 +122,7 @@ class ModelBundle:
     temperature: float
     base_rates: tuple[float, ...]
     provenance: Mapping[str, Any]
+    comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -174,12 +180,17 @@ class ModelBundle:
             write_json(work / "configs" / "inference.json", self._inference())
             write_json(work / "configs" / "selectors.json", self._selectors())
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
-            for name, tensors in (
-                ("imputer", self.imputer.state_dict()),
-                ("backbone", self.backbone.state_dict()),
-                ("statistics", statistics),
-            ):
-                write_bytes(work / "models" / f"{name}.safetensors", save(_cpu(tensors)))
+            tensors = {
+                "imputer": self.imputer.state_dict(),
+                "backbone": self.backbone.state_dict(),
+                "statistics": statistics,
+            }
+            if self.comparators:
+                write_json(work / "configs" / "comparators.json", self._comparators())
+                networks = nn.ModuleDict({n: c.network for n, c in self.comparators.items()})
+                tensors["comparators"] = networks.state_dict()
+            for name, part in tensors.items():
+                write_bytes(work / "models" / f"{name}.safetensors", save(_cpu(part)))
             write_text(work / "docs" / "README.md", self._model_card())
             sums = _checksums(work)
             write_json(work / "checksums.json", sums)
@@ -236,6 +247,17 @@ class ModelBundle:
             },
         }
 
+    def _comparators(self) -> dict[str, Any]:
+        return {
+            name: {
+                "options": dict(fitted.options),
+                "temperature": fitted.temperature,
+                "best_epoch": dict(fitted.best_epoch),
+                "validation": dict(fitted.validation),
+            }
+            for name, fitted in self.comparators.items()
+        }
+
     def _model_card(self) -> str:
         """Return the model card as Markdown."""
         p = self.provenance
@@ -257,6 +279,18 @@ class ModelBundle:
             f" {r['rescued']:.1%} |"
             for name, r in self.choice.results.items()
         )
+        comparators = "".join(
+            f"| {name} | {c.validation['log_loss']:.3f} | {c.temperature:.3f} |\n"
+            for name, c in self.comparators.items()
+        )
+        if comparators:
+            comparators = f"""
+Comparators, trained like the backbone and no part of this bundle's answers; log-loss on the
+validation split over subsets of modalities, before calibration:
+
+| comparator | log-loss | temperature |
+|---|---|---|
+{comparators}"""
         return f"""# {self.name}
 
 {self.description}
@@ -284,7 +318,7 @@ measurements alone):
 | selector | log-loss | accuracy | spoilt | put right |
 |---|---|---|---|---|
 {selectors}
-
+{comparators}
 The test split was not read while this bundle was made. Run `dymo-med evaluate` for its
 performance, and on your own patients before you rely on it.
 
@@ -362,6 +396,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             backbone = backbone_class(specs, len(task.classes), backbone_options)
         imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
         backbone.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
+        comparators = _load_comparators(path, specs, len(task.classes), where)
         statistics = SubsetStatistics(
             distance=inference["distance"],
             **dict(load_file(path / "models" / "statistics.safetensors").items()),
@@ -382,6 +417,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             temperature=float(inference["temperature"]),
             base_rates=tuple(inference["base_rates"]),
             provenance=metadata["provenance"],
+            comparators=comparators,
             bundle_id=_identity(sums),
             device=where,
         )
@@ -402,6 +438,40 @@ def _entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     options = dict(entry)
     found = TABLES[part][options.pop("name")]
     return found, found.Options.model_validate(options)
+
+
+def _load_comparators(
+    path: Path, specs: Sequence[ModalitySpec], classes: int, where: torch.device
+) -> dict[str, FittedComparator]:
+    """Return the comparators of a bundle; none where it holds none.
+
+    Raises:
+        ValueError: If their configuration is there without their weights, or the reverse.
+    """
+    config = path / "configs" / "comparators.json"
+    weights = path / "models" / "comparators.safetensors"
+    if config.is_file() != weights.is_file():
+        raise ValueError("comparators.json and comparators.safetensors belong together")
+    if not config.is_file():
+        return {}
+    stored = json.loads(config.read_text(encoding="utf-8"))
+    networks = nn.ModuleDict()
+    with torch.random.fork_rng(devices=[]):
+        for name, entry in stored.items():
+            kind, options = _entry("comparators", {"name": name, **entry["options"]})
+            networks[name] = kind(specs, classes, options)
+    networks.load_state_dict(load_file(weights))
+    networks.to(where).eval().requires_grad_(False)
+    return {
+        name: FittedComparator(
+            cast(Comparator, networks[name]),
+            entry["options"],
+            float(entry["temperature"]),
+            entry["best_epoch"],
+            entry["validation"],
+        )
+        for name, entry in stored.items()
+    }
 
 
 def _verified(path: Path) -> dict[str, str]:

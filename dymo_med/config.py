@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.registry import Registry, nearest
@@ -110,8 +110,9 @@ class Recipe(Strict):
         backbone: Entry of the backbone table and its options.
         selector: Entry of the selector table and its options; None = the one that does best on the
             calibration split.
+        comparators: Entries of the comparator table, each a name or a name with options.
         imputer_training: Schedule of the imputer.
-        backbone_training: Schedule of the backbone.
+        backbone_training: Schedule of the backbone, and of every comparator.
     """
 
     name: str
@@ -120,8 +121,16 @@ class Recipe(Strict):
     imputer: Named
     backbone: Named
     selector: Named | None = None
+    comparators: list[Named] = []
     imputer_training: Schedule = Schedule()
     backbone_training: BackboneTraining = BackboneTraining()
+
+    @field_validator("comparators", mode="before")
+    @classmethod
+    def _names_alone(cls, entries: Any) -> Any:
+        if not isinstance(entries, list):
+            return entries
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 class TaskEntry(Strict):
@@ -311,8 +320,8 @@ def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
 
     Args:
         path: A YAML file.
-        tables: Table of each entry (`imputer`, `backbone`, `selector`); its classes have an
-            `Options` model.
+        tables: Table of each entry (`imputer`, `backbone`, `selector`) or list of entries
+            (`comparators`); its classes have an `Options` model.
 
     Raises:
         ConfigError: With every problem at once.
@@ -321,22 +330,37 @@ def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
     recipe = document.parse(Recipe)
     problems: list[Problem] = []
     for part, table in tables.items():
-        entry: Named | None = getattr(recipe, part)
-        if entry is None:
-            continue
-        if entry.name not in table:
-            problems.append(
-                Problem(
-                    document.where((part, "name")),
-                    f"there is no {table.noun} called '{entry.name}'",
-                    remedy=nearest(entry.name, list(table)),
+        named: list[Named] | Named | None = getattr(recipe, part)
+        entries: list[tuple[KeyPath, Named]] = []
+        if isinstance(named, list):
+            entries = [((part, i), entry) for i, entry in enumerate(named)]
+        elif named is not None:
+            entries = [((part,), named)]
+        seen: set[str] = set()
+        for key, entry in entries:
+            where = document.where((*key, "name"))
+            if entry.name not in table:
+                problems.append(
+                    Problem(
+                        where,
+                        f"there is no {table.noun} called '{entry.name}'",
+                        remedy=nearest(entry.name, list(table)),
+                    )
                 )
-            )
-            continue
-        try:
-            document.parse_part(entry.options, table[entry.name].Options, (part,))
-        except ConfigError as error:
-            problems += error.problems
+                continue
+            if entry.name in seen:
+                problems.append(
+                    Problem(
+                        where,
+                        f"{table.noun} '{entry.name}' is named twice",
+                        remedy="Name each once",
+                    )
+                )
+            seen.add(entry.name)
+            try:
+                document.parse_part(entry.options, table[entry.name].Options, key)
+            except ConfigError as error:
+                problems += error.problems
     if problems:
         raise ConfigError(*problems)
     return recipe

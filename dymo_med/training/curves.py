@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dymo_med.files import write_bytes
 
+_COLUMNS = 3  # stages side by side
+
 
 def draw_curves(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
     """Draw training loss and validation score of every stage.
@@ -19,10 +21,12 @@ def draw_curves(stages: Mapping[str, Sequence[Mapping[str, float]]], path: Path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(stages), 3.4), layout="constrained")
+    columns = min(len(stages), _COLUMNS)
+    lines = -(-len(stages) // _COLUMNS)
+    figure = Figure(figsize=(5.2 * columns, 3.4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for column, (name, rows) in enumerate(stages.items(), start=1):
-        axes = figure.add_subplot(1, len(stages), column)
+    for place, (name, rows) in enumerate(stages.items(), start=1):
+        axes = figure.add_subplot(lines, columns, place)
         epochs = [r["epoch"] + 1 for r in rows]
         axes.plot(epochs, [r["loss"] for r in rows], color="0.55", label="training loss")
         axes.plot(epochs, [-r["score"] for r in rows], color="C0", label="validation loss")

@@ -156,7 +156,7 @@ class FusionObjective(Objective):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self._settings, self._classes, self._device = settings, classes, device
+        self._settings, self._device = settings, device
         self._validation, self._weights = validation, weights
         self._subsets = sampled_subsets(len(backbone.specs), seed)
         self._epoch = 0
@@ -212,14 +212,28 @@ class FusionObjective(Objective):
         logits, rows = subset_logits(fuse, available, self._subsets)
         rows = rows.cpu()
         labels, weights = self._validation.labels[rows], self._weights[rows]
-        log_probability = F.log_softmax(logits.double().cpu(), dim=1)
-        losses = -log_probability[torch.arange(len(rows)), labels]
-        log_loss = float((losses * weights).sum() / weights.sum())
-        figures = {"score": -log_loss}
-        if self._classes == 2:
-            probability, one = log_probability.exp().numpy(), weights.numpy()[None]
-            figures["auroc"] = float(auroc(labels.numpy(), probability, one)[0])
-        return figures
+        return validation_figures(logits.cpu(), labels, weights)
+
+
+def validation_figures(logits: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
+    """Return what is thought of a classifier: minus the mean log-loss and, of two classes, AUROC.
+
+    Args:
+        logits: `(R, K)`.
+        labels: Int64 `(R,)`.
+        weights: `(R,)`.
+
+    Returns:
+        `score`, the one to raise, and `auroc`.
+    """
+    log_probability = F.log_softmax(logits.double(), dim=1)
+    losses = -log_probability[torch.arange(len(labels)), labels]
+    log_loss = float((losses * weights).sum() / weights.sum())
+    figures = {"score": -log_loss}
+    if logits.shape[1] == 2:
+        probability, one = log_probability.exp().numpy(), weights.numpy()[None]
+        figures["auroc"] = float(auroc(labels.numpy(), probability, one)[0])
+    return figures
 
 
 def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) -> Batch:

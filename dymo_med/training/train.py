@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional as F
 
 import dymo_med
 from dymo_med.backbones import BACKBONES
@@ -29,6 +27,8 @@ from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.modalities import modality
 from dymo_med.selection import fit_statistics
+from dymo_med.training.calibration import fit_temperature
+from dymo_med.training.comparators import train_comparators
 from dymo_med.training.curves import draw_curves
 from dymo_med.training.loop import Log, Progress, stream, train_stage
 from dymo_med.training.objectives import (
@@ -56,6 +56,8 @@ def train(
     reading: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Train imputer and backbone, fit statistics, temperature and selectors, and write a bundle.
+
+    Comparators that the recipe names are trained after the backbone.
 
     Weights, statistics and table constants are fitted on the train split; epochs are chosen on
     validation; temperature and selectors are fitted on calibration, where the default selector is
@@ -170,6 +172,17 @@ def train(
         plan.backbone_training,
         checkpoint=checkpoints / "backbone.safetensors",
     )
+    comparators = train_comparators(
+        plan,
+        specs,
+        classes,
+        labelled,
+        {s: _weights(b) for s, b in labelled.items()},
+        run_stage,
+        log,
+        checkpoints,
+        fabric.device,
+    )
     draw_curves(log.stages, out / "curves.png")
 
     with torch.no_grad():
@@ -220,6 +233,7 @@ def train(
         statistics=statistics,
         temperature=temperature,
         base_rates=tuple(float(s) for s in shares),
+        comparators=comparators,
         provenance={
             "cohort": described.name,
             "recipe": plan.model_dump(),
@@ -315,30 +329,6 @@ def fit_importances(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[Modali
         replace(s, columns=tuple(replace(c, importance=next(left)) for c in s.columns))
         for s in specs
     )
-
-
-def fit_temperature(logits: Tensor, labels: Tensor, weights: Tensor) -> float:
-    """Return the temperature that minimises the weighted log-loss of softmax(logits / T).
-
-    Args:
-        logits: `(R, K)`.
-        labels: Int64 `(R,)`.
-        weights: `(R,)`.
-
-    Returns:
-        T between 0.05 and 20.
-
-    References:
-        Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
-    """
-    z, w = logits.double(), weights.double()
-
-    def log_loss(log_temperature: float) -> float:
-        losses = F.cross_entropy(z / torch.tensor(log_temperature).exp(), labels, reduction="none")
-        return float((losses * w).sum() / w.sum())
-
-    found = minimize_scalar(log_loss, bounds=(-3.0, 3.0), method="bounded", options={"xatol": 1e-6})
-    return float(torch.tensor(found.x, dtype=torch.float64).exp())
 
 
 def _read(

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from dymo_med.cli import app
+from dymo_med.comparators import COMPARATORS
 from dymo_med.config import BackboneTraining, CohortFile, Document, Recipe, Schedule
 from dymo_med.data.batch import collate
 from dymo_med.imputers import IMPUTERS
@@ -80,7 +81,8 @@ def test_every_field_of_a_prediction_is_in_the_reference():
 
 def test_every_key_of_recipes_and_cohorts_is_in_the_reference():
     recipe = (DOCS / "reference" / "recipe.md").read_text(encoding="utf-8")
-    for model in (Recipe, Schedule, BackboneTraining, *(i.Options for i in IMPUTERS.values())):
+    entries = (*IMPUTERS.values(), *COMPARATORS.values())
+    for model in (Recipe, Schedule, BackboneTraining, *(e.Options for e in entries)):
         assert not [n for n in model.model_fields if f"`{n}" not in recipe]
     cohort = (DOCS / "reference" / "cohort.md").read_text(encoding="utf-8")
     assert not [n for n in CohortFile.model_fields if f"`{n}`" not in cohort]
@@ -128,3 +130,16 @@ def test_the_imputer_in_the_how_to_recovers(bundle, records, tmp_path, monkeypat
     loss = imputer.loss(batch, torch.Generator())
     loss.sum().backward()
     assert loss.shape == (len(records),)
+
+
+def test_the_comparator_in_the_how_to_answers(bundle, records, tmp_path, monkeypatch):
+    (block,) = code_blocks(DOCS / "how-to" / "add-a-comparator.md", "python")
+    (tmp_path / "late_mean_of_the_page.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("late_mean_of_the_page").LateMean
+    comparator = kind(bundle.specs, 2, kind.Options(dim=16, width=4)).eval()
+    batch = collate(records, bundle.specs)
+    logits = comparator(batch)
+    assert logits.shape == (len(records), 2) and bool(logits.isfinite().all())
+    assert torch.allclose(comparator(batch.rows(torch.tensor([2])))[0], logits[2], atol=1e-5)
+    comparator.loss(batch, torch.Generator()).sum().backward()

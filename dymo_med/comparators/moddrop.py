@@ -1,0 +1,65 @@
+"""Concatenation that has been trained to do without any modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from dymo_med.comparators.base import only
+from dymo_med.comparators.concatenation import Concatenation
+from dymo_med.types import Batch, ModalitySpec
+
+
+class ModDrop(Concatenation):
+    """The network of `concatenation`, trained with modalities dropped at random.
+
+    In every step each modality of each record is dropped with the same probability, never all
+    that the record has.
+
+    Deviations from the publication, on purpose: a dropped modality is the learned placeholder of a
+    missing one rather than zeros, because that is what stands there when it is missing; there is
+    no pre-training of each modality and no gradual fusion, because every comparator has the same
+    schedule; the last modality left of a record is not dropped.
+
+    Args:
+        specs: Modalities in canonical order, fitted.
+        classes: Number of classes K.
+        options: Sizes and dropout.
+
+    References:
+        Neverova et al., ModDrop: adaptive multi-modal gesture recognition, IEEE TPAMI, 2016,
+        arXiv:1501.00102.
+    """
+
+    class Options(Concatenation.Options):
+        """Sizes of the network, and how much is dropped.
+
+        Attributes:
+            rate: Probability that a modality is dropped in a training step.
+        """
+
+        rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def __init__(self, specs: Sequence[ModalitySpec], classes: int, options: BaseModel) -> None:
+        super().__init__(specs, classes, options)
+        self.rate = ModDrop.Options.model_validate(options.model_dump()).rate
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """See `Comparator.loss`; of what is left of each record."""
+        return super().loss(only(batch, self.kept(batch.observed.available, generator)), generator)
+
+    def kept(self, available: Tensor, generator: torch.Generator) -> Tensor:
+        """Return bool `(B, M)`: what is left of each record in one training step.
+
+        Args:
+            available: Bool `(B, M)`.
+            generator: CPU generator.
+        """
+        draw = torch.rand(available.shape, generator=generator).to(available.device)
+        draw = draw.masked_fill(~available, -1.0)
+        # Where all would go, the one with the highest draw stays: any of them, equally likely.
+        return available & ((draw >= self.rate) | (draw == draw.amax(1, keepdim=True)))

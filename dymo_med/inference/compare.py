@@ -1,0 +1,45 @@
+"""What the comparators of a bundle say of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dymo_med.bundle import ModelBundle
+from dymo_med.errors import PatientDataError, Problem
+from dymo_med.inference.predict import calibrated
+from dymo_med.types import Batch
+
+
+def comparator_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Tensor]:
+    """Return calibrated probabilities of every comparator, from what is observed alone.
+
+    Args:
+        bundle: The model.
+        batch: B records, on any device.
+
+    Returns:
+        Float64 `(B, K)` on the CPU by name, in the recipe's order; empty where the bundle has no
+        comparators. A record's own row does not depend on its neighbours.
+
+    Raises:
+        PatientDataError: If a record has nothing observed.
+    """
+    nothing = (~batch.observed.available.any(1)).nonzero().squeeze(1).tolist()
+    if nothing:
+        raise PatientDataError(
+            *(
+                Problem(
+                    f"Patient {batch.record_ids[i]}",
+                    "no modality is observed, so there is nothing to answer from",
+                    expected=f"at least one of {', '.join(batch.observed.names)}",
+                )
+                for i in nothing
+            )
+        )
+    with torch.inference_mode():
+        here = batch.to(bundle.device)
+        return {
+            name: calibrated(fitted.network(here), fitted.temperature)
+            for name, fitted in bundle.comparators.items()
+        }
