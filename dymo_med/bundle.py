@@ -3,6 +3,7 @@
 BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
 BUNDLE/configs/inference.json     imputer, backbone, default selector, temperature, base rates
 BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
+BUNDLE/configs/conformal.json     what prediction sets are calibrated on
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/models/comparators.safetensors  if there are any
@@ -28,6 +29,7 @@ from dymo_med.backbones import BACKBONES, FusionBackbone
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import Recipe
 from dymo_med.config import read_recipe as _read_recipe
+from dymo_med.conformal import Conformal
 from dymo_med.errors import BundleError, ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
@@ -101,6 +103,7 @@ class ModelBundle:
         statistics: Of the backbone's embedding.
         temperature: Probabilities are softmax(logits / temperature).
         base_rates: K class shares among training patients.
+        conformal: What prediction sets are calibrated on; None in bundles made before there were.
         comparators: Trained to be compared with, by name; no part of the bundle's own answers.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
@@ -122,6 +125,7 @@ class ModelBundle:
     temperature: float
     base_rates: tuple[float, ...]
     provenance: Mapping[str, Any]
+    conformal: Conformal | None = None
     comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -179,6 +183,8 @@ class ModelBundle:
             write_json(work / "configs" / "metadata.json", self._metadata())
             write_json(work / "configs" / "inference.json", self._inference())
             write_json(work / "configs" / "selectors.json", self._selectors())
+            if self.conformal is not None:
+                write_json(work / "configs" / "conformal.json", asdict(self.conformal))
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
             tensors = {
                 "imputer": self.imputer.state_dict(),
@@ -390,6 +396,12 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         )
         if choice.name not in selectors:
             raise KeyError(choice.name)
+        conformal = None
+        if (path / "configs" / "conformal.json").is_file():
+            kept = json.loads((path / "configs" / "conformal.json").read_text(encoding="utf-8"))
+            conformal = Conformal(
+                tuple(kept["patterns"]), {k: tuple(v) for k, v in kept["scores"].items()}
+            )
         # Random initial weights are overwritten at once; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             imputer = imputer_class(specs, imputer_options)
@@ -417,6 +429,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             temperature=float(inference["temperature"]),
             base_rates=tuple(inference["base_rates"]),
             provenance=metadata["provenance"],
+            conformal=conformal,
             comparators=comparators,
             bundle_id=_identity(sums),
             device=where,

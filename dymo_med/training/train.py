@@ -38,7 +38,13 @@ from dymo_med.training.objectives import (
     sampled_subsets,
     subset_logits,
 )
-from dymo_med.training.selectors import calibration_cases, choose, fit_all
+from dymo_med.training.selectors import (
+    calibration_cases,
+    choose,
+    conformal,
+    fit_all,
+    held_out,
+)
 from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Split
 
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
@@ -214,7 +220,9 @@ def train(
         )
         asked = plan.selector
         selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
-        choice = choose(selectors, cases, statistics, patients)
+        answers = held_out(selectors, cases, statistics, patients)
+        choice = choose(answers, cases, patients)
+        prediction_sets = conformal(answers, cases)
         if asked is not None:
             choice = replace(choice, name=asked.name, why="The recipe asked for it.")
     shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
@@ -234,6 +242,7 @@ def train(
         temperature=temperature,
         base_rates=tuple(float(s) for s in shares),
         comparators=comparators,
+        conformal=prediction_sets,
         provenance={
             "cohort": described.name,
             "recipe": plan.model_dump(),
