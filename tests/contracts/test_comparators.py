@@ -15,12 +15,15 @@ from torch.nn import functional as F
 from dymo_med.bundle import TABLES, _checksums, load_bundle
 from dymo_med.comparators import COMPARATORS
 from dymo_med.comparators.base import narrowed, only
-from dymo_med.config import read_recipe
+from dymo_med.config import Recipe, read_recipe
 from dymo_med.data.batch import collate
 from dymo_med.demo import shipped_bundle
 from dymo_med.errors import BundleError, ConfigError, PatientDataError
 from dymo_med.inference.compare import comparator_probabilities
 from dymo_med.selection import SELECTORS
+from dymo_med.training.calibration import fit_temperature
+from dymo_med.training.comparators import train_comparators
+from dymo_med.training.loop import Log
 from dymo_med.training.losses import within
 from dymo_med.training.train import train
 from tests.contracts.test_components import NAMES, SPECS, K, make_batch
@@ -149,6 +152,16 @@ class TestComparator:
         for fields in batch.observed_fields.values():
             fields[:] = False
         assert bool(comparator(hollow(batch, math.nan)).isfinite().all())
+
+    def test_what_stands_for_a_blank_cell_is_no_evidence(self, name):
+        comparator, batch = build(name), make_batch()
+        assert bool(batch.partly_filled().any())
+        before = comparator(batch)
+        with torch.no_grad():
+            for parameter_name, parameter in comparator.named_parameters():
+                if parameter_name.endswith(".blank"):
+                    parameter += 1.0
+        assert torch.equal(comparator(batch), before)
 
     def test_it_learns_a_toy_problem(self, name):
         def toy(n, seed):
@@ -343,6 +356,8 @@ comparators:
   - {{name: moddrop, {str(SIZES)[1:-1].replace("'", "")}, hidden: 8}}
 """
 
+COLLATED = ("train", "validation", "calibration")
+
 
 class Interrupted(Exception):
     pass
@@ -428,6 +443,43 @@ def test_probabilities_are_calibrated_and_each_records_own(compared, records):
     batch.observed.available[1] = False
     with pytest.raises(PatientDataError, match=f"{batch.record_ids[1]}.*nothing to answer from"):
         comparator_probabilities(compared, batch)
+
+
+def test_modalities_that_no_labelled_record_has(tmp_path):
+    data = {s: make_batch(20, i, torch.float32) for i, s in enumerate(COLLATED)}
+    for batch in data.values():
+        batch.observed.available[:, 0] = True
+    data["train"].observed.available[:, 4] = False
+    data["validation"].observed.available[:, [1, 4]] = False
+    log, seen = Log(tmp_path / "log.csv"), {}
+
+    def run_stage(name, objective, batch, weights, schedule, *, checkpoint):
+        assert float(weights.mean()) == pytest.approx(1)
+        seen[name] = len(batch)
+        log.stages[name] = [{"epoch": 0, **objective.eval().validate()}]
+
+    plan = Recipe.model_validate({**yaml.safe_load(RECIPE), **yaml.safe_load(COMPARED)})
+    ones = {s: torch.ones(20) for s in data}
+    cpu = torch.device("cpu")
+    found = train_comparators(plan, SPECS, K, data, ones, run_stage, log, tmp_path, cpu)
+    available = data["train"].observed.available.sum(0).tolist()
+    stages = {f"comparator unimodal {n}": k for n, k in zip(NAMES, available, strict=True) if k}
+    assert seen == {**stages, "comparator moddrop": 20}
+    assert found["unimodal"].network.ranking()[3:] == ("film", "side")
+    assert all(math.isfinite(f.temperature) for f in found.values())
+
+
+def test_temperatures_are_those_of_the_calibration_split(compared, records, cohort):
+    held_back = [r for r in records if cohort.splits[r.patient_id] == "calibration"]
+    batch = collate([r for r in held_back if r.label is not None], compared.specs)
+    subsets = torch.tensor(list(itertools.product([False, True], repeat=len(compared.specs)))[1:])
+    used = within(batch.observed.available, subsets)
+    visits = [batch.patient_ids.count(p) for p in batch.patient_ids]
+    labels, weights = batch.labels.repeat(len(used)), (1 / torch.tensor(visits)).repeat(len(used))
+    for fitted in compared.comparators.values():
+        logits = fitted.network.under(batch, used).flatten(0, 1)
+        expected = fit_temperature(logits, labels, weights)
+        assert fitted.temperature == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_shipped_bundle_has_none_and_keeps_its_id():
