@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,18 +113,29 @@ class Reporter:
 
     def _lines(self, title: str) -> Update:
         """Return a function that prints a line at every tenth of the way."""
-        printed = -1
+        printed, first, began = -1, 0, time.monotonic()
 
         def update(done: int, total: int, other: str | None = None) -> None:
-            nonlocal printed, title
+            nonlocal printed, title, first, began
             if other is not None and other != title:
-                title, printed = other, -1
+                title, printed, first, began = other, -1, done, time.monotonic()
             tenth = 10 * done // max(1, total)
             if tenth > printed:
+                if printed < 0:
+                    # What an earlier run had done took this one no time.
+                    first, began = done, time.monotonic()
                 printed = tenth
-                self.say(f"{title}: {done} of {total}")
+                self.say(f"{title}: {done} of {total}{_left(done - first, total - done, began)}")
 
         return update
+
+
+def _left(done: int, left: int, began: float) -> str:
+    """Return how long the rest will take, if it is worth saying."""
+    seconds = (time.monotonic() - began) * left / done if done else 0.0
+    if seconds < 30:
+        return ""
+    return f", about {seconds / 60:.0f} min left" if seconds >= 90 else ", about a minute left"
 
 
 @app.callback(invoke_without_command=True)
@@ -200,9 +213,9 @@ def check(
     raise typer.Exit(report.exit_code)
 
 
-def _count(number: int, noun: str) -> str:
+def _count(number: int, noun: str, nouns: str = "") -> str:
     """Return for example "no problem", "1 problem", "2 problems"."""
-    return f"{number or 'no'} {noun}{'s' if number > 1 else ''}"
+    return f"{number or 'no'} {(nouns or noun + 's') if number > 1 else noun}"
 
 
 def _print_patterns(patterns: Mapping[str, int]) -> None:
@@ -324,6 +337,16 @@ def evaluate(
             "--draws", min=0, help="Draw recoveries so often (19 or more) to judge their spread."
         ),
     ] = 0,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Evaluate on patients whom the bundle was made from."),
+    ] = False,
+    num_parts: Annotated[
+        int, typer.Option("--num-parts", min=1, help="How many processes share the work.")
+    ] = 1,
+    part_id: Annotated[
+        int, typer.Option("--part-id", min=0, help="Which of them this is, from 0.")
+    ] = 0,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -346,8 +369,16 @@ def evaluate(
             reports=reports,
             methods=tuple(selector or ()),
             draws=draws,
+            allow_overlap=allow_overlap,
+            num_parts=num_parts,
+            part_id=part_id,
+            command=shlex.join(["dymo-med", *sys.argv[1:]]),
             progress=progress,
         )
+    if result.open_batches:
+        still = _count(result.open_batches, "unfinished batch", "unfinished batches")
+        reporter.say(f"part {part_id} of {num_parts} is done; {still} left to other parts")
+        return
     reporter.say(f"cohort page: {out / 'index.html'}")
     if result.failures:
         failed = _count(result.failures, "failure")

@@ -141,6 +141,28 @@ class TaskEntry(Strict):
     classes: Annotated[list[str], Field(min_length=2)]
 
 
+class SubgroupEntry(Strict):
+    """One entry of `subgroups:` of a cohort description.
+
+    Attributes:
+        column: Column of one of the tables, `name` or `modality.name`.
+        label_column: Column of the labels file instead.
+        edges: Where a number's bands end: [40, 60] makes three.
+    """
+
+    column: str | None = None
+    label_column: str | None = None
+    edges: list[float] = []
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SubgroupEntry:
+        if (self.column is None) == (self.label_column is None):
+            raise ValueError("give either column or label_column")
+        if self.edges != sorted(set(self.edges)):
+            raise ValueError("edges must increase")
+        return self
+
+
 class CohortFile(Strict):
     """`cohort.yaml`.
 
@@ -153,6 +175,7 @@ class CohortFile(Strict):
         labels: Labels file, relative to this file.
         splits: Splits file, relative to this file.
         missing_values: Strings that mean "blank" in tables, besides the empty cell.
+        subgroups: Patients for whom an evaluation is reported apart, by name.
     """
 
     name: str
@@ -163,6 +186,7 @@ class CohortFile(Strict):
     labels: str = "labels.csv"
     splits: str = "splits.csv"
     missing_values: list[str] = []
+    subgroups: dict[str, SubgroupEntry] = {}
 
     @model_validator(mode="after")
     def _stay_inside(self) -> CohortFile:

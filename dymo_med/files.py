@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,36 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, obj
     writer.writerow(header)
     writer.writerows([_cell(row[column]) for column in header] for row in rows)
     write_text(path, buffer.getvalue())
+
+
+@contextmanager
+def csv_stream(
+    path: Path, header: Sequence[str]
+) -> Iterator[Callable[[Iterable[Mapping[str, object]]], None]]:
+    """Write a table as `write_csv` does, without holding all of it.
+
+    Args:
+        path: Where to; the file appears when the block ends, and not if it fails.
+        header: Columns in order.
+
+    Yields:
+        A function that appends rows.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(header)
+
+            def append(rows: Iterable[Mapping[str, object]]) -> None:
+                writer.writerows([_cell(row[column]) for column in header] for row in rows)
+
+            yield append
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(out: Path, marker: str, names: Collection[str]) -> None:

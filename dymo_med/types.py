@@ -138,12 +138,31 @@ class CohortRecord:
         patient_id: Whose visit this is; splits go by patient.
         folder: Patient directory of this record.
         label: Class index, or None where the target is not known.
+        subgroups: Cells of the labels file that subgroups are made from, by subgroup.
     """
 
     record_id: str
     patient_id: str
     folder: Path
     label: int | None = None
+    subgroups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """A way to divide patients, for reporting.
+
+    Attributes:
+        name: What it is called.
+        column: Column of a table, or of the labels file.
+        modality: The table; None = the labels file.
+        edges: Where a number's bands end; empty for categories.
+    """
+
+    name: str
+    column: str
+    modality: str | None = None
+    edges: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,7 @@ class Cohort:
         records: All records, in file order.
         splits: Split of each patient id.
         missing_values: Strings that mean "blank" in this cohort's tables, besides the empty cell.
+        subgroups: Ways to divide patients, for reporting.
     """
 
     name: str
@@ -167,6 +187,7 @@ class Cohort:
     records: tuple[CohortRecord, ...]
     splits: Mapping[str, Split]
     missing_values: tuple[str, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
 
     def in_split(self, split: Split) -> tuple[CohortRecord, ...]:
         """Return the records whose patient is in `split`, in file order."""

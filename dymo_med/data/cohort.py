@@ -6,6 +6,8 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 
 from torch import nn
@@ -14,9 +16,19 @@ from dymo_med.config import CohortFile, Document
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
 from dymo_med.registry import nearest
-from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Split, Task
+from dymo_med.types import (
+    SPLITS,
+    Cohort,
+    CohortRecord,
+    ModalitySpec,
+    PatientRecord,
+    Split,
+    Subgroup,
+    Task,
+)
 
 MOST_MODALITIES = 62  # a subset of modalities is a 63-bit number
+_UNKNOWN = "unknown"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _ID = re.compile(r"(?!.*\.\.)\w(?:[\w.+@ -]{0,126}[\w+@-])?")
 
@@ -54,7 +66,8 @@ def read_cohort(path: Path) -> Cohort:
         where = document.where(("task", "classes"))
         problems.append(Problem(where, "a class occurs twice"))
     blank = {"", *(value.strip() for value in entry.missing_values)}
-    records = _read_records(file.parent, entry, blank, problems)
+    subgroups = _read_subgroups(document, entry, specs, problems)
+    records = _read_records(file.parent, entry, subgroups, blank, problems)
     splits = _read_splits(file.parent / entry.splits, records, problems)
     if problems:
         raise ConfigError(*problems)
@@ -66,7 +79,96 @@ def read_cohort(path: Path) -> Cohort:
         records=records,
         splits=splits,
         missing_values=tuple(entry.missing_values),
+        subgroups=subgroups,
     )
+
+
+def level(
+    subgroup: Subgroup, entry: CohortRecord, record: PatientRecord, specs: Sequence[ModalitySpec]
+) -> str:
+    """Return which part of a subgroup a record belongs to: a category, a band, or `unknown`.
+
+    Args:
+        subgroup: A way to divide patients.
+        entry: The record's entry in the cohort.
+        record: The whole record, before anything was hidden.
+        specs: Modalities of the cohort.
+
+    Example:
+        >>> age = Subgroup("age", "age", edges=(40.0, 60.0))
+        >>> whom = [CohortRecord("r", "p", Path(), subgroups={"age": a}) for a in ("39", "40", "")]
+        >>> [level(age, entry, PatientRecord("r", "p", {}), ()) for entry in whom]
+        ['< 40', '40 to < 60', 'unknown']
+    """
+    if subgroup.modality is None:
+        text = entry.subgroups.get(subgroup.name, "")
+        if not subgroup.edges or not text:
+            return text or _UNKNOWN
+        return _band(float(text), subgroup.edges)
+    value = record.modalities.get(subgroup.modality)
+    if value is None:
+        return _UNKNOWN
+    spec = next(spec for spec in specs if spec.name == subgroup.modality)
+    place = [c.name for c in spec.columns].index(subgroup.column)
+    if value.observed_fields is not None and not bool(value.observed_fields[place]):
+        return _UNKNOWN
+    number, column = float(value.values[place]), spec.columns[place]
+    return (
+        column.values[round(number)]
+        if column.type == "categorical"
+        else _band(number, subgroup.edges)
+    )
+
+
+def _band(number: float, edges: Sequence[float]) -> str:
+    if number < edges[0]:
+        return f"< {edges[0]:g}"
+    for low, high in pairwise(edges):
+        if low <= number < high:
+            return f"{low:g} to < {high:g}"
+    return f"{edges[-1]:g} and over"
+
+
+def _read_subgroups(
+    document: Document,
+    entry: CohortFile,
+    specs: Sequence[ModalitySpec],
+    problems: list[Problem],
+) -> tuple[Subgroup, ...]:
+    """Return the subgroups; what is wrong with them goes to `problems`."""
+    found = []
+    for name, part in entry.subgroups.items():
+        where = document.where(("subgroups", name))
+        if part.label_column is not None:
+            found.append(Subgroup(name, part.label_column, None, tuple(part.edges)))
+            continue
+        columns = {
+            spelling: (spec.name, column)
+            for spec in specs
+            for column in spec.columns
+            for spelling in (column.name, f"{spec.name}.{column.name}")
+        }
+        asked = str(part.column)
+        if asked not in columns:
+            problems.append(
+                Problem(
+                    where, f"no table has a column '{asked}'", remedy=nearest(asked, list(columns))
+                )
+            )
+            continue
+        modality, column = columns[asked]
+        number = column.type == "continuous"
+        if number != bool(part.edges):
+            problems.append(
+                Problem(
+                    where,
+                    "a number needs bands" if number else "categories have no bands",
+                    remedy="Add edges: [40, 60]" if number else "Remove edges",
+                )
+            )
+            continue
+        found.append(Subgroup(name, column.name, modality, tuple(part.edges)))
+    return tuple(found)
 
 
 def _refuse_booleans(document: Document) -> None:
@@ -131,14 +233,20 @@ def _read_specs(
 
 
 def _read_records(
-    root: Path, entry: CohortFile, blank: set[str], problems: list[Problem]
+    root: Path,
+    entry: CohortFile,
+    subgroups: Sequence[Subgroup],
+    blank: set[str],
+    problems: list[Problem],
 ) -> tuple[CohortRecord, ...]:
     """Return the rows of the labels file as records, in file order."""
     path = root / entry.labels
     classes = entry.task.classes
     records: list[CohortRecord] = []
     seen: dict[str, int] = {}
-    for line in _read_lines(path, ("patient_id", entry.task.target), problems):
+    from_labels = [s for s in subgroups if s.modality is None]
+    needed = dict.fromkeys(("patient_id", entry.task.target, *(s.column for s in from_labels)))
+    for line in _read_lines(path, tuple(needed), problems):
         where = f"{path}:{line.number}"
         patient_id = line.cells["patient_id"]
         record_id = line.cells.get("record_id", patient_id)
@@ -190,8 +298,26 @@ def _read_records(
                     remedy="Add the folder or remove the row",
                 )
             )
-        records.append(CohortRecord(record_id, patient_id, folder, label))
+        cells = {s.name: line.cells[s.column] for s in from_labels}
+        cells = {name: cell for name, cell in cells.items() if cell not in blank}
+        for subgroup in from_labels:
+            if subgroup.edges and not _is_number(cells.get(subgroup.name, "0")):
+                problems.append(
+                    Problem(
+                        f"{where} {subgroup.column}",
+                        "the cell is not a number",
+                        expected="a number, or blank",
+                    )
+                )
+        records.append(CohortRecord(record_id, patient_id, folder, label, cells))
     return tuple(records)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _read_splits(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dymo_med.files import write_text
 from dymo_med.inference.predict import COMPARED
 from dymo_med.inference.report import environment, words
-from dymo_med.metrics import patient_weights
+from dymo_med.inference.scores import Scores
+from dymo_med.metrics import patient_weights, reliability
 
 Row = Mapping[str, Any]
 
-_SHOWN = ("auroc", "balanced_accuracy", "brier", "ece")
+_SHOWN = ("auroc", "auprc", "balanced_accuracy", "f1", "brier", "ece")
 _COLOURS = {
     "observed_only": ("#6d7681", "s"),
     "trust_all": ("#a9570c", "^"),
@@ -27,15 +28,23 @@ _COLOURS = {
 # The bundle's own selector; others that were compared come in the order of the list after it.
 _OWN = ("#1f5a82", "o")
 _OTHERS = (("#5b8a3c", "v"), ("#8a4f7d", "P"), ("#b08d1f", "X"), ("#3f8f8a", "d"), ("#9a5b4f", "*"))
-_BINS = 10
+# Of choices and prediction sets.
+_CHOICES = (
+    *("admitted", "rescued", "harmed", "trusted_right", "rejected_right"),
+    *("set_coverage", "set_size"),
+)
 
 
 def write_pages(
     out: Path,
     facts: Row,
-    predictions: Sequence[Row],
+    scores: Sequence[Scores],
     metrics: Sequence[Row],
+    listed: Sequence[Row],
     failures: Sequence[Row],
+    *,
+    patterns: Sequence[Row] = (),
+    subgroups: Sequence[Row] = (),
     recovery: Row | None = None,
 ) -> None:
     """Write `index.html` and `plots/`.
@@ -43,37 +52,52 @@ def write_pages(
     Args:
         out: Folder of the evaluation; reports in it are linked.
         facts: What `run.json` says.
-        predictions: Rows of `predictions.csv`.
+        scores: Every scenario, in order.
         metrics: Rows of `metrics.csv`.
+        listed: Rows of `predictions.csv` of the first scenario.
         failures: Rows of `failures.csv`.
-        recovery: What `quality.write` returned; None = nothing was measured.
+        patterns: Rows of `metrics_by_pattern.csv`.
+        subgroups: Rows of `metrics_by_subgroup.csv`.
+        recovery: What `quality.Collector.write` returned; None = nothing was measured.
     """
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
-    if metrics:
-        _plot_auroc(plots / "auroc.png", facts, metrics)
-        _plot_calibration(plots / "calibration.png", facts, predictions)
+    some = [s for s in scores if len(s)]
+    drawn = {
+        "auroc": bool(metrics),
+        "rates": len(_rates(facts["scenarios"])) > 1 and bool(metrics),
+        "calibration": bool(some),
+        "admission": any(bool(s.candidates.any()) for s in some),
+        "changes": bool(some) and facts["selector"] != COMPARED[0],
+    }
+    draw: dict[str, Callable[[Path], None]] = {
+        "auroc": lambda path: _plot_auroc(path, facts, metrics),
+        "rates": lambda path: _plot_rates(path, facts, metrics),
+        "calibration": lambda path: _plot_calibration(path, facts, some[0]),
+        "admission": lambda path: _plot_admission(path, facts, metrics, some),
+        "changes": lambda path: _plot_changes(path, facts, metrics),
+    }
+    for name, wanted in drawn.items():
+        # An earlier run in this folder may have had other scenarios.
+        (plots / f"{name}.png").unlink(missing_ok=True)
+        if wanted:
+            draw[name](plots / f"{name}.png")
+    shown = view(out, facts, scores, metrics, listed, failures, patterns, subgroups)
     page = environment().get_template("cohort.html.j2")
-    shown = view(out, facts, predictions, metrics, failures)
-    write_text(out / "index.html", page.render(shown, recovery=recovery))
+    write_text(out / "index.html", page.render(shown, drawn=drawn, recovery=recovery))
 
 
 def view(
     out: Path,
     facts: Row,
-    predictions: Sequence[Row],
+    scores: Sequence[Scores],
     metrics: Sequence[Row],
+    listed: Sequence[Row],
     failures: Sequence[Row],
+    patterns: Sequence[Row] = (),
+    subgroups: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """Return what the template needs.
-
-    Args:
-        out: Folder of the evaluation.
-        facts: What `run.json` says.
-        predictions: Rows of `predictions.csv`.
-        metrics: Rows of `metrics.csv`.
-        failures: Rows of `failures.csv`.
-    """
+    """Return what the template needs; arguments as of `write_pages`."""
     found = {(r["scenario"], r["method"], r["metric"]): r for r in metrics}
     own = facts["selector"]
     scenarios = [s for s in facts["scenarios"] if (s, own, "auroc") in found]
@@ -98,8 +122,11 @@ def view(
             for s in scenarios
         ],
         "scenarios": scenarios,
-        "changes": [_changes(s, own, predictions) for s in scenarios],
-        "trust": _trust(scenarios, own, predictions),
+        "changes": [_changes(s) for s in scores if len(s)],
+        "trust": _trust([s for s in scores if len(s)]),
+        "choices": _choices(scenarios, own, found),
+        "patterns": _groups(patterns, "pattern", own),
+        "subgroups": _groups(subgroups, "level", own),
         "metrics": [
             {
                 "scenario": s,
@@ -117,7 +144,7 @@ def view(
             if (s, m, "auroc") in found
         ],
         "shown": _SHOWN,
-        "patients": _patients(out, facts, predictions),
+        "patients": _patients(out, facts, listed),
         "failures": failures,
     }
 
@@ -170,49 +197,96 @@ def _interval(row: Row | None, *, signed: bool = False) -> str:
     return f"{value} ({interval})" if interval else value
 
 
-def _by_method(scenario: str, predictions: Sequence[Row]) -> dict[str, list[Row]]:
-    methods: dict[str, list[Row]] = {}
-    for row in predictions:
-        if row["scenario"] == scenario:
-            methods.setdefault(row["method"], []).append(row)
-    return methods
-
-
-def _changes(scenario: str, own: str, predictions: Sequence[Row]) -> dict[str, Any]:
+def _changes(scores: Scores) -> dict[str, Any]:
     """Return how many answers selection put right and wrong, against each other method."""
-    methods = _by_method(scenario, predictions)
-    result: dict[str, Any] = {"scenario": scenario, "records": len(methods[own]), "against": []}
-    for other in COMPARED:
-        if other == own:
-            continue
-        pairs = list(zip(methods[own], methods[other], strict=True))
-        right = sum(a["predicted"] == a["label"] != b["predicted"] for a, b in pairs)
-        wrong = sum(b["predicted"] == b["label"] != a["predicted"] for a, b in pairs)
-        result["against"].append({"method": other, "right": right, "wrong": wrong})
-    return result
 
+    def right(method: str) -> NDArray[np.bool_]:
+        return np.asarray(scores.probabilities[method].argmax(1) == scores.labels)
 
-def _trust(
-    scenarios: Sequence[str], own: str, predictions: Sequence[Row]
-) -> dict[str, list[tuple[int, int]]]:
-    """Return per modality and scenario how often it was trusted, and how often recovered."""
-    trusted: Counter[tuple[str, str]] = Counter()
-    recovered: Counter[tuple[str, str]] = Counter()
-    for row in predictions:
-        if row["method"] == own:
-            names = [name for name in row["trusted"].split("+") if name]
-            others = [name for name in row["rejected"].split("+") if name]
-            trusted.update((row["scenario"], name) for name in names)
-            recovered.update((row["scenario"], name) for name in (*names, *others))
+    own = right(scores.own)
     return {
-        name: [(trusted[s, name], recovered[s, name]) for s in scenarios]
-        for name in sorted({name for _, name in recovered})
+        "scenario": scores.scenario,
+        "records": len(scores),
+        "against": [
+            {
+                "method": other,
+                "right": int((own & ~right(other)).sum()),
+                "wrong": int((~own & right(other)).sum()),
+            }
+            for other in COMPARED
+            if other != scores.own
+        ],
     }
 
 
-def _patients(out: Path, facts: Row, predictions: Sequence[Row]) -> list[dict[str, Any]]:
+def _trust(scenarios: Sequence[Scores]) -> dict[str, list[tuple[int, int]]]:
+    """Return per modality and scenario how often it was trusted, and how often recovered."""
+    counts = {
+        name: [(int(s.admitted[:, m].sum()), int(s.candidates[:, m].sum())) for s in scenarios]
+        for m, name in enumerate(scenarios[0].modalities if scenarios else ())
+    }
+    return {name: row for name, row in counts.items() if any(of for _, of in row)}
+
+
+def _choices(
+    scenarios: Sequence[str], own: str, found: Mapping[tuple[str, str, str], Row]
+) -> list[dict[str, Any]]:
+    """Return how good choices and prediction sets were, per scenario, as text."""
+    return [
+        {"scenario": s, "values": [_percent(found.get((s, own, m)), m) for m in _CHOICES]}
+        for s in scenarios
+    ]
+
+
+def _percent(row: Row | None, metric: str) -> tuple[str, str]:
+    """Return a share and its interval in percent (the size of a set as it is), as text."""
+    if row is None or math.isnan(row["value"]):
+        return "–", ""
+    scale, digits = (1, 2) if metric == "set_size" else (100, 0)
+
+    def number(value: float) -> str:
+        return f"{scale * value:.{digits}f}"
+
+    interval = "" if math.isnan(row["low"]) else f"{number(row['low'])} to {number(row['high'])}"
+    return number(row["value"]), interval
+
+
+def _groups(rows: Sequence[Row], key: str, own: str) -> list[dict[str, Any]]:
+    """Return what the page shows of parts of the cohort: the bundle's selector, as text."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["method"] == own:
+            place = (row["scenario"], row.get("subgroup", ""), row[key])
+            groups.setdefault(place, {})[row["metric"]] = row
+    shown = []
+    for (scenario, subgroup, name), metrics in groups.items():
+        first = metrics["accuracy"]
+        sets = metrics.get("set_coverage")
+        shown.append(
+            {
+                "scenario": scenario,
+                "subgroup": subgroup,
+                "name": name,
+                "records": first["records"],
+                "patients": first["patients"],
+                "values": [
+                    _estimate(metrics["auroc"]),
+                    _percent(first, "accuracy"),
+                    _estimate(metrics["brier"]),
+                    (_estimate(metrics["ece"])[0], ""),
+                    _percent(sets, "set_coverage"),
+                ],
+                "calibrated_on": sets.get("calibrated_on") if sets is not None else None,
+            }
+        )
+    return shown
+
+
+def _patients(out: Path, facts: Row, listed: Sequence[Row]) -> list[dict[str, Any]]:
     """Return one row per record of the first scenario, with a link where there is a report."""
-    methods = _by_method(facts["scenarios"][0], predictions)
+    methods: dict[str, list[Row]] = {}
+    for row in listed:
+        methods.setdefault(row["method"], []).append(row)
     own = facts["selector"]
     # Two classes: the positive one throughout. More: the class that was predicted.
     positive = f"prob_{facts['classes'][-1]}" if len(facts["classes"]) == 2 else None
@@ -288,39 +362,163 @@ def _plot_auroc(path: Path, facts: Row, metrics: Sequence[Row]) -> None:
     figure.savefig(path, dpi=200)
 
 
-def _plot_calibration(path: Path, facts: Row, predictions: Sequence[Row]) -> None:
+def _plot_rates(path: Path, facts: Row, metrics: Sequence[Row]) -> None:
+    """Draw AUROC against the share of modalities that is missing, a band per method."""
+    from matplotlib.figure import Figure
+
+    text = words()["cohort"]["methods"]
+    rates = _rates(facts["scenarios"])
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method in facts["methods"]:
+        colour, marker = _look(method, facts)
+        rows = {
+            r["scenario"]: r for r in metrics if r["method"] == method and r["metric"] == "auroc"
+        }
+        points = [
+            (share, rows[s]["value"], rows[s]["low"], rows[s]["high"])
+            for s, share in rates.items()
+            if s in rows and not math.isnan(rows[s]["value"])
+        ]
+        if not points:
+            continue
+        x, value, low, high = np.array(sorted(points)).T
+        strong = method in (facts["selector"], *COMPARED)
+        if strong:
+            axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+        axes.plot(
+            x,
+            value,
+            marker=marker,
+            color=colour,
+            linewidth=2 if method == facts["selector"] else 1,
+            markersize=5,
+            label=text.get(method, method),
+        )
+    axes.set_xlabel(words()["cohort"]["plots"]["rate"])
+    axes.set_ylabel("AUROC")
+    axes.legend(frameon=False, fontsize=8)
+    _plain(axes)
+    figure.savefig(path, dpi=200)
+
+
+def _plot_calibration(path: Path, facts: Row, scores: Scores) -> None:
     """Draw observed against predicted frequency of the positive class, first scenario."""
     from matplotlib.figure import Figure
 
     text = words()["cohort"]["methods"]
-    positive = facts["classes"][-1]
+    positive = len(scores.classes) - 1
+    labels = (scores.labels == positive).astype(np.int64)
+    weights = patient_weights(scores.patient_ids)
     figure = Figure(figsize=(4.2, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#d9dde2", linewidth=1)
-    for method, rows in _by_method(facts["scenarios"][0], predictions).items():
+    for method, p in scores.probabilities.items():
         colour, marker = _look(method, facts)
-        p = np.array([row[f"prob_{positive}"] for row in rows])
-        y = np.array([row["label"] == positive for row in rows], dtype=float)
-        w = patient_weights([row["patient_id"] for row in rows])
-        bins = np.minimum((p * _BINS).astype(int), _BINS - 1)
-        weight = np.bincount(bins, w, _BINS)
-        some = weight > 0
+        two = np.stack([1 - p[:, positive], p[:, positive]], 1)
+        bins = [b for b in reliability(labels, two, weights) if b.records]
+        x = [b.probability for b in bins]
+        if method == facts["selector"]:
+            axes.vlines(x, [b.low for b in bins], [b.high for b in bins], color=colour, alpha=0.4)
         axes.plot(
-            np.bincount(bins, w * p, _BINS)[some] / weight[some],
-            np.bincount(bins, w * y, _BINS)[some] / weight[some],
+            x,
+            [b.observed for b in bins],
             marker=marker,
             color=colour,
             linewidth=1,
             markersize=5,
             label=text.get(method, method),
         )
-    axes.set_xlabel(f"probability of {positive}")
-    axes.set_ylabel(f"share that is {positive}")
+    axes.set_xlabel(f"probability of {facts['classes'][-1]}")
+    axes.set_ylabel(f"share that is {facts['classes'][-1]}")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.legend(frameon=False, fontsize=8)
     _plain(axes)
     figure.savefig(path, dpi=200)
+
+
+def _plot_admission(
+    path: Path, facts: Row, metrics: Sequence[Row], scenarios: Sequence[Scores]
+) -> None:
+    """Draw per modality the share of its recoveries that was trusted, scenarios side by side."""
+    from matplotlib.figure import Figure
+
+    counts = _trust(scenarios)
+    figure = Figure(
+        figsize=(6.4, 0.9 + 0.24 * len(counts) * (len(scenarios) + 1)), layout="constrained"
+    )
+    axes = figure.subplots()
+    for i, row in enumerate(counts.values()):
+        for j, (trusted, recovered) in enumerate(row):
+            if not recovered:
+                continue
+            y = i * (len(scenarios) + 1) + j
+            shade = 0.35 + 0.65 * (j + 1) / len(scenarios)
+            axes.barh(y, 100 * trusted / recovered, color=_OWN[0], alpha=shade, height=0.8)
+            axes.annotate(
+                f"{scenarios[j].scenario}: {trusted} of {recovered}",
+                (100 * trusted / recovered, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+    axes.set_yticks(
+        [i * (len(scenarios) + 1) + (len(scenarios) - 1) / 2 for i in range(len(counts))],
+        list(counts),
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 135)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel(words()["cohort"]["plots"]["admission"])
+    _plain(axes)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=200)
+
+
+def _plot_changes(path: Path, facts: Row, metrics: Sequence[Row]) -> None:
+    """Draw how many right answers selection spoilt and how many wrong ones it put right."""
+    from matplotlib.figure import Figure
+
+    text = words()["cohort"]["plots"]
+    found = {(r["scenario"], r["method"], r["metric"]): r for r in metrics}
+    own, scenarios = facts["selector"], facts["scenarios"]
+    figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(scenarios)), layout="constrained")
+    axes = figure.subplots()
+    for i, scenario in enumerate(scenarios):
+        for offset, metric, colour, marker in (
+            (-0.15, "rescued", "#5b8a3c", "^"),
+            (0.15, "harmed", "#a9570c", "v"),
+        ):
+            row = found.get((scenario, own, metric))
+            if row is None or math.isnan(row["value"]):
+                continue
+            y = i + offset
+            if not math.isnan(row["low"]):
+                axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour, linewidth=2)
+            axes.plot(
+                100 * row["value"],
+                y,
+                marker,
+                color=colour,
+                markersize=6,
+                label=text[metric] if i == 0 else None,
+            )
+    axes.set_yticks(range(len(scenarios)), scenarios)
+    axes.set_ylim(len(scenarios) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(text["changes"])
+    axes.legend(frameon=False, fontsize=8)
+    _plain(axes)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=200)
+
+
+def _rates(scenarios: Sequence[str]) -> dict[str, float]:
+    """Return what share of the modalities each scenario takes away, of those that say so."""
+    shares = {s: float(s.removeprefix("rate:")) for s in scenarios if s.startswith("rate:")}
+    return {**({"as-is": 0.0} if "as-is" in scenarios and shares else {}), **shares}
 
 
 def _look(method: str, facts: Row) -> tuple[str, str]:

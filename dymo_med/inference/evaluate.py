@@ -1,30 +1,39 @@
 """A cohort under missing-data scenarios, every method side by side.
 
-Records are read once and in batches; each finished batch is kept in `OUT/.progress`, so that an
-interrupted evaluation goes on where it stopped and gives the same files. One bad patient costs a
-row in `failures.csv`.
+Records are read ahead in the background and answered in batches; each finished batch is kept in
+`OUT/.progress`, so that an interrupted evaluation goes on where it stopped and gives the same
+files, and several processes can share one by taking different batches. What is kept of a finished
+batch is numbers, so memory does not grow with scans. One bad patient costs a row in
+`failures.csv`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dymo_med.bundle import ModelBundle, hashed_id
-from dymo_med.data.missingness import Scenario, apply, parse_scenario
+from dymo_med.data.cohort import level
+from dymo_med.data.missingness import HIDDEN_COLUMNS, Scenario, apply, hidden, parse_scenario
 from dymo_med.data.patient import read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
-from dymo_med.files import write_csv, write_json
+from dymo_med.files import csv_stream, write_csv, write_json
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
+from dymo_med.inference.compare import comparator_probabilities
 from dymo_med.inference.predict import (
     STEP_COLUMNS,
     Answers,
@@ -36,26 +45,23 @@ from dymo_med.inference.predict import (
     versions,
 )
 from dymo_med.inference.report import write_report
-from dymo_med.metrics import Floats, bootstrap
+from dymo_med.inference.scores import (
+    METRIC_COLUMNS,
+    ORACLE,
+    PATTERN_COLUMNS,
+    SUBGROUP_COLUMNS,
+    Collector,
+    Row,
+    by_pattern,
+    by_subgroup,
+    metrics,
+)
 from dymo_med.registry import nearest
 from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, PatientRecord, Split
 
-ORACLE = "oracle"
 _PROGRESS = ".progress"
 _FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
-_METRIC_COLUMNS = (
-    "scenario",
-    "method",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "p",
-    "records",
-    "patients",
-)
-
-Row = dict[str, Any]
+_AHEAD = 2  # batches that are read while one is answered
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,15 @@ class EvaluateResult:
         out: Folder of its files.
         records: Labelled records in the split.
         failures: Records that could not be answered in every scenario.
-        metrics: Rows of `metrics.csv`.
+        metrics: Rows of `metrics.csv`; empty while parts are open.
+        open_batches: Batches that other parts still have to do; 0 = everything is written.
     """
 
     out: Path
     records: int
     failures: int
     metrics: tuple[Row, ...]
+    open_batches: int = 0
 
 
 def evaluate(
@@ -88,21 +96,24 @@ def evaluate(
     batch_size: int = 16,
     methods: Sequence[str] = (),
     draws: int = 0,
+    allow_overlap: bool = False,
+    num_parts: int = 1,
+    part_id: int = 0,
+    command: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluateResult:
     """Evaluate a bundle on the labelled records of one split.
 
     Methods: `observed_only`, `trust_all`, `dymo` and the bundle's default selector, from one
-    recovery and one encoding; in scenarios that hide something also `oracle`: observed-only on
-    everything the record really has, for all records of that scenario, so that methods are
-    compared on the same ones, and how good the recoveries are (`inference.quality`).
+    recovery and one encoding; the bundle's comparators; in scenarios that hide something also
+    `oracle`: observed-only on everything the record really has, for all records of that scenario,
+    so that methods are compared on the same ones, and how good the recoveries are
+    (`inference.quality`).
 
     Args:
         bundle: The model.
         cohort: The cohort; its description must fit the bundle.
-        out: Folder for `predictions.csv`, `selections.csv`, `metrics.csv`, `recovery.csv`,
-            `recovery_summary.csv`, `failures.csv`, `run.json`, `index.html`, `plots/` and
-            `reports/`.
+        out: Folder for the files that `docs/reference/outputs.md` lists.
         split: Which split.
         scenarios: Texts as in `data.missingness.parse_scenario`.
         seed: Seed of scenarios and bootstrap.
@@ -112,22 +123,42 @@ def evaluate(
         methods: Selectors to compare besides those above.
         draws: Draws of a probabilistic imputer, to see whether their spread is right: 0 = none,
             or at least 19.
+        allow_overlap: Evaluate although patients were used to make the bundle.
+        num_parts: How many processes share the evaluation.
+        part_id: Which of them this is, from 0. Each does every `num_parts`-th batch; whoever
+            finds all batches done writes the tables.
+        command: What was typed, for `run.json`.
         progress: Called with (done, total) records, scenarios counted separately.
 
     Returns:
         Counts and metrics.
 
     Raises:
-        ConfigError: If the split, a scenario, the number of draws or `out` is wrong.
+        ConfigError: If the split, a scenario, the number of draws, a part or `out` is wrong, or
+            patients were used to make the bundle and that is not allowed.
         BundleError: If the bundle is for another task or other modalities.
     """
     start = time.perf_counter()
     specs = _specs(bundle, cohort)
-    rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in scenarios))
+    rules = _rules(scenarios, specs, cohort)
     records = _labelled(cohort, split)
     for name in methods:
         bundle.with_selector(name)  # an unknown one is refused before anything is written
     quality.check_draws(draws)
+    if not 0 <= part_id < num_parts:
+        raise ConfigError(
+            Problem("--part-id", "there is no such part", f"0 to {num_parts - 1}", str(part_id))
+        )
+    seen = _seen(bundle, records)
+    if seen and not allow_overlap:
+        raise ConfigError(
+            Problem(
+                f"cohort {cohort.name}, split {split}",
+                f"{seen} of its patients were used to make bundle {bundle.name}",
+                expected="patients whom the bundle has never seen",
+                remedy="Choose another split, or add --allow-overlap to see flattering figures",
+            )
+        )
     run = _Run(
         bundle,
         cohort,
@@ -145,52 +176,49 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         "reports": int(reports) if reports is not True else None,
-        "first_scenario": rules[0].text,
+        "first_scenario": rules[0].text + rules[0].digest,
         "selectors": [bundle.choice.name, *methods],
         "draws": draws,
         "records, label or patient": _digest(records),
+        "subgroups": [asdict(s) for s in cohort.subgroups],
     }
-    _open(out, known, resume)
-    parts: dict[Scenario, list[Row]] = {rule: [] for rule in rules}
-    done, total = 0, len(records) * len(rules)
-    for number, first in enumerate(range(0, len(records), batch_size)):
-        chunk = records[first : first + batch_size]
-        files = {rule: out / _PROGRESS / _file_name(rule, number) for rule in rules}
-        if not all(file.is_file() for file in files.values()):
-            read, unreadable = _read(chunk, specs, cohort.missing_values)
-            for rule, file in files.items():
-                if not file.is_file():
-                    folder = out / "reports" if rule is rules[0] else None
-                    part = run.batch(rule, read, folder, first)
-                    part["failures"] += unreadable
-                    write_json(file, part)
-        for rule, file in files.items():
-            parts[rule].append(json.loads(file.read_text(encoding="utf-8")))
-            done += len(chunk)
+    _open(out, known, resume, num_parts)
+    chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
+
+    def open_rules(number: int) -> list[Scenario]:
+        return [r for r in rules if not (out / _PROGRESS / _file_name(r, number)).is_file()]
+
+    mine = [n for n in range(len(chunks)) if n % num_parts == part_id]
+    todo = [n for n in mine if open_rules(n)]
+    done = len(rules) * sum(len(chunks[n]) for n in mine if n not in set(todo))
+    total = len(rules) * sum(len(chunks[n]) for n in mine)
+    if progress is not None and done:
+        progress(done, total)
+    for number, (read, unreadable) in _read_ahead(
+        [(n, chunks[n]) for n in todo], specs, cohort.missing_values
+    ):
+        finished = set(rules) - set(open_rules(number))
+        for rule in rules:
+            if rule not in finished:
+                folder = out / "reports" if rule is rules[0] else None
+                part = run.batch(rule, read, folder, number * batch_size)
+                part["failures"] += unreadable
+                write_json(out / _PROGRESS / _file_name(rule, number), part)
+            done += len(chunks[number])
             if progress is not None:
                 progress(done, total)
-    kinds = ("predictions", "selections", "failures", "recovery", "pictures")
-    predictions, selections, failures, recovered, pictures = (
-        [row for rule in rules for part in parts[rule] for row in part[kind]] for kind in kinds
-    )
-    # A record that cannot be read fails in every scenario; once is enough.
-    failures = list({tuple(row.values()): row for row in failures}.values())
-    metrics = _metrics(predictions, [r.text for r in rules], bundle, seed)
-    columns = _prediction_columns(bundle.task.classes)
-    write_csv(out / "predictions.csv", columns, predictions)
-    write_csv(out / "selections.csv", ("scenario", "record_id", *STEP_COLUMNS), selections)
-    write_csv(out / "metrics.csv", _METRIC_COLUMNS, metrics)
-    write_csv(out / "failures.csv", _FAILURE_COLUMNS, failures)
+    still_open = sum(bool(open_rules(n)) for n in range(len(chunks)))
+    if still_open:
+        return EvaluateResult(out, len(records), 0, (), still_open)
     facts: Row = {
         "schema_version": 1,
-        "command": "evaluate",
+        "command": command or "evaluate",
         "cohort": cohort.name,
         "split": split,
         "target": bundle.task.target,
         "classes": list(bundle.task.classes),
         "modalities": [spec.name for spec in specs],
         "scenarios": [rule.text for rule in rules],
-        "methods": list(dict.fromkeys(row["method"] for row in predictions)),
         "selector": bundle.choice.name,
         "selector_why": bundle.choice.why,
         "seed": seed,
@@ -199,16 +227,83 @@ def evaluate(
         "records": len(records),
         "patients": len({r.patient_id for r in records}),
         "unlabelled_records": len(cohort.in_split(_split(split))) - len(records),
-        "failed_records": len({row["record_id"] for row in failures}),
-        "patients_seen_in_training": _seen(bundle, records),
+        "patients_seen_in_training": seen,
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
+        "records_sha256": known["records, label or patient"],
         "device": str(bundle.device),
         "versions": versions(),
     }
-    recovery = quality.write(out, recovered, pictures, facts["scenarios"], specs, seed)
-    write_pages(out, facts, predictions, metrics, failures, recovery)
-    write_json(out / "run.json", {**facts, "seconds": round(time.perf_counter() - start, 1)})
-    return EvaluateResult(out, len(records), facts["failed_records"], tuple(metrics))
+    return _write(out, facts, rules, len(chunks), specs, start)
+
+
+def _write(
+    out: Path,
+    facts: Row,
+    rules: Sequence[Scenario],
+    batches: int,
+    specs: Sequence[ModalitySpec],
+    start: float,
+) -> EvaluateResult:
+    """Write tables, plots and the page from the finished batches, one batch at a time."""
+    classes, names, seed = facts["classes"], facts["modalities"], facts["seed"]
+    collectors = [Collector(r.text, classes, names, facts["selector"]) for r in rules]
+    recoveries = quality.Collector(specs)
+    failures: dict[tuple[object, ...], Row] = {}
+    listed: list[Row] = []
+    columns = {
+        "predictions": _prediction_columns(classes),
+        "selections": ("scenario", "record_id", *STEP_COLUMNS),
+        "hidden": HIDDEN_COLUMNS,
+        "recovery": quality.COLUMNS,
+    }
+    with ExitStack() as stack:
+        append = {
+            kind: stack.enter_context(csv_stream(out / f"{kind}.csv", header))
+            for kind, header in columns.items()
+        }
+        for rule, collector in zip(rules, collectors, strict=True):
+            for number in range(batches):
+                path = out / _PROGRESS / _file_name(rule, number)
+                part = json.loads(path.read_text(encoding="utf-8"))
+                for kind in columns:
+                    append[kind](part[kind])
+                collector.add(part["predictions"], part["facts"])
+                recoveries.add(quality.Measured(part["recovery"], part["pictures"]))
+                # A record that cannot be read fails in every scenario; once is enough.
+                failures |= {tuple(row.values()): row for row in part["failures"]}
+                if rule is rules[0]:
+                    listed += part["predictions"]
+    for kind in ("hidden", "recovery"):  # nothing was hidden, or nothing of it recovered
+        if (out / f"{kind}.csv").read_text(encoding="utf-8").count("\n") == 1:
+            (out / f"{kind}.csv").unlink()
+    scores = [collector.scores() for collector in collectors]
+    table = metrics(scores, facts["patients_seen_in_training"], seed)
+    patterns = list(by_pattern(scores, seed))
+    subgroups = list(by_subgroup(scores, seed))
+    write_csv(out / "metrics.csv", METRIC_COLUMNS, table)
+    write_csv(out / "metrics_by_pattern.csv", PATTERN_COLUMNS, patterns)
+    write_csv(out / "metrics_by_subgroup.csv", SUBGROUP_COLUMNS, subgroups)
+    write_csv(out / "failures.csv", _FAILURE_COLUMNS, list(failures.values()))
+    facts = {
+        **facts,
+        "methods": list(dict.fromkeys(m for s in scores for m in s.probabilities)),
+        "failed_records": len({row["record_id"] for row in failures.values()}),
+    }
+    recovery = recoveries.write(out, facts["scenarios"], seed)
+    write_pages(
+        out,
+        facts,
+        scores,
+        table,
+        listed,
+        list(failures.values()),
+        patterns=patterns,
+        subgroups=subgroups,
+        recovery=recovery,
+    )
+    seconds = time.perf_counter() - start
+    write_json(out / "run.json", {**facts, "seconds": round(seconds, 1)})
+    return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table))
 
 
 @dataclass(frozen=True)
@@ -238,28 +333,38 @@ class _Run:
     def batch(
         self,
         rule: Scenario,
-        read: Sequence[tuple[int, PatientRecord]],
+        read: Sequence[tuple[int, CohortRecord, PatientRecord]],
         reports: Path | None,
         first: int,
-    ) -> dict[str, list[Row]]:
+    ) -> dict[str, Any]:
         """Return the rows of one batch under one scenario, and write its reports.
 
         Args:
             rule: The scenario.
-            read: Position in the batch and record.
+            read: Position in the batch, entry and record.
             reports: Folder for reports; None = no reports in this scenario.
             first: Position of the batch's first record in the split.
         """
         rows: dict[str, list[Row]] = {
-            key: [] for key in ("predictions", "selections", "failures", "recovery", "pictures")
+            key: []
+            for key in ("predictions", "selections", "failures", "hidden", "recovery", "pictures")
         }
-        hidden, whole, positions = [], [], []
-        for position, record in read:
+        facts: dict[str, Row] = {}
+        remaining, whole, positions, levels = [], [], [], []
+        for position, entry, record in read:
             left = apply(rule, record, self.specs, self.seed)
+            rows["hidden"] += hidden(record, left, self.specs, rule)
             if left.modalities:
-                hidden.append(left)
+                remaining.append(left)
                 whole.append(record)
                 positions.append(first + position)
+                levels.append(
+                    {
+                        s.name: level(s, entry, record, self.specs)
+                        for s in self.cohort.subgroups
+                        if s.modality is None or s.modality in {p.name for p in self.specs}
+                    }
+                )
             else:
                 problem = Problem(
                     f"Patient {record.record_id}",
@@ -268,7 +373,7 @@ class _Run:
                     remedy="Choose another scenario",
                 )
                 rows["failures"].append(_failure(record.record_id, rule.text, "hide", str(problem)))
-        for index, answers in self._answers(hidden, rule, rows["failures"]):
+        for index, answers in self._answers(remaining, rule, rows["failures"]):
             oracle = None
             if rule.kind != "as-is":
                 oracle = self._ask([whole[i] for i in index])
@@ -277,16 +382,28 @@ class _Run:
                 )
                 rows["recovery"] += measured.rows
                 rows["pictures"] += measured.pictures
+            compared = comparator_probabilities(self.bundle, answers.batch)
+            points = self._points_to(answers)
+            sets = self._sets(answers)
             for row, i in enumerate(index):
-                record = hidden[i]
-                rows["predictions"] += self._predictions(rule, record, answers, oracle, row)
+                record = remaining[i]
+                members, calibrated_on = sets[row]
+                facts[record.record_id] = {
+                    "points_to": points[row],
+                    "set": members,
+                    "calibrated_on": calibrated_on,
+                    "subgroups": levels[i],
+                }
+                rows["predictions"] += self._predictions(
+                    rule, record, answers, oracle, compared, members, row
+                )
                 rows["selections"] += [
                     {"scenario": rule.text, "record_id": record.record_id, **asdict(step)}
                     for step in selection_steps(answers.own, row)
                 ]
                 if reports is not None and (self.reports is None or positions[i] < self.reports):
                     self._report(record, answers, row, reports)
-        return rows
+        return {**rows, "facts": facts}
 
     def _answers(
         self, records: Sequence[PatientRecord], rule: Scenario, failures: list[Row]
@@ -310,19 +427,65 @@ class _Run:
     def _ask(self, records: Sequence[PatientRecord]) -> Answers:
         return answer(self.bundle, records, seed=self.seed, methods=self.methods)
 
+    def _points_to(self, answers: Answers) -> list[dict[str, int]]:
+        """Return per record the class that each recovery, alone, points to."""
+        candidates = answers.recovery.candidates
+        rows, column = candidates.nonzero(as_tuple=True)
+        found: list[dict[str, int]] = [{} for _ in range(len(candidates))]
+        if not len(rows):
+            return found
+        only = torch.nn.functional.one_hot(column, candidates.shape[1]).bool()
+        with torch.inference_mode():
+            classes = answers.fuse(rows, only, only).logits.argmax(-1)
+        for i, m, k in zip(rows.tolist(), column.tolist(), classes.tolist(), strict=True):
+            found[i][answers.batch.observed.names[m]] = k
+        return found
+
+    def _sets(self, answers: Answers) -> list[tuple[list[int], int]]:
+        """Return per record the classes of its prediction set, and how many it rests on."""
+        n = len(answers.batch)
+        conformal, method = self.bundle.conformal, answers.method
+        if conformal is None or method not in conformal.scores:
+            return [([], 0)] * n
+        names = answers.batch.observed.names
+        patterns = [_joined(names, answers.batch.observed.available[i]) for i in range(n)]
+        found = conformal.sets(method, answers.probabilities[method].numpy(), patterns)
+        return [
+            (np.flatnonzero(members).tolist(), int(size))
+            for members, size in zip(found.members, found.calibrated_on, strict=True)
+        ]
+
     def _predictions(
         self,
         rule: Scenario,
         record: PatientRecord,
         answers: Answers,
         oracle: Answers | None,
+        compared: dict[str, Tensor],
+        members: Sequence[int],
         row: int,
     ) -> list[Row]:
         """Return one record's rows of `predictions.csv`, one per method."""
         rows = [self._prediction(rule, record, answers, m, m, row) for m in answers.traces]
+        classes = self.bundle.task.classes
+        for one in rows:
+            if one["method"] == answers.method:
+                one["prediction_set"] = "+".join(classes[k] for k in members)
+        for name, probabilities in compared.items():
+            # They see what was observed and nothing else.
+            base = self._prediction(rule, record, answers, "observed_only", name, row)
+            rows.append({**base, **self._answer(probabilities[row])})
         if oracle is not None:
             rows.append(self._prediction(rule, record, oracle, "observed_only", ORACLE, row))
         return rows
+
+    def _answer(self, probabilities: Tensor) -> Row:
+        """Return the columns that say what a method answers."""
+        classes, values = self.bundle.task.classes, probabilities.tolist()
+        return {
+            **{f"prob_{c}": p for c, p in zip(classes, values, strict=True)},
+            "predicted": classes[int(np.argmax(values))],
+        }
 
     def _prediction(
         self,
@@ -334,8 +497,6 @@ class _Run:
         row: int,
     ) -> Row:
         trace, recovery = answers.traces[method], answers.recovery
-        probabilities = answers.probabilities[method][row].tolist()
-        classes = self.bundle.task.classes
         partly = answers.batch.partly_filled()[row].tolist()
         observed = trace.observed[row].tolist()
         label = record.label if record.label is not None else -1
@@ -344,10 +505,10 @@ class _Run:
             "record_id": record.record_id,
             "patient_id": record.patient_id,
             "split": self.split,
-            "label": classes[label],
+            "label": self.bundle.task.classes[label],
             "method": name,
-            **{f"prob_{c}": p for c, p in zip(classes, probabilities, strict=True)},
-            "predicted": classes[int(np.argmax(probabilities))],
+            **self._answer(answers.probabilities[method][row]),
+            "prediction_set": "",
             "observed": _joined(trace.names, trace.observed[row]),
             "trusted": _joined(trace.names, trace.admitted[row]),
             "rejected": _joined(trace.names, trace.rejected[row]),
@@ -385,7 +546,7 @@ def _prediction_columns(classes: Sequence[str]) -> tuple[str, ...]:
     return (
         *("scenario", "record_id", "patient_id", "split", "label", "method"),
         *(f"prob_{c}" for c in classes),
-        *("predicted", "observed", "trusted", "rejected", "absent", "pattern"),
+        *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
     )
 
 
@@ -401,6 +562,36 @@ def _split(name: str) -> Split:
     raise ConfigError(
         Problem("--split", f"there is no split '{name}'", remedy=nearest(name, list(SPLITS)))
     )
+
+
+def _rules(
+    scenarios: Sequence[str], specs: Sequence[ModalitySpec], cohort: Cohort
+) -> tuple[Scenario, ...]:
+    """Return the scenarios, each once.
+
+    Raises:
+        ConfigError: If one is unknown, or replays would mix or hide nothing.
+    """
+    rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in scenarios))
+    ids = {record.record_id for record in cohort.records}
+    problems = []
+    for rule in rules:
+        where = f"scenario '{rule.text}'"
+        if sum(other.text == rule.text for other in rules) > 1:
+            problems.append(
+                Problem(where, "two different files hide under this name", remedy="Replay one")
+            )
+        if rule.kind == "replay" and not ids & set(rule.taken):
+            problems.append(
+                Problem(
+                    where,
+                    f"it names no record of cohort {cohort.name}",
+                    remedy="Replay what was hidden from this cohort",
+                )
+            )
+    if problems:
+        raise ConfigError(*problems)
+    return rules
 
 
 def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
@@ -476,7 +667,7 @@ def _seen(bundle: ModelBundle, records: Sequence[CohortRecord]) -> int:
     return len({r.patient_id for r in records if hashed_id(bundle.name, r.patient_id) in fitted})
 
 
-def _open(out: Path, known: Row, resume: bool) -> None:
+def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
     """Prepare the folder: a new one, or one that may be gone on with.
 
     Raises:
@@ -486,7 +677,8 @@ def _open(out: Path, known: Row, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(Problem(str(out), "is a file", remedy="Name a folder with --out"))
     if out.is_dir() and any(out.iterdir()):
-        if not resume:
+        # The parts of one evaluation meet in one folder, whichever starts first.
+        if not resume and num_parts == 1:
             remedy = "Go on with it by --resume, or name another folder with --out"
             raise ConfigError(Problem(str(out), "is not empty", remedy=remedy))
         if not marker.is_file():
@@ -498,7 +690,8 @@ def _open(out: Path, known: Row, resume: bool) -> None:
                 )
             )
         earlier = json.loads(marker.read_text(encoding="utf-8"))
-        differing = [key for key in known if earlier.get(key) != known[key]]
+        now = json.loads(json.dumps(known))
+        differing = [key for key in now if earlier.get(key) != now[key]]
         if differing:
             raise ConfigError(
                 Problem(
@@ -508,8 +701,20 @@ def _open(out: Path, known: Row, resume: bool) -> None:
                 )
             )
         return
-    marker.parent.mkdir(parents=True)
-    write_json(marker, known)
+    # With its settings in it the folder takes its name at once: another part may look for them.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    (new / _PROGRESS).mkdir(parents=True)
+    write_json(new / _PROGRESS / "settings.json", known)
+    try:
+        if out.is_dir():
+            out.rmdir()  # empty; not empty any more = another part was faster
+        new.rename(out)
+    except OSError:
+        shutil.rmtree(new)
+        if num_parts == 1:
+            raise
+        _open(out, known, resume, num_parts)
 
 
 def _digest(records: Sequence[CohortRecord]) -> str:
@@ -520,13 +725,44 @@ def _digest(records: Sequence[CohortRecord]) -> str:
 
 def _file_name(rule: Scenario, number: int) -> str:
     """Return the progress file of a batch; the text may hold what file names must not."""
-    digest = sha256(rule.text.encode()).hexdigest()[:8]
+    digest = sha256((rule.text + rule.digest).encode()).hexdigest()[:8]
     return f"{rule.kind}-{digest}-{number:05d}.json"
+
+
+_Chunk = tuple[list[tuple[int, CohortRecord, PatientRecord]], list[Row]]
+
+
+def _read_ahead(
+    chunks: Sequence[tuple[int, Sequence[CohortRecord]]],
+    specs: Sequence[ModalitySpec],
+    missing_values: Sequence[str],
+) -> Iterator[tuple[int, _Chunk]]:
+    """Yield batches in order, the next ones being read in the background meanwhile.
+
+    Args:
+        chunks: Number and records of each batch.
+        specs: Modalities.
+        missing_values: Strings that mean "blank".
+    """
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        waiting: list[tuple[int, Future[_Chunk]]] = []
+        try:
+            for number, chunk in chunks:
+                waiting.append((number, reader.submit(_read, chunk, specs, missing_values)))
+                if len(waiting) > _AHEAD:
+                    first, future = waiting.pop(0)
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def _read(
     chunk: Sequence[CohortRecord], specs: Sequence[ModalitySpec], missing_values: Sequence[str]
-) -> tuple[list[tuple[int, PatientRecord]], list[Row]]:
+) -> _Chunk:
     """Return the records that can be read with their positions, and the failures."""
     read, failures = [], []
     for position, entry in enumerate(chunk):
@@ -535,47 +771,5 @@ def _read(
         except PatientDataError as error:
             failures.append(_failure(entry.record_id, "all", "read", _message(error)))
         else:
-            read.append((position, record))
+            read.append((position, entry, record))
     return read, failures
-
-
-def _metrics(
-    predictions: Sequence[Row], scenarios: Sequence[str], bundle: ModelBundle, seed: int
-) -> list[Row]:
-    """Return the rows of `metrics.csv`: methods, then differences, per scenario."""
-    classes = bundle.task.classes
-    own = bundle.choice.name
-    rows: list[Row] = []
-    for scenario in scenarios:
-        methods: dict[str, list[Row]] = {}
-        for row in predictions:
-            if row["scenario"] == scenario:
-                methods.setdefault(row["method"], []).append(row)
-        if not methods:
-            continue
-        first = methods[own]
-        patients = [row["patient_id"] for row in first]
-        probabilities: Mapping[str, Floats] = {
-            method: np.array([[row[f"prob_{c}"] for c in classes] for row in part])
-            for method, part in methods.items()
-        }
-        estimates = bootstrap(
-            [classes.index(row["label"]) for row in first],
-            probabilities,
-            patients,
-            pairs=[(own, other) for other in methods if other not in (own, ORACLE)],
-            seed=seed,
-        )
-        rows += [
-            {
-                "scenario": scenario,
-                "method": method,
-                "metric": metric,
-                **asdict(estimate),
-                "records": len(first),
-                "patients": len(set(patients)),
-            }
-            for method, by_metric in estimates.items()
-            for metric, estimate in by_metric.items()
-        ]
-    return rows

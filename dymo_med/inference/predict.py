@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dymo_med import __version__
-from dymo_med.backbones import encode_versions
+from dymo_med.backbones import EncodedVersions, encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_patient
@@ -58,6 +58,7 @@ class Answers:
         method: The bundle's default selector.
         traces: Selection by method: `COMPARED`, the bundle's default, and what else was asked for.
         probabilities: Calibrated, float64 `(B, K)` on the CPU, by method.
+        fuse: Over the B records, for further questions.
     """
 
     batch: Batch
@@ -65,6 +66,7 @@ class Answers:
     method: str
     traces: Mapping[str, SelectionTrace]
     probabilities: Mapping[str, Tensor]
+    fuse: EncodedVersions
 
     @property
     def own(self) -> SelectionTrace:
@@ -107,7 +109,7 @@ def answer(
             name: calibrated(trace.output.logits, bundle.temperature)
             for name, trace in traces.items()
         }
-    return Answers(batch, recovery, bundle.choice.name, traces, probabilities)
+    return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse)
 
 
 def calibrated(logits: Tensor, temperature: float) -> Tensor:

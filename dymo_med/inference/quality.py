@@ -5,8 +5,8 @@ near are recovered cells, and does the classifier still say the same with the re
 of the truth. The last one matters most: a scan can look right and mislead, or be blurred where
 nothing depends on it.
 
-`measure` works batch by batch and returns what JSON can hold; `write` turns all of it into tables,
-plots and a section of the cohort's page.
+`measure` works batch by batch and returns what JSON can hold; a `Collector` turns all of it into
+tables, plots and a section of the cohort's page.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import base64
 import io
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ _SHARES = ("accuracy", WITHIN, "same_answer")
 _KEPT = 2  # pictures per modality
 _MOST_PICTURES = 8
 _PIXELS = 320  # longest side of a picture
-_FILES = ("recovery.csv", "recovery_summary.csv", "plots/recovery.png", "plots/recovered.png")
+_FILES = ("recovery_summary.csv", "plots/recovery.png", "plots/recovered.png")
 _COLOURS = ("#1f5a82", "#a9570c", "#5b8a3c", "#8a4f7d", "#1b2530", "#b08d1f")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -96,8 +97,23 @@ class Measured:
             `scenario`, `record_id`, `modality` and `extent` (rows, columns; in mm for volumes).
     """
 
-    rows: list[Row]
-    pictures: list[Row]
+    rows: Sequence[Row]
+    pictures: Sequence[Row]
+
+
+@dataclass
+class _Values:
+    """One metric of one thing recovered: whose, and what.
+
+    Attributes:
+        unit: Of the values.
+        record: Positions of records.
+        value: One per position.
+    """
+
+    unit: str
+    record: array[int] = field(default_factory=lambda: array("q"))
+    value: array[float] = field(default_factory=lambda: array("d"))
 
 
 def check_draws(draws: int) -> None:
@@ -484,95 +500,102 @@ def _unit(metric: str, column: Column | None) -> str:
 # --- Tables, plots and the section of the page ----------------------------------------------------
 
 
-def write(
-    out: Path,
-    rows: Sequence[Row],
-    pictures: Sequence[Row],
-    scenarios: Sequence[str],
-    specs: Sequence[ModalitySpec],
-    seed: int,
-) -> dict[str, Any] | None:
-    """Write `recovery.csv`, `recovery_summary.csv` and their plots, if anything was measured.
+class Collector:
+    """Takes what was measured as it comes, and keeps numbers and a few pictures.
 
     Args:
-        out: Folder of the evaluation.
-        rows: Of all batches.
-        pictures: Of all batches.
-        scenarios: In order.
         specs: Modalities in canonical order.
-        seed: Of the bootstrap.
-
-    Returns:
-        What the template needs; None if nothing was measured, and then nothing is written.
     """
-    # An earlier run in this folder may have had other scenarios.
-    for name in _FILES:
-        (out / name).unlink(missing_ok=True)
-    if not rows:
-        return None
-    summary = summarise(rows, scenarios, specs, seed)
-    write_csv(out / _FILES[0], COLUMNS, rows)
-    write_csv(out / _FILES[1], SUMMARY_COLUMNS, summary)
-    (out / "plots").mkdir(exist_ok=True)
-    _plot(out / _FILES[2], summary, scenarios)
-    shown = _choose(pictures, specs)
-    if shown:
-        _plot_pictures(out / _FILES[3], shown)
-    return _view(summary, shown)
 
+    def __init__(self, specs: Sequence[ModalitySpec]) -> None:
+        self._specs = tuple(specs)
+        self._values: dict[str, dict[tuple[str, str, str], _Values]] = {}
+        self._records: dict[str, dict[str, tuple[int, str]]] = {}  # place and patient
+        self._pictures: list[Row] = []
 
-def summarise(
-    rows: Sequence[Row], scenarios: Sequence[str], specs: Sequence[ModalitySpec], seed: int
-) -> list[Row]:
-    """Return the rows of `recovery_summary.csv`.
-
-    Args:
-        rows: Of `recovery.csv`.
-        scenarios: In order.
-        specs: Modalities in canonical order.
-        seed: Of the bootstrap.
-    """
-    order = {
-        (name, column): position
-        for position, (name, column) in enumerate(
-            [(s.name, c) for s in specs for c in ("", *(c.name for c in s.columns))]
-            + [(EVERYTHING, "")]
-        )
-    }
-    result: list[Row] = []
-    for scenario in scenarios:
-        own = [row for row in rows if row["scenario"] == scenario]
-        records = {row["record_id"]: row["patient_id"] for row in own}
-        position = {record: i for i, record in enumerate(records)}
-        keys = sorted(
-            {(row["modality"], row["column"], row["metric"]): row["unit"] for row in own}.items(),
-            key=lambda item: (order[item[0][:2]], METRICS.index(item[0][2])),
-        )
-        place = {key: j for j, (key, _) in enumerate(keys)}
-        table = np.full((len(records), len(keys)), np.nan)
-        for row in own:
+    def add(self, measured: Measured) -> None:
+        """Take what was measured of a batch."""
+        for row in measured.rows:
+            records = self._records.setdefault(row["scenario"], {})
+            place, _ = records.setdefault(row["record_id"], (len(records), row["patient_id"]))
+            key = row["modality"], row["column"], row["metric"]
+            values = self._values.setdefault(row["scenario"], {}).setdefault(
+                key, _Values(row["unit"])
+            )
             # What is not finite (the PSNR of an exact copy) is kept as None.
             if row["value"] is not None:
-                key = row["modality"], row["column"], row["metric"]
-                table[position[row["record_id"]], place[key]] = row["value"]
-        estimates = bootstrap_means(table, list(records.values()), seed=seed)
-        for ((modality, column, metric), unit), estimate, values in zip(
-            keys, estimates, table.T, strict=True
-        ):
-            patients = [p for p, v in zip(records.values(), values, strict=True) if v == v]
-            result.append(
-                {
-                    "scenario": scenario,
-                    "modality": modality,
-                    "column": column,
-                    "metric": metric,
-                    **asdict(estimate),
-                    "unit": unit,
-                    "records": len(patients),
-                    "patients": len(set(patients)),
-                }
+                values.record.append(place)
+                values.value.append(row["value"])
+        self._pictures = _choose([*self._pictures, *measured.pictures], self._specs)
+
+    def write(self, out: Path, scenarios: Sequence[str], seed: int) -> dict[str, Any] | None:
+        """Write `recovery_summary.csv` and the plots, if anything was measured.
+
+        Args:
+            out: Folder of the evaluation.
+            scenarios: In order.
+            seed: Of the bootstrap.
+
+        Returns:
+            What the template needs; None if nothing was measured, and then nothing is written.
+        """
+        # An earlier run in this folder may have had other scenarios.
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
+        if not self._values:
+            return None
+        summary = self.summary(scenarios, seed)
+        write_csv(out / _FILES[0], SUMMARY_COLUMNS, summary)
+        (out / "plots").mkdir(exist_ok=True)
+        _plot(out / _FILES[1], summary, scenarios)
+        if self._pictures:
+            _plot_pictures(out / _FILES[2], self._pictures)
+        return _view(summary, self._pictures)
+
+    def summary(self, scenarios: Sequence[str], seed: int) -> list[Row]:
+        """Return the rows of `recovery_summary.csv`.
+
+        Args:
+            scenarios: In order.
+            seed: Of the bootstrap.
+        """
+        order = {
+            (name, column): position
+            for position, (name, column) in enumerate(
+                [(s.name, c) for s in self._specs for c in ("", *(c.name for c in s.columns))]
+                + [(EVERYTHING, "")]
             )
-    return result
+        }
+        result: list[Row] = []
+        for scenario in scenarios:
+            patient_ids = [patient for _, patient in self._records.get(scenario, {}).values()]
+            keys = sorted(
+                self._values.get(scenario, {}).items(),
+                key=lambda item: (order[item[0][:2]], METRICS.index(item[0][2])),
+            )
+            table = np.full((len(patient_ids), len(keys)), np.nan)
+            for j, (_, kept) in enumerate(keys):
+                table[np.array(kept.record, dtype=int), j] = kept.value
+            estimates = bootstrap_means(table, patient_ids, seed=seed)
+            for ((modality, column, metric), own), estimate, values in zip(
+                keys, estimates, table.T, strict=True
+            ):
+                patients = [p for p, v in zip(patient_ids, values, strict=True) if v == v]
+                result.append(
+                    {
+                        "scenario": scenario,
+                        "modality": modality,
+                        "column": column,
+                        "metric": metric,
+                        "value": estimate.value,
+                        "low": estimate.low,
+                        "high": estimate.high,
+                        "unit": own.unit,
+                        "records": len(patients),
+                        "patients": len(set(patients)),
+                    }
+                )
+        return result
 
 
 def _view(summary: Sequence[Row], shown: Sequence[Row]) -> dict[str, Any]:

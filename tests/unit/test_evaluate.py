@@ -15,11 +15,13 @@ from dymo_med.inference import evaluate as module
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch
+from dymo_med.inference.scores import Collector, by_pattern, by_subgroup, metrics
 from dymo_med.metrics import bootstrap
 
 SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
 TABLES = (
     *("predictions.csv", "selections.csv", "metrics.csv", "failures.csv"),
+    *("metrics_by_pattern.csv", "metrics_by_subgroup.csv", "hidden.csv"),
     *("recovery.csv", "recovery_summary.csv"),
 )
 
@@ -42,6 +44,7 @@ def done(bundle, cohort, tmp_path_factory):
         scenarios=SCENARIOS,
         batch_size=5,
         reports=2,
+        allow_overlap=True,
         progress=lambda d, t: seen.append((d, t)),
     )
     assert seen[-1][0] == seen[-1][1] == result.records * len(SCENARIOS)
@@ -61,7 +64,8 @@ def broken(cohort_dir, tmp_path):
 def test_everything_is_written(done):
     names = {p.name for p in done.out.iterdir()}
     assert names == {*TABLES, "run.json", "index.html", "plots", "reports", ".progress"}
-    plots = {"auroc.png", "calibration.png", "recovery.png", "recovered.png"}
+    plots = {"auroc.png", "rates.png", "calibration.png", "admission.png", "changes.png"}
+    plots |= {"recovery.png", "recovered.png"}
     assert {p.name for p in (done.out / "plots").iterdir()} == plots
     assert len(list((done.out / "reports").glob("*/report.html"))) == 2
     assert done.failures == 0 and rows_of(done.out / "failures.csv") == []
@@ -177,7 +181,8 @@ def test_the_page_links_what_exists_and_needs_no_network(done):
 
 def test_the_same_again_is_the_same(done, bundle, cohort, tmp_path):
     out = tmp_path / "again"
-    evaluate(bundle, cohort, out, split="train", scenarios=SCENARIOS, batch_size=5, reports=0)
+    given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "allow_overlap": True}
+    evaluate(bundle, cohort, out, **given, reports=0)
     for name in TABLES:
         assert (out / name).read_bytes() == (done.out / name).read_bytes(), name
 
@@ -185,6 +190,7 @@ def test_the_same_again_is_the_same(done, bundle, cohort, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_path, monkeypatch):
     out = tmp_path / "interrupted"
     given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "reports": 2}
+    given |= {"allow_overlap": True}
     calls = []
 
     def stop(number, total):
@@ -374,26 +380,11 @@ def test_many_classes_and_hostile_names_on_the_page(tmp_path):
                     "pattern": "t1~",
                 }
             )
-    metrics = [
-        {
-            "scenario": "as-is",
-            "method": method,
-            "metric": metric,
-            "value": 0.5,
-            "low": -0.1,
-            "high": 0.6,
-            "records": 12,
-            "patients": 12,
-        }
-        for method in (
-            "observed_only",
-            "trust_all",
-            "dymo",
-            "dymo - observed_only",
-            "dymo - trust_all",
-        )
-        for metric in ("auroc", "balanced_accuracy", "brier", "ece")
-    ]
+    collector = Collector("as-is", classes, ["t1", "t2", hostile], "dymo")
+    known = {"points_to": {"t2": 0}, "set": [0], "calibrated_on": 9, "subgroups": {"site": hostile}}
+    collector.add(predictions, {f"r{i}": known for i in range(12)})
+    scores = [collector.scores()]
+    table = metrics(scores, 0, 0)
     facts = {
         "cohort": hostile,
         "split": "test",
@@ -413,7 +404,8 @@ def test_many_classes_and_hostile_names_on_the_page(tmp_path):
         "versions": {"dymo_med": "0"},
     }
     failures = [{"record_id": hostile, "scenario": "all", "stage": "read", "message": hostile}]
-    write_pages(tmp_path, facts, predictions, metrics, failures)
+    parts = {"patterns": list(by_pattern(scores, 0)), "subgroups": list(by_subgroup(scores, 0))}
+    write_pages(tmp_path, facts, scores, table, predictions, failures, **parts)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "Probability of the answer" in page

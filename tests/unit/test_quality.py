@@ -47,7 +47,15 @@ def _blank(record):
 def done(bundle, cohort, tmp_path_factory):
     out = tmp_path_factory.mktemp("quality") / "out"
     evaluate(
-        bundle, cohort, out, split="train", scenarios=SCENARIOS, batch_size=5, reports=0, draws=19
+        bundle,
+        cohort,
+        out,
+        split="train",
+        scenarios=SCENARIOS,
+        batch_size=5,
+        reports=0,
+        draws=19,
+        allow_overlap=True,
     )
     return out
 
@@ -337,6 +345,7 @@ def test_the_summary_counts_every_patient_once(done):
 
 def test_resuming_gives_the_same_files(done, bundle, cohort, tmp_path):
     given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "reports": 0, "draws": 19}
+    given |= {"allow_overlap": True}
     calls = []
 
     def stop(number, total):
@@ -396,9 +405,9 @@ def test_every_recovered_picture_is_marked_and_nothing_else(bundle, records, tmp
     monkeypatch.setattr(
         quality, "watermark", lambda picture: (marked.append(picture), original(picture))[1]
     )
-    quality.write(
-        tmp_path, measure(bundle, "s", answers, truth).rows, pictures, ["s"], bundle.specs, 0
-    )
+    collector = quality.Collector(bundle.specs)
+    collector.add(measure(bundle, "s", answers, truth))
+    collector.write(tmp_path, ["s"], 0)
     recovered = [quality._enlarged(p["recovered"], p["extent"]) for p in pictures]
     assert all(np.array_equal(a, b) for a, b in zip(marked, recovered, strict=True))
 

@@ -1,0 +1,345 @@
+"""What an evaluation came to, kept small: arrays per scenario, and the tables made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dymo_med.metrics import (
+    Estimate,
+    Floats,
+    bootstrap,
+    bootstrap_means,
+    delong,
+    holm,
+    selection_quality,
+)
+
+Row = dict[str, Any]
+Bools = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+
+ORACLE = "oracle"
+METRIC_COLUMNS = (
+    *("scenario", "method", "metric", "value", "low", "high", "p", "p_holm"),
+    *("records", "patients", "seen_in_training"),
+)
+PATTERN_COLUMNS = (
+    *("scenario", "pattern", "method", "metric", "value", "low", "high"),
+    *("records", "patients", "calibrated_on"),
+)
+SUBGROUP_COLUMNS = (
+    *("scenario", "subgroup", "level", "method", "metric", "value", "low", "high"),
+    *("records", "patients"),
+)
+# Of parts of a cohort: less than these need many patients of each class to mean anything.
+_PART_METRICS = ("auroc", "accuracy", "brier", "log_loss", "ece")
+# Fewer patients than this give no interval worth printing.
+_FEWEST = 10
+_QUALITY = ("admitted", "harmed", "rescued", "trusted_right", "rejected_right")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One scenario: n records in order, every method's answer for each.
+
+    Attributes:
+        scenario: Its text.
+        classes: K class names.
+        modalities: M names.
+        own: The bundle's selector.
+        record_ids: n ids.
+        patient_ids: n ids.
+        labels: `(n,)` class indices.
+        patterns: n patterns: observed modalities joined by `+`.
+        probabilities: Per method `(n, K)`.
+        candidates: Bool `(n, M)`: recovered or completed.
+        admitted: Bool `(n, M)`: by the bundle's selector.
+        points_to: `(n, M)`: class that a recovery alone points to; -1 = no candidate.
+        sets: Bool `(n, K)`: prediction sets; None where the bundle has no calibration for them.
+        calibrated_on: `(n,)` how many cases a set was calibrated on.
+        subgroups: Per subgroup n levels.
+    """
+
+    scenario: str
+    classes: tuple[str, ...]
+    modalities: tuple[str, ...]
+    own: str
+    record_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    labels: Integers
+    patterns: tuple[str, ...]
+    probabilities: Mapping[str, Floats]
+    candidates: Bools
+    admitted: Bools
+    points_to: Integers
+    sets: Bools | None
+    calibrated_on: Integers
+    subgroups: Mapping[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.record_ids)
+
+    @property
+    def patients(self) -> int:
+        """How many patients the records are of."""
+        return len(set(self.patient_ids))
+
+    def rows(self, index: Integers) -> Scores:
+        """Return some of the records."""
+
+        def pick(values: Sequence[str]) -> tuple[str, ...]:
+            return tuple(values[i] for i in index)
+
+        return replace(
+            self,
+            record_ids=pick(self.record_ids),
+            patient_ids=pick(self.patient_ids),
+            labels=self.labels[index],
+            patterns=pick(self.patterns),
+            probabilities={m: p[index] for m, p in self.probabilities.items()},
+            candidates=self.candidates[index],
+            admitted=self.admitted[index],
+            points_to=self.points_to[index],
+            sets=None if self.sets is None else self.sets[index],
+            calibrated_on=self.calibrated_on[index],
+            subgroups={name: pick(levels) for name, levels in self.subgroups.items()},
+        )
+
+
+class Collector:
+    """Takes the parts of one scenario as they come, and keeps numbers only.
+
+    Args:
+        scenario: Its text.
+        classes: K class names.
+        modalities: M names.
+        own: The bundle's selector.
+    """
+
+    def __init__(
+        self, scenario: str, classes: Sequence[str], modalities: Sequence[str], own: str
+    ) -> None:
+        self.scenario, self.own = scenario, own
+        self.classes, self.modalities = tuple(classes), tuple(modalities)
+        self._ids: list[tuple[str, str, str]] = []
+        self._labels: list[int] = []
+        self._masks: list[list[tuple[bool, bool]]] = []
+        self._points: list[list[int]] = []
+        self._sets: list[list[bool]] = []
+        self._calibrated: list[int] = []
+        self._levels: dict[str, list[str]] = {}
+        self._probabilities: dict[str, list[list[float]]] = {}
+
+    def add(self, predictions: Sequence[Row], facts: Mapping[str, Row]) -> None:
+        """Take the rows of one batch.
+
+        Args:
+            predictions: Rows of `predictions.csv`.
+            facts: What else is known of each record: `points_to` by modality, `subgroups`,
+                `calibrated_on`.
+        """
+        for row in predictions:
+            values = [row[f"prob_{c}"] for c in self.classes]
+            self._probabilities.setdefault(row["method"], []).append(values)
+            if row["method"] != self.own:
+                continue
+            known = facts[row["record_id"]]
+            pattern = row["pattern"].replace("~", "")
+            self._ids.append((row["record_id"], row["patient_id"], pattern))
+            self._labels.append(self.classes.index(row["label"]))
+            trusted, rejected = (set(row[key].split("+")) for key in ("trusted", "rejected"))
+            self._masks.append([(m in trusted | rejected, m in trusted) for m in self.modalities])
+            self._points.append([known["points_to"].get(m, -1) for m in self.modalities])
+            # Class names may hold anything, so the set is kept by index beside its text.
+            self._sets.append([k in known["set"] for k in range(len(self.classes))])
+            self._calibrated.append(known["calibrated_on"])
+            for name, found in known["subgroups"].items():
+                self._levels.setdefault(name, []).append(found)
+
+    def scores(self) -> Scores:
+        """Return what was collected."""
+        n, k, m = len(self._ids), len(self.classes), len(self.modalities)
+        masks = np.array(self._masks, dtype=bool).reshape(n, m, 2)
+        sets = np.array(self._sets, dtype=bool).reshape(n, k)
+        records, patients, patterns = zip(*self._ids, strict=True) if n else ((), (), ())
+        return Scores(
+            scenario=self.scenario,
+            classes=self.classes,
+            modalities=self.modalities,
+            own=self.own,
+            record_ids=records,
+            patient_ids=patients,
+            labels=np.array(self._labels, dtype=np.int64),
+            patterns=patterns,
+            probabilities={
+                method: np.array(p, dtype=np.float64).reshape(len(p), k)
+                for method, p in self._probabilities.items()
+            },
+            candidates=masks[..., 0],
+            admitted=masks[..., 1],
+            points_to=np.array(self._points, dtype=np.int64).reshape(n, m),
+            sets=sets if bool(sets.any()) else None,
+            calibrated_on=np.array(self._calibrated, dtype=np.int64),
+            subgroups={name: tuple(levels) for name, levels in self._levels.items()},
+        )
+
+
+def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
+    """Return the rows of `metrics.csv`.
+
+    Per scenario every metric of every method; the difference of the bundle's selector to every
+    other method; for two classes that of AUROC also by DeLong's test; how good its prediction
+    sets and its choices are. `p_holm` adjusts a metric's p-values for the number of comparisons
+    made with it in this run.
+
+    Args:
+        scenarios: In order.
+        seen: How many of the patients the bundle was fitted on.
+        seed: Of the bootstrap.
+    """
+    rows: list[Row] = []
+    for scores in scenarios:
+        if not len(scores):
+            continue
+        own = scores.own
+        others = [m for m in scores.probabilities if m not in (own, ORACLE)]
+        estimates = bootstrap(
+            scores.labels.tolist(),
+            scores.probabilities,
+            scores.patient_ids,
+            pairs=[(own, other) for other in others],
+            seed=seed,
+        )
+        if len(scores.classes) == 2:
+            for other in others:
+                estimates[f"{own} - {other}"]["auroc_delong"] = delong(
+                    scores.labels.tolist(),
+                    scores.probabilities[own][:, 1],
+                    scores.probabilities[other][:, 1],
+                    scores.patient_ids,
+                )
+        estimates[own] |= _set_quality(scores, seed)
+        estimates[own] |= selection_quality(
+            scores.labels,
+            scores.probabilities["observed_only"].argmax(1),
+            scores.probabilities[own].argmax(1),
+            scores.candidates,
+            scores.admitted,
+            scores.points_to,
+            scores.patient_ids,
+            seed=seed,
+        )
+        rows += [
+            {
+                "scenario": scores.scenario,
+                "method": method,
+                "metric": metric,
+                **asdict(estimate),
+                "p_holm": None,
+                "records": len(scores),
+                "patients": scores.patients,
+                "seen_in_training": seen,
+            }
+            for method, by_metric in estimates.items()
+            for metric, estimate in by_metric.items()
+        ]
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["p"] is not None and not np.isnan(row["p"]):
+            families.setdefault(row["metric"], []).append(row)
+    for family in families.values():
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p
+    return rows
+
+
+def by_pattern(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
+    """Yield the rows of `metrics_by_pattern.csv`, commonest pattern first.
+
+    Args:
+        scenarios: In order.
+        seed: Of the bootstrap.
+    """
+    for scores in scenarios:
+        for pattern, part in parts(scores, scores.patterns):
+            calibrated = int(part.calibrated_on.min())
+            for row in _part(part, seed):
+                on = calibrated if row["metric"].startswith("set_") else None
+                yield {
+                    "scenario": scores.scenario,
+                    "pattern": pattern,
+                    "calibrated_on": on,
+                    **row,
+                }
+
+
+def by_subgroup(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
+    """Yield the rows of `metrics_by_subgroup.csv`.
+
+    Args:
+        scenarios: In order.
+        seed: Of the bootstrap.
+    """
+    for scores in scenarios:
+        for name, levels in scores.subgroups.items():
+            for found, part in parts(scores, levels):
+                for row in _part(part, seed):
+                    yield {
+                        "scenario": scores.scenario,
+                        "subgroup": name,
+                        "level": found,
+                        **row,
+                    }
+
+
+def parts(scores: Scores, values: Sequence[str]) -> Iterator[tuple[str, Scores]]:
+    """Yield the records of each value, the commonest value first.
+
+    Args:
+        scores: n records.
+        values: n values.
+    """
+    names, which, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
+    for k in sorted(range(len(names)), key=lambda k: (-counts[k], names[k])):
+        yield str(names[k]), scores.rows((which == k).nonzero()[0])
+
+
+def _part(scores: Scores, seed: int) -> Iterator[Row]:
+    """Yield the metrics of some of a scenario's records; no intervals for a handful of patients."""
+    resamples = 1000 if scores.patients >= _FEWEST else 0
+    estimates = bootstrap(
+        scores.labels.tolist(),
+        scores.probabilities,
+        scores.patient_ids,
+        metrics=_PART_METRICS,
+        seed=seed,
+        resamples=resamples,
+    )
+    estimates[scores.own] |= _set_quality(scores, seed, resamples)
+    for method, by_metric in estimates.items():
+        for metric, estimate in by_metric.items():
+            yield {
+                "method": method,
+                "metric": metric,
+                "value": estimate.value,
+                "low": estimate.low,
+                "high": estimate.high,
+                "records": len(scores),
+                "patients": scores.patients,
+            }
+
+
+def _set_quality(scores: Scores, seed: int, resamples: int = 1000) -> dict[str, Estimate]:
+    """Return how often prediction sets hold the truth, and how many classes they hold."""
+    if scores.sets is None:
+        return {}
+    right = scores.sets[np.arange(len(scores)), scores.labels]
+    table = np.stack([right, scores.sets.sum(1)], 1).astype(np.float64)
+    coverage, size = bootstrap_means(table, scores.patient_ids, seed=seed, resamples=resamples)
+    return {"set_coverage": coverage, "set_size": size}
