@@ -191,13 +191,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = yaml.safe_load(arguments.options.read_text()) if arguments.options else {}
-    train(
-        arguments.recipe,
-        arguments.cohort,
-        arguments.work / "run",
-        resume=True,
-        device="cpu",
-    )
+    if not (arguments.work / "run" / "bundle").is_dir():
+        train(arguments.recipe, arguments.cohort, arguments.work / "run", resume=True, device="cpu")
     bundle = load_bundle(arguments.work / "run" / "bundle", "cpu")
     cohort = read_cohort(arguments.cohort)
     data = {

@@ -600,6 +600,7 @@ def cohort_description(size: int) -> dict[str, object]:
         "name": "simulated-glioma",
         "task": {"type": "classification", "target": "grade", "classes": list(CLASSES)},
         "modalities": modalities,
+        "subgroups": {"age": {"column": "age_years", "edges": [45, 60]}, "sex": {"column": "sex"}},
     }
 
 
