@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
 from dymo_med.inference.predict import (
+    COMPARED,
     STEP_COLUMNS,
     Answers,
     answer,
@@ -126,7 +128,8 @@ def evaluate(
         allow_overlap: Evaluate although patients were used to make the bundle.
         num_parts: How many processes share the evaluation.
         part_id: Which of them this is, from 0. Each does every `num_parts`-th batch; whoever
-            finds all batches done writes the tables.
+            finds all batches done writes the tables (two that find it at the same moment write
+            the same bytes).
         command: What was typed, for `run.json`.
         progress: Called with (done, total) records, scenarios counted separately.
 
@@ -181,6 +184,9 @@ def evaluate(
         "draws": draws,
         "records, label or patient": _digest(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
+        "subgroup of a record": sha256(
+            json.dumps([dict(r.subgroups) for r in records]).encode()
+        ).hexdigest(),
     }
     _open(out, known, resume, num_parts)
     chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
@@ -188,18 +194,18 @@ def evaluate(
     def open_rules(number: int) -> list[Scenario]:
         return [r for r in rules if not (out / _PROGRESS / _file_name(r, number)).is_file()]
 
-    mine = [n for n in range(len(chunks)) if n % num_parts == part_id]
+    mine = range(part_id, len(chunks), num_parts)
     todo = [n for n in mine if open_rules(n)]
-    done = len(rules) * sum(len(chunks[n]) for n in mine if n not in set(todo))
     total = len(rules) * sum(len(chunks[n]) for n in mine)
+    done = total - len(rules) * sum(len(chunks[n]) for n in todo)
     if progress is not None and done:
         progress(done, total)
     for number, (read, unreadable) in _read_ahead(
         [(n, chunks[n]) for n in todo], specs, cohort.missing_values
     ):
-        finished = set(rules) - set(open_rules(number))
+        still = set(open_rules(number))
         for rule in rules:
-            if rule not in finished:
+            if rule in still:
                 folder = out / "reports" if rule is rules[0] else None
                 part = run.batch(rule, read, folder, number * batch_size)
                 part["failures"] += unreadable
@@ -245,7 +251,9 @@ def _write(
     start: float,
 ) -> EvaluateResult:
     """Write tables, plots and the page from the finished batches, one batch at a time."""
+    (out / "run.json").unlink(missing_ok=True)  # while it is there, everything belongs together
     classes, names, seed = facts["classes"], facts["modalities"], facts["seed"]
+    on_page = {*COMPARED, facts["selector"]}
     collectors = [Collector(r.text, classes, names, facts["selector"]) for r in rules]
     recoveries = quality.Collector(specs)
     failures: dict[tuple[object, ...], Row] = {}
@@ -256,6 +264,7 @@ def _write(
         "hidden": HIDDEN_COLUMNS,
         "recovery": quality.COLUMNS,
     }
+    lines = dict.fromkeys(columns, 0)
     with ExitStack() as stack:
         append = {
             kind: stack.enter_context(csv_stream(out / f"{kind}.csv", header))
@@ -267,15 +276,16 @@ def _write(
                 part = json.loads(path.read_text(encoding="utf-8"))
                 for kind in columns:
                     append[kind](part[kind])
+                    lines[kind] += len(part[kind])
                 collector.add(part["predictions"], part["facts"])
                 recoveries.add(quality.Measured(part["recovery"], part["pictures"]))
                 # A record that cannot be read fails in every scenario; once is enough.
                 failures |= {tuple(row.values()): row for row in part["failures"]}
                 if rule is rules[0]:
-                    listed += part["predictions"]
-    for kind in ("hidden", "recovery"):  # nothing was hidden, or nothing of it recovered
-        if (out / f"{kind}.csv").read_text(encoding="utf-8").count("\n") == 1:
-            (out / f"{kind}.csv").unlink()
+                    listed += [row for row in part["predictions"] if row["method"] in on_page]
+    for kind in ("hidden", "recovery"):
+        if not lines[kind]:  # nothing was hidden, or nothing of it recovered
+            (out / f"{kind}.csv").unlink(missing_ok=True)
     scores = [collector.scores() for collector in collectors]
     table = metrics(scores, facts["patients_seen_in_training"], seed)
     patterns = list(by_pattern(scores, seed))
@@ -304,6 +314,9 @@ def _write(
     seconds = time.perf_counter() - start
     write_json(out / "run.json", {**facts, "seconds": round(seconds, 1)})
     return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table))
+
+
+_Asked = tuple[Answers, Answers | None, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -373,16 +386,15 @@ class _Run:
                     remedy="Choose another scenario",
                 )
                 rows["failures"].append(_failure(record.record_id, rule.text, "hide", str(problem)))
-        for index, answers in self._answers(remaining, rule, rows["failures"]):
-            oracle = None
-            if rule.kind != "as-is":
-                oracle = self._ask([whole[i] for i in index])
+        for index, (answers, oracle, compared) in self._answers(
+            remaining, whole, rule, rows["failures"]
+        ):
+            if oracle is not None:
                 measured = quality.measure(
                     self.bundle, rule.text, answers, oracle, draws=self.draws, seed=self.seed
                 )
                 rows["recovery"] += measured.rows
                 rows["pictures"] += measured.pictures
-            compared = comparator_probabilities(self.bundle, answers.batch)
             points = self._points_to(answers)
             sets = self._sets(answers)
             for row, i in enumerate(index):
@@ -406,26 +418,42 @@ class _Run:
         return {**rows, "facts": facts}
 
     def _answers(
-        self, records: Sequence[PatientRecord], rule: Scenario, failures: list[Row]
-    ) -> Iterator[tuple[list[int], Answers]]:
+        self,
+        records: Sequence[PatientRecord],
+        whole: Sequence[PatientRecord],
+        rule: Scenario,
+        failures: list[Row],
+    ) -> Iterator[tuple[list[int], _Asked]]:
         """Yield answers with the positions they are for; all at once unless somebody fails."""
         everyone = list(range(len(records)))
+        if not records:
+            return
         try:
-            if records:
-                yield everyone, self._ask(records)
+            together = self._ask(records, whole, rule)
         except PatientDataError:
-            for i in everyone:
-                try:
-                    alone = self._ask([records[i]])
-                except PatientDataError as error:
-                    failures.append(
-                        _failure(records[i].record_id, rule.text, "predict", _message(error))
-                    )
-                else:
-                    yield [i], alone
+            pass
+        else:
+            yield everyone, together
+            return
+        for i in everyone:
+            try:
+                alone = self._ask([records[i]], [whole[i]], rule)
+            except PatientDataError as error:
+                failures.append(
+                    _failure(records[i].record_id, rule.text, "predict", _message(error))
+                )
+            else:
+                yield [i], alone
 
-    def _ask(self, records: Sequence[PatientRecord]) -> Answers:
-        return answer(self.bundle, records, seed=self.seed, methods=self.methods)
+    def _ask(
+        self, records: Sequence[PatientRecord], whole: Sequence[PatientRecord], rule: Scenario
+    ) -> _Asked:
+        """Return the answers, those on the whole records, and those of the comparators."""
+        answers = answer(self.bundle, records, seed=self.seed, methods=self.methods)
+        oracle = None
+        if rule.kind != "as-is":
+            oracle = answer(self.bundle, whole, seed=self.seed, methods=self.methods)
+        return answers, oracle, comparator_probabilities(self.bundle, answers.batch)
 
     def _points_to(self, answers: Answers) -> list[dict[str, int]]:
         """Return per record the class that each recovery, alone, points to."""
@@ -470,7 +498,7 @@ class _Run:
         classes = self.bundle.task.classes
         for one in rows:
             if one["method"] == answers.method:
-                one["prediction_set"] = "+".join(classes[k] for k in members)
+                one["prediction_set"] = "+".join(_escaped(classes[k]) for k in members)
         for name, probabilities in compared.items():
             # They see what was observed and nothing else.
             base = self._prediction(rule, record, answers, "observed_only", name, row)
@@ -532,6 +560,11 @@ class _Run:
 
 def _joined(names: Sequence[str], available: Tensor) -> str:
     return "+".join(n for n, a in zip(names, available.tolist(), strict=True) if a)
+
+
+def _escaped(name: str) -> str:
+    """Return a class's name so that `+` in it ("ER+") is not taken for the next class."""
+    return name.replace("\\", "\\\\").replace("+", "\\+")
 
 
 def _message(error: PatientDataError) -> str:
@@ -676,45 +709,45 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
     marker = out / _PROGRESS / "settings.json"
     if out.exists() and not out.is_dir():
         raise ConfigError(Problem(str(out), "is a file", remedy="Name a folder with --out"))
-    if out.is_dir() and any(out.iterdir()):
-        # The parts of one evaluation meet in one folder, whichever starts first.
-        if not resume and num_parts == 1:
-            remedy = "Go on with it by --resume, or name another folder with --out"
-            raise ConfigError(Problem(str(out), "is not empty", remedy=remedy))
-        if not marker.is_file():
-            raise ConfigError(
-                Problem(
-                    str(out),
-                    "holds no evaluation to go on with",
-                    remedy="Name another folder with --out",
-                )
+    out.mkdir(parents=True, exist_ok=True)
+    # A start that was killed before its settings took their name has left nothing to go on with.
+    if not any(p for p in out.iterdir() if not p.name.startswith(f"{_PROGRESS}.")):
+        # Settings appear with their folder or not at all: other parts may start right now.
+        new = out / f"{_PROGRESS}.{secrets.token_hex(4)}"
+        new.mkdir()
+        try:
+            write_json(new / marker.name, known)
+            new.rename(marker.parent)
+        except OSError:
+            if not marker.is_file():
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    # The parts of one evaluation meet in one folder, whichever starts first.
+    if not resume and num_parts == 1:
+        remedy = "Go on with it by --resume, or name another folder with --out"
+        raise ConfigError(Problem(str(out), "is not empty", remedy=remedy))
+    if not marker.is_file():
+        raise ConfigError(
+            Problem(
+                str(out),
+                "holds no evaluation to go on with",
+                remedy="Name another folder with --out",
             )
-        earlier = json.loads(marker.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(known))
-        differing = [key for key in now if earlier.get(key) != now[key]]
-        if differing:
-            raise ConfigError(
-                Problem(
-                    str(out),
-                    f"holds an evaluation with another {', '.join(differing)}",
-                    remedy="Repeat its settings, or name another folder with --out",
-                )
+        )
+    earlier = json.loads(marker.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(known))
+    differing = [key for key in now if earlier.get(key) != now[key]]
+    if differing:
+        raise ConfigError(
+            Problem(
+                str(out),
+                f"holds an evaluation with another {', '.join(differing)}",
+                remedy="Repeat its settings, or name another folder with --out",
             )
-        return
-    # With its settings in it the folder takes its name at once: another part may look for them.
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    (new / _PROGRESS).mkdir(parents=True)
-    write_json(new / _PROGRESS / "settings.json", known)
-    try:
-        if out.is_dir():
-            out.rmdir()  # empty; not empty any more = another part was faster
-        new.rename(out)
-    except OSError:
-        shutil.rmtree(new)
-        if num_parts == 1:
-            raise
-        _open(out, known, resume, num_parts)
+        )
 
 
 def _digest(records: Sequence[CohortRecord]) -> str:
@@ -744,11 +777,12 @@ def _read_ahead(
         specs: Modalities.
         missing_values: Strings that mean "blank".
     """
+    stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as reader:
         waiting: list[tuple[int, Future[_Chunk]]] = []
         try:
             for number, chunk in chunks:
-                waiting.append((number, reader.submit(_read, chunk, specs, missing_values)))
+                waiting.append((number, reader.submit(_read, chunk, specs, missing_values, stop)))
                 if len(waiting) > _AHEAD:
                     first, future = waiting.pop(0)
                     yield first, future.result()
@@ -756,16 +790,25 @@ def _read_ahead(
                 first, future = waiting.pop(0)
                 yield first, future.result()
         finally:
+            stop.set()
             for _, future in waiting:
                 future.cancel()
 
 
 def _read(
-    chunk: Sequence[CohortRecord], specs: Sequence[ModalitySpec], missing_values: Sequence[str]
+    chunk: Sequence[CohortRecord],
+    specs: Sequence[ModalitySpec],
+    missing_values: Sequence[str],
+    stop: threading.Event,
 ) -> _Chunk:
-    """Return the records that can be read with their positions, and the failures."""
+    """Return the records that can be read with their positions, and the failures.
+
+    Once `stop` is set nobody waits for them, and the rest is left.
+    """
     read, failures = [], []
     for position, entry in enumerate(chunk):
+        if stop.is_set():
+            break
         try:
             record = read_record(entry, specs, missing_values)
         except PatientDataError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -128,46 +129,56 @@ class Collector:
         self.scenario, self.own = scenario, own
         self.classes, self.modalities = tuple(classes), tuple(modalities)
         self._ids: list[tuple[str, str, str]] = []
-        self._labels: list[int] = []
-        self._masks: list[list[tuple[bool, bool]]] = []
-        self._points: list[list[int]] = []
-        self._sets: list[list[bool]] = []
-        self._calibrated: list[int] = []
         self._levels: dict[str, list[str]] = {}
-        self._probabilities: dict[str, list[list[float]]] = {}
+        self._probabilities: dict[str, list[Floats]] = {}
+        self._numbers: list[Integers] = []
 
     def add(self, predictions: Sequence[Row], facts: Mapping[str, Row]) -> None:
         """Take the rows of one batch.
 
         Args:
             predictions: Rows of `predictions.csv`.
-            facts: What else is known of each record: `points_to` by modality, `subgroups`,
-                `calibrated_on`.
+            facts: What else is known of each record: `points_to` by modality, `set` as class
+                indices (names of classes may hold anything), `subgroups`, `calibrated_on`.
         """
+        columns = [f"prob_{c}" for c in self.classes]
+        by_method: dict[str, list[Row]] = {}
         for row in predictions:
-            values = [row[f"prob_{c}"] for c in self.classes]
-            self._probabilities.setdefault(row["method"], []).append(values)
-            if row["method"] != self.own:
-                continue
+            by_method.setdefault(row["method"], []).append(row)
+        for method, rows in by_method.items():
+            values = np.array([[row[c] for c in columns] for row in rows], dtype=np.float64)
+            self._probabilities.setdefault(method, []).append(values)
+        numbers = []
+        for row in by_method.get(self.own, []):
             known = facts[row["record_id"]]
             pattern = row["pattern"].replace("~", "")
-            self._ids.append((row["record_id"], row["patient_id"], pattern))
-            self._labels.append(self.classes.index(row["label"]))
+            # Ids and patterns come again in every scenario; one copy is enough.
+            ids = (row["record_id"], row["patient_id"], pattern)
+            self._ids.append((intern(ids[0]), intern(ids[1]), intern(ids[2])))
             trusted, rejected = (set(row[key].split("+")) for key in ("trusted", "rejected"))
-            self._masks.append([(m in trusted | rejected, m in trusted) for m in self.modalities])
-            self._points.append([known["points_to"].get(m, -1) for m in self.modalities])
-            # Class names may hold anything, so the set is kept by index beside its text.
-            self._sets.append([k in known["set"] for k in range(len(self.classes))])
-            self._calibrated.append(known["calibrated_on"])
+            numbers.append(
+                [
+                    *(self.classes.index(row["label"]), known["calibrated_on"]),
+                    *(m in trusted | rejected for m in self.modalities),
+                    *(m in trusted for m in self.modalities),
+                    *(known["points_to"].get(m, -1) for m in self.modalities),
+                    *(k in known["set"] for k in range(len(self.classes))),
+                ]
+            )
             for name, found in known["subgroups"].items():
-                self._levels.setdefault(name, []).append(found)
+                self._levels.setdefault(name, []).append(intern(found))
+        if numbers:
+            self._numbers.append(np.array(numbers, dtype=np.int64))
 
     def scores(self) -> Scores:
         """Return what was collected."""
-        n, k, m = len(self._ids), len(self.classes), len(self.modalities)
-        masks = np.array(self._masks, dtype=bool).reshape(n, m, 2)
-        sets = np.array(self._sets, dtype=bool).reshape(n, k)
-        records, patients, patterns = zip(*self._ids, strict=True) if n else ((), (), ())
+        k, m = len(self.classes), len(self.modalities)
+        empty = np.empty((0, 2 + 3 * m + k), dtype=np.int64)
+        numbers = np.concatenate([empty, *self._numbers])
+        facts, candidates, admitted, points_to, sets = np.split(
+            numbers, np.cumsum([2, m, m, m]), axis=1
+        )
+        records, patients, patterns = zip(*self._ids, strict=True) if self._ids else ((), (), ())
         return Scores(
             scenario=self.scenario,
             classes=self.classes,
@@ -175,17 +186,16 @@ class Collector:
             own=self.own,
             record_ids=records,
             patient_ids=patients,
-            labels=np.array(self._labels, dtype=np.int64),
+            labels=facts[:, 0].copy(),
             patterns=patterns,
             probabilities={
-                method: np.array(p, dtype=np.float64).reshape(len(p), k)
-                for method, p in self._probabilities.items()
+                method: np.concatenate(parts) for method, parts in self._probabilities.items()
             },
-            candidates=masks[..., 0],
-            admitted=masks[..., 1],
-            points_to=np.array(self._points, dtype=np.int64).reshape(n, m),
-            sets=sets if bool(sets.any()) else None,
-            calibrated_on=np.array(self._calibrated, dtype=np.int64),
+            candidates=candidates.astype(bool),
+            admitted=admitted.astype(bool),
+            points_to=points_to.copy(),
+            sets=sets.astype(bool) if sets.any() else None,
+            calibrated_on=facts[:, 1].copy(),
             subgroups={name: tuple(levels) for name, levels in self._levels.items()},
         )
 
