@@ -4,6 +4,7 @@ BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
 BUNDLE/configs/inference.json     imputer, backbone, default selector, temperature, base rates
 BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
 BUNDLE/configs/conformal.json     what prediction sets are calibrated on
+BUNDLE/configs/performance.json   how good it is, by what patients have
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/models/comparators.safetensors  if there are any
@@ -37,7 +38,15 @@ from dymo_med.modalities import MODALITIES, modality
 from dymo_med.modalities.base import Modality
 from dymo_med.registry import Registry, nearest
 from dymo_med.selection import SELECTORS, Selector
-from dymo_med.types import Choice, ModalitySpec, SubsetStatistics, Task
+from dymo_med.types import (
+    Choice,
+    Interval,
+    ModalitySpec,
+    Performance,
+    PerformanceRow,
+    SubsetStatistics,
+    Task,
+)
 
 TABLES: dict[str, Registry[Any]] = {
     "imputer": IMPUTERS,
@@ -104,6 +113,7 @@ class ModelBundle:
         temperature: Probabilities are softmax(logits / temperature).
         base_rates: K class shares among training patients.
         conformal: What prediction sets are calibrated on; None in bundles made before there were.
+        performance: How good it is on held-back patients; None in bundles made before it was kept.
         comparators: Trained to be compared with, by name; no part of the bundle's own answers.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
@@ -126,6 +136,7 @@ class ModelBundle:
     base_rates: tuple[float, ...]
     provenance: Mapping[str, Any]
     conformal: Conformal | None = None
+    performance: Performance | None = None
     comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -185,6 +196,8 @@ class ModelBundle:
             write_json(work / "configs" / "selectors.json", self._selectors())
             if self.conformal is not None:
                 write_json(work / "configs" / "conformal.json", asdict(self.conformal))
+            if self.performance is not None:
+                write_json(work / "configs" / "performance.json", asdict(self.performance))
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
             tensors = {
                 "imputer": self.imputer.state_dict(),
@@ -430,6 +443,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             base_rates=tuple(inference["base_rates"]),
             provenance=metadata["provenance"],
             conformal=conformal,
+            performance=_load_performance(path / "configs" / "performance.json"),
             comparators=comparators,
             bundle_id=_identity(sums),
             device=where,
@@ -451,6 +465,18 @@ def _entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     options = dict(entry)
     found = TABLES[part][options.pop("name")]
     return found, found.Options.model_validate(options)
+
+
+def _load_performance(file: Path) -> Performance | None:
+    """Return how good a bundle is; None where it does not say."""
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    rows = tuple(
+        PerformanceRow(**{**row, **{k: Interval(**row[k]) for k in ("auroc", "brier", "ece")}})
+        for row in stored["rows"]
+    )
+    return Performance(rows, stored["patients"], stored["fewest"])
 
 
 def _load_comparators(

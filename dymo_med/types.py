@@ -577,6 +577,71 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval; None where it is not defined (a class did not occur)."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class PerformanceRow:
+    """How good a selector was on held-back patients who had about as much as somebody has.
+
+    Attributes:
+        method: The selector.
+        level: `pattern`: cases with the same observed modalities; `count`: with as many of them;
+            `all`: every case.
+        group: The observed modalities joined by `+`, their number, or nothing.
+        patients: How many patients these cases are of.
+        cases: How many cases; a patient is several, with other modalities hidden.
+        auroc: Area under the ROC curve.
+        brier: Brier score.
+        ece: Expected calibration error.
+    """
+
+    method: str
+    level: Literal["pattern", "count", "all"]
+    group: str
+    patients: int
+    cases: int
+    auroc: Interval
+    brier: Interval
+    ece: Interval
+
+
+@dataclass(frozen=True)
+class Performance:
+    """How good a bundle is, by what patients have (`training.performance`).
+
+    Attributes:
+        rows: Of the default selector and of `observed_only`; patterns and counts of at least
+            `fewest` patients, and all.
+        patients: Held-back patients by pattern, few as they may be.
+        fewest: On fewer patients no figure is given.
+    """
+
+    rows: tuple[PerformanceRow, ...]
+    patients: Mapping[str, int]
+    fewest: int
+
+    def row(self, method: str, pattern: str) -> PerformanceRow | None:
+        """Return the figures that come closest to a patient; None for a selector without any.
+
+        Args:
+            method: A selector.
+            pattern: The patient's observed modalities joined by `+`, in canonical order.
+        """
+        known = {(r.level, r.group): r for r in self.rows if r.method == method}
+        count = str(len([name for name in pattern.split("+") if name]))
+        for key in (("pattern", pattern), ("count", count), ("all", "")):
+            if key in known:
+                return known[key]
+        return None
+
+
+@dataclass(frozen=True)
 class Attribution:
     """How much one input moved the answer.
 
@@ -585,12 +650,14 @@ class Attribution:
         name: Column for a table cell, empty for the modality as a whole.
         value: Change of the predicted class probability that is ascribed to it.
         method: Name of the method ("shapley", "feature_ablation").
+        recovered: Whether the input was made up: a modality that was missing, a blank cell.
     """
 
     modality: str
     name: str
     value: float
     method: str
+    recovered: bool = False
 
 
 @dataclass(frozen=True)

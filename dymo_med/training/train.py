@@ -38,6 +38,7 @@ from dymo_med.training.objectives import (
     sampled_subsets,
     subset_logits,
 )
+from dymo_med.training.performance import performance
 from dymo_med.training.selectors import (
     calibration_cases,
     choose,
@@ -225,6 +226,7 @@ def train(
         prediction_sets = conformal(answers, cases)
         if asked is not None:
             choice = replace(choice, name=asked.name, why="The recipe asked for it.")
+        tested = performance(answers, cases, patients, choice.name)
     shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
     bundle = ModelBundle(
         name=plan.name,
@@ -243,6 +245,7 @@ def train(
         base_rates=tuple(float(s) for s in shares),
         comparators=comparators,
         conformal=prediction_sets,
+        performance=tested,
         provenance={
             "cohort": described.name,
             "recipe": plan.model_dump(),
