@@ -210,7 +210,9 @@ def plot_changes(path: Path, changes: Sequence[Row]) -> None:
     text = words()["cohort"]
     others = [a["method"] for a in changes[0]["against"]]
     most = max(1, *(a[k] for c in changes for a in c["against"] for k in ("right", "wrong")))
-    figure = Figure(figsize=(_WIDTH, 1.1 + 0.3 * len(changes)), layout="constrained")
+    names = [_wrapped(c["scenario"], 32) for c in changes]
+    height = max(0.3, 0.19 * max(1 + name.count("\n") for name in names))
+    figure = Figure(figsize=(_WIDTH, 1.1 + height * len(changes)), layout="constrained")
     panels = figure.subplots(1, len(others), sharex=True, sharey=True, squeeze=False)[0]
     for number, (other, axes) in enumerate(zip(others, panels, strict=True)):
         for y, change in enumerate(changes):
@@ -229,7 +231,7 @@ def plot_changes(path: Path, changes: Sequence[Row]) -> None:
                     color=_INK if count else _SOFT,
                 )
         axes.axvline(0, color=_INK, lw=0.8)
-        axes.set_yticks(range(len(changes)), [_wrapped(c["scenario"], 22) for c in changes])
+        axes.set_yticks(range(len(changes)), names)
         axes.set_ylim(len(changes) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{abs(x):.0f}"))
@@ -265,7 +267,7 @@ def _panels(scenarios: Sequence[str], names: Sequence[str]) -> tuple[Any, list[A
         axes.tick_params(axis="x", labelbottom=number + across >= len(scenarios))
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        _title(axes, scenario, 30 if across > 2 else 60)
+        _title(axes, scenario, 88 // across)
         _plain(axes)
         axes.tick_params(axis="y", length=0)
     return figure, list(grid.flat[: len(scenarios)])
@@ -296,9 +298,9 @@ def _short(text: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Return a name broken after commas, where it is long."""
-    lines = textwrap.wrap(text.replace(",", ", "), width) or [text]
-    return _literal("\n".join(line.replace(", ", ",") for line in lines[:3]))
+    """Return a name broken after commas where it is long, in at most three lines."""
+    lines = textwrap.wrap(text.replace(",", ", "), width, max_lines=3, placeholder="…")
+    return _literal("\n".join(line.replace(", ", ",") for line in lines))
 
 
 def _title(axes: Any, text: str, width: int) -> None:
