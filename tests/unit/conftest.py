@@ -39,3 +39,13 @@ def bundle_dir(tmp_path_factory, cohort_dir):
 def bundle(bundle_dir):
     """The small bundle, loaded."""
     return load_bundle(bundle_dir, "cpu")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Evaluations without page and plots, which take most of a small one's time."""
+    from dymo_med.inference import evaluate, quality
+
+    monkeypatch.setattr(evaluate, "write_pages", lambda *_, **__: None)
+    for name in ("_plot", "_plot_pictures"):
+        monkeypatch.setattr(quality, name, lambda *_: None)

@@ -179,6 +179,7 @@ def test_the_page_links_what_exists_and_needs_no_network(done):
     assert "used to make the model" in page
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_same_again_is_the_same(done, bundle, cohort, tmp_path):
     out = tmp_path / "again"
     given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "allow_overlap": True}
@@ -187,6 +188,7 @@ def test_the_same_again_is_the_same(done, bundle, cohort, tmp_path):
         assert (out / name).read_bytes() == (done.out / name).read_bytes(), name
 
 
+@pytest.mark.usefixtures("plain")
 def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_path, monkeypatch):
     out = tmp_path / "interrupted"
     given = {"split": "train", "scenarios": SCENARIOS, "batch_size": 5, "reports": 2}
@@ -219,6 +221,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     assert read == []
 
 
+@pytest.mark.usefixtures("plain")
 def test_corrected_labels_are_not_mixed_with_old_batches(bundle, cohort, tmp_path):
     evaluate(bundle, cohort, tmp_path / "e", reports=0)
     turned = [replace(r, label=None if r.label is None else 1 - r.label) for r in cohort.records]
@@ -313,6 +316,7 @@ def test_a_cohort_about_something_else_does_not_fit(bundle, cohort, tmp_path):
     assert "classes differ" in text and "'t1'" in text and "'t2'" in text
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_modality_may_lie_in_another_file(bundle, cohort_dir, tmp_path):
     folder = tmp_path / "cohort"
     shutil.copytree(cohort_dir, folder)
@@ -328,6 +332,7 @@ def test_a_modality_may_lie_in_another_file(bundle, cohort_dir, tmp_path):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.usefixtures("plain")
 def test_another_selector_is_compared_with_what_it_is_not(bundle, cohort, tmp_path):
     other = bundle.with_selector("trust_all")
     evaluate(other, cohort, tmp_path / "o", scenarios=("rate:0.5",), reports=False)
