@@ -42,21 +42,27 @@ def evaluated(browser, bundle, cohort, tmp_path_factory):
         out,
         split="train",
         scenarios=scenarios,
-        reports=2,
+        reports=1,
         allow_overlap=True,
     )
     return out
 
 
+@pytest.fixture(scope="session")
+def context(browser):
+    """What pages are opened in; without a network."""
+    return browser.new_context(offline=True)
+
+
 @pytest.fixture
-def visit(browser):
-    """Open a file at a width; the network is blocked, complaints and requests are kept."""
-    contexts = []
+def visit(context):
+    """Open a file at a width; complaints and requests are kept."""
+    pages = []
 
     def visit(path: Path, width: int = 1280, height: int = 800) -> SimpleNamespace:
-        context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
-        contexts.append(context)
         page, seen = context.new_page(), SimpleNamespace(errors=[], requests=[])
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
         page.on("console", lambda m: seen.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
         page.on("request", lambda request: seen.requests.append(request.url))
@@ -64,5 +70,5 @@ def visit(browser):
         return SimpleNamespace(page=page, **vars(seen))
 
     yield visit
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
