@@ -280,6 +280,12 @@ def predict(
     selector: Annotated[
         str | None, typer.Option("--selector", help="Another selector than the bundle's default.")
     ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws", min=0, max=1000, help="Draw recoveries so often to see what would change."
+        ),
+    ] = 20,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -291,7 +297,9 @@ def predict(
     model = load_bundle(bundle, device)
     if selector is not None:
         model = model.with_selector(selector)
-    prediction = predict_patient(patient_dir, model, out, explain=not no_explain, seed=seed)
+    prediction = predict_patient(
+        patient_dir, model, out, explain=not no_explain, seed=seed, draws=draws
+    )
     reporter = Reporter(quiet)
     shares = ", ".join(
         f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
@@ -304,6 +312,27 @@ def predict(
     for warning in prediction.warnings:
         reporter.say(f"note: {warning}")
     reporter.say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def report(
+    prediction: Annotated[
+        Path, typer.Argument(help="The prediction.json of an earlier prediction.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The page; default: report.html beside it.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make the page of a prediction again, from its prediction.json alone."""
+    from dymo_med.inference.prediction_file import read_prediction
+    from dymo_med.inference.report import write_report
+
+    page = out or prediction.with_name("report.html")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter("the page's name must end in .html", param_hint="--out")
+    write_report(read_prediction(prediction), page)
+    Reporter(quiet).say(f"report: {page}")
 
 
 @app.command()

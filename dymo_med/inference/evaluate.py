@@ -41,12 +41,12 @@ from dymo_med.inference.predict import (
     Answers,
     answer,
     assemble,
-    exhibits_of,
     explain_record,
+    prediction_file,
     selection_steps,
     versions,
+    write_prediction,
 )
-from dymo_med.inference.report import write_report
 from dymo_med.inference.scores import (
     METRIC_COLUMNS,
     ORACLE,
@@ -552,10 +552,12 @@ class _Run:
         """Write one patient's report."""
         explanation = explain_record(self.bundle, answers, row, seed=self.seed)
         prediction = assemble(self.bundle, record, answers, row, explanation, seed=self.seed)
-        exhibits = exhibits_of(self.bundle, record, answers, row, explanation)
-        path = folder / record.record_id / "report.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_report(prediction, exhibits, path)
+        file = prediction_file(
+            self.bundle, record, answers, row, explanation, prediction, draws=self.draws
+        )
+        path = folder / record.record_id
+        path.mkdir(parents=True, exist_ok=True)
+        write_prediction(file, path)
 
 
 def _joined(names: Sequence[str], available: Tensor) -> str:

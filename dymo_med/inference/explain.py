@@ -1,13 +1,14 @@
 """What moved the answer: modalities (Shapley values), table cells (ablation), voxels (gradients).
 
 All three explain one number, the calibrated probability of the predicted class, and only what the
-prediction used: a modality that was absent, or rejected outright, gets nothing.
+prediction used: a modality that was absent, or rejected outright, gets nothing. What was used and
+made up is explained too, apart from what was measured and marked as recovered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import factorial
 
 import torch
@@ -21,7 +22,14 @@ _MOST_VALUES = 16_000_000
 # Above this, 2^u subsets are sampled instead of listed.
 _MOST_EXACT = 12
 _PERMUTATIONS = 200
-_STEPS = 16
+# Points on the path of integrated gradients: to begin with, and at most.
+_STEPS, _MOST_STEPS = 16, 128
+# Integrated gradients should add up to the change of probability within this.
+MOST_ERROR = 0.005
+# Memory for one pass of gradients, and how often an image's own size its activations take. A
+# constant, not what happens to be free: how points are grouped shows in the last bits.
+_MEMORY_BYTES = 500_000_000
+_ACTIVATIONS = 64
 
 # A modality by name, and whether it is the recovered (or completed) version of it.
 Version = tuple[str, bool]
@@ -29,16 +37,22 @@ Version = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Saliency:
-    """Which voxels of the observed images moved the answer.
+    """Which voxels of the images that were used moved the answer.
 
     Attributes:
         maps: Per observed image `(*spatial)`: integrated gradients summed over channels, in
             units of probability per voxel.
-        convergence: Sum over all voxels minus the change of probability they should add up to.
+        recovered: Likewise per recovered image that was trusted: what the network saw in voxels
+            that an imputer made up from the others.
+        convergence: Sum over all voxels of both minus the change of probability they should add
+            up to.
+        points: Points on the path.
     """
 
     maps: Mapping[str, Tensor]
+    recovered: Mapping[str, Tensor]
     convergence: float
+    points: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Explanation:
 
     Attributes:
         attributions: Modalities first, then table cells.
-        saliency: Of the observed images; None without any.
+        saliency: Of the images that were used; None without any.
     """
 
     attributions: tuple[Attribution, ...]
@@ -183,11 +197,12 @@ class Subject:
     def _probability(self, tokens: Tensor, available: Tensor) -> Tensor:
         """Return the probability from tokens `(R, N, D)` side by side."""
         something = available.any(1).nonzero().squeeze(1)
-        worth = tokens.new_full((len(tokens),), self.base_rate)
+        worth = tokens.new_full((len(tokens),), self.base_rate, dtype=torch.float64)
         if not len(something):
             return worth
         logits = self.backbone.fuse(tokens[something], available[something]).logits
-        probability = torch.softmax(logits / self.temperature, dim=-1)[:, self.chosen]
+        # As the answer itself is calibrated: what is added up should not differ by rounding.
+        probability = torch.softmax(logits.double() / self.temperature, dim=-1)[:, self.chosen]
         return worth.index_copy(0, something, probability)
 
 
@@ -202,10 +217,15 @@ def explain(subject: Subject, observed: Mapping[str, Tensor | None], *, seed: in
     Returns:
         The explanation.
     """
-    cells = {n: f for n, f in observed.items() if n in subject.names and f is not None}
-    images = tuple(n for n, f in observed.items() if n in subject.names and f is None)
+    images = tuple(version for version, (_, filled) in subject.versions.items() if filled is None)
+    missing = [name for name in subject.names if name not in observed]
+    tables = {n: f for n, f in observed.items() if f is not None}
+    modalities = modality_shapley(subject, seed=seed)
     return Explanation(
-        (*modality_shapley(subject, seed=seed), *cell_ablation(subject, cells)),
+        (
+            *(replace(a, recovered=a.modality in missing) for a in modalities),
+            *cell_ablation(subject, tables),
+        ),
         image_saliency(subject, images) if images else None,
     )
 
@@ -274,26 +294,35 @@ def exact_shapley(worth: Tensor, players: int) -> Tensor:
 
 @torch.no_grad()
 def cell_ablation(
-    subject: Subject, cells: Mapping[str, Tensor], *, rows_at_once: int = 256
+    subject: Subject, measured: Mapping[str, Tensor], *, rows_at_once: int = 256
 ) -> tuple[Attribution, ...]:
-    """Return how much the probability falls when a measured table cell is blanked.
+    """Return how much the probability falls when a table cell is blanked.
 
-    The network was trained with blank cells, so leaving a cell out is a state it knows; a path
-    from some baseline value, as gradients need one, means nothing between two categories.
+    Not integrated gradients, as for images. A path needs a baseline to start from, and whatever
+    stands for "no value" in a cell (the mean, an average of categories) is a value; halfway between
+    two categories there is nothing. Blanking is discrete, a state that the network was trained
+    with, and what a reader means: what if we did not know this? The price is that effects of
+    several cells do not add up.
+
     Blanking the only cell of a table takes the table away.
 
     Args:
         subject: What to explain.
-        cells: Per used table, bool `(F,)`: the cells that were measured.
+        measured: Per observed table, bool `(F,)`: the cells that were measured. The other cells of
+            a table whose recovered version was used are explained too, as recovered.
         rows_at_once: Blanked variants per pass.
 
     Returns:
-        One per measured cell of the used tables, in canonical order (method
+        One per filled cell of the used tables, in canonical order (method
         ``feature_ablation``); positive = the cell speaks for the answer.
 
     References:
         Captum, `captum.attr.FeatureAblation`.
     """
+    cells: dict[str, Tensor] = {}
+    for (name, _), (_, filled) in subject.versions.items():
+        if filled is not None:
+            cells[name] = cells[name] | filled[0] if name in cells else filled[0]
     places = [
         (name, f) for name, filled in cells.items() for f in filled.nonzero().squeeze(1).tolist()
     ]
@@ -308,7 +337,7 @@ def cell_ablation(
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=kept.device)
         changed = {}
         for (name, made), (values, filled) in subject.versions.items():
-            if name not in cells or filled is None:
+            if filled is None:
                 continue
             fields = filled.expand(rows, -1).clone()
             for i, (table, f) in enumerate(places):
@@ -325,25 +354,36 @@ def cell_ablation(
         everything, perturbations_per_eval=min(rows_at_once, len(places))
     )
     return tuple(
-        Attribution(name, columns[name][f].name, value, "feature_ablation")
+        Attribution(
+            name,
+            columns[name][f].name,
+            value,
+            "feature_ablation",
+            name not in measured or not bool(measured[name][f]),
+        )
         for (name, f), value in zip(places, values[0].tolist(), strict=True)
     )
 
 
-def image_saliency(subject: Subject, images: tuple[str, ...], *, steps: int = _STEPS) -> Saliency:
-    """Return integrated gradients of the probability over the observed images.
+def image_saliency(
+    subject: Subject, images: tuple[Version, ...], *, steps: int = _STEPS, most: int = _MOST_STEPS
+) -> Saliency:
+    """Return integrated gradients of the probability over the images that were used.
 
     The path leads from empty images (zero is the background of a preprocessed image) to the
-    measured ones; everything else that was used, recovered images included, stays as it is:
-    a made-up voxel has nothing to show.
+    measured and the trusted recovered ones, all at once, so that their voxels share one sum; tables
+    stay as they are. A recovered voxel is held for what the network was given: how it depends
+    on the measured ones through the imputer is not followed.
 
     Args:
         subject: What to explain.
-        images: Observed images that were used, at least one.
-        steps: Points on the path (Gauss-Legendre).
+        images: Versions of images that were used, at least one.
+        steps: Points on the path (Gauss-Legendre), doubled while the sum is further off than
+            `MOST_ERROR`.
+        most: Points at most.
 
     Returns:
-        The maps, on the images' device.
+        The maps, on the images' device, observed and recovered apart.
 
     References:
         Sundararajan, Taly, Yan: Axiomatic Attribution for Deep Networks, ICML 2017, as
@@ -355,23 +395,32 @@ def image_saliency(subject: Subject, images: tuple[str, ...], *, steps: int = _S
         rows = len(values[0])
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=subject.device)
         changed = {
-            (name, False): subject.backbone.encode(name, value)
-            for name, value in zip(images, values, strict=True)
+            version: subject.backbone.encode(version[0], value)
+            for version, value in zip(images, values, strict=True)
         }
         return subject.probability(present, changed)
 
-    inputs = tuple(subject.versions[name, False][0] for name in images)
-    with torch.enable_grad():
-        maps, delta = IntegratedGradients(forward).attribute(
-            inputs,
-            baselines=tuple(torch.zeros_like(value) for value in inputs),
-            n_steps=steps,
-            internal_batch_size=4,
-            return_convergence_delta=True,
-        )
+    inputs = tuple(subject.versions[version][0] for version in images)
+    size = sum(value.numel() * value.element_size() for value in inputs)
+    fitting = max(1, _MEMORY_BYTES // (size * _ACTIVATIONS))
+    while True:
+        with torch.enable_grad():
+            maps, delta = IntegratedGradients(forward).attribute(
+                inputs,
+                baselines=tuple(torch.zeros_like(value) for value in inputs),
+                n_steps=steps,
+                internal_batch_size=min(fitting, steps),
+                return_convergence_delta=True,
+            )
+        if abs(float(delta[0])) <= MOST_ERROR or 2 * steps > most:
+            break
+        steps *= 2
+    found = {v: m[0].detach().sum(0) for v, m in zip(images, maps, strict=True)}
     return Saliency(
-        {name: m[0].detach().sum(0) for name, m in zip(images, maps, strict=True)},
+        {name: m for (name, made), m in found.items() if not made},
+        {name: m for (name, made), m in found.items() if made},
         float(delta[0]),
+        steps,
     )
 
 

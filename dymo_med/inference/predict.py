@@ -5,13 +5,15 @@ Cohort evaluation takes the same steps (`answer`, `explain_record`, `assemble`) 
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from math import isnan
+from math import isfinite, isnan
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -20,16 +22,49 @@ from torch import Tensor
 from dymo_med import __version__
 from dymo_med.backbones import EncodedVersions, encode_versions
 from dymo_med.bundle import ModelBundle
+from dymo_med.conformal import COVERAGE
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_patient
-from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json
-from dymo_med.inference.explain import Explanation, Subject, explain
-from dymo_med.inference.report import Cell, Exhibits, Scan, State, percentile, words, write_report
+from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
+from dymo_med.inference.explain import MOST_ERROR, Explanation, Subject, explain
+from dymo_med.inference.pictures import SIGMA, Scan, draw
+from dymo_med.inference.prediction_file import (
+    CENTRAL,
+    FEW_PATIENTS,
+    SCHEMA_VERSION,
+    AcquirePart,
+    CellPart,
+    ConvergencePart,
+    DrawsPart,
+    ExhibitsPart,
+    FiguresPart,
+    GainPart,
+    IntervalPart,
+    PerformancePart,
+    PredictionFile,
+    PredictionSetPart,
+    ReasonPart,
+    RulePart,
+    State,
+    StepPart,
+    entropy_bits,
+    frequency,
+    gain,
+    status_of,
+    summarise,
+)
+from dymo_med.inference.report import percentile, words, write_report
+from dymo_med.selection.average import SubsetAverage
+from dymo_med.selection.fixed import TrustAll
+from dymo_med.selection.gate import Gate
+from dymo_med.selection.greedy import Dymo, Simultaneous, published_calibration
+from dymo_med.selection.reward import SimilarityCalibration
 from dymo_med.types import (
     Batch,
     Column,
     ModalitySpec,
     PatientRecord,
+    PerformanceRow,
     Prediction,
     Recovery,
     SelectionStep,
@@ -37,7 +72,10 @@ from dymo_med.types import (
     WeightedSubset,
 )
 
-SCHEMA_VERSION = 2
+DRAWS = 20
+RECOVERED_VERSION = 2  # of recovered.json
+# Voxels (or cells) that are encoded at once.
+_MOST_VOXELS = 8_000_000
 # Standard deviations from the training mean beyond which a value is called far from what was seen.
 _FAR = 4.0
 
@@ -165,6 +203,7 @@ def predict_patient(
     *,
     explain: bool = True,
     seed: int = 0,
+    draws: int = DRAWS,
 ) -> Prediction:
     """Predict one patient from a folder.
 
@@ -175,6 +214,8 @@ def predict_patient(
             appears complete or not at all. None = write nothing.
         explain: Whether to compute attributions.
         seed: Seed of whatever is random.
+        draws: How many draws of a probabilistic imputer's recoveries to answer from, besides its
+            best guess; 0 = none. They are made for the files only.
 
     Returns:
         The prediction.
@@ -192,11 +233,36 @@ def predict_patient(
     if out is not None:
         with complete_folder(out, "prediction.json", _WRITTEN) as folder:
             files = write_recovered(bundle, record, answers, 0, folder / RECOVERED)
-            write_json(folder / "prediction.json", to_json(prediction, bundle, files))
-            write_csv(folder / "selection.csv", STEP_COLUMNS, [asdict(s) for s in prediction.steps])
-            exhibits = exhibits_of(bundle, record, answers, 0, explanation)
-            write_report(prediction, exhibits, folder / "report.html")
+            file = prediction_file(
+                bundle,
+                record,
+                answers,
+                0,
+                explanation,
+                prediction,
+                draws=draws,
+                files={name: (path, _sha256(folder / path)) for name, path in files.items()},
+                command=_command(record.record_id, bundle, explain, seed, draws),
+            )
+            write_prediction(file, folder)
+            write_csv(folder / "selection.csv", STEP_COLUMNS, step_rows(file))
     return prediction
+
+
+def write_prediction(file: PredictionFile, folder: Path) -> None:
+    """Write `prediction.json`, and `report.html` from what it says.
+
+    Args:
+        file: The prediction.
+        folder: Existing folder.
+    """
+    write_text(folder / "prediction.json", file.to_text())
+    write_report(file, folder / "report.html")
+
+
+def step_rows(file: PredictionFile) -> list[dict[str, object]]:
+    """Return the rows of `selection.csv`."""
+    return [step.model_dump() for step in file.steps]
 
 
 def impute_patient(
@@ -226,7 +292,7 @@ def impute_patient(
         write_json(
             folder / marker,
             {
-                "schema_version": SCHEMA_VERSION,
+                "schema_version": RECOVERED_VERSION,
                 "record_id": record.record_id,
                 "synthetic": True,
                 "files": files,
@@ -445,7 +511,7 @@ def exhibits_of(
     answers: Answers,
     row: int,
     explanation: Explanation | None,
-) -> Exhibits:
+) -> ExhibitsPart:
     """Gather what a report shows besides the prediction: pictures, cells and facts.
 
     Args:
@@ -458,7 +524,7 @@ def exhibits_of(
     trace, recovery, batch = answers.own, answers.recovery, answers.batch
     saliency = explanation.saliency if explanation is not None else None
     scans: list[Scan] = []
-    cells: list[Cell] = []
+    cells: list[CellPart] = []
     for m, spec in enumerate(bundle.specs):
         observed, candidate = bool(trace.observed[row, m]), bool(recovery.candidates[row, m])
         if not observed and not candidate:
@@ -474,7 +540,8 @@ def exhibits_of(
             state: State = (
                 "observed" if observed else "trusted" if trace.admitted[row, m] else "rejected"
             )
-            shown = saliency.maps.get(spec.name) if saliency is not None else None
+            maps = {} if saliency is None else saliency.maps if observed else saliency.recovered
+            shown = maps.get(spec.name)
             scans.append(
                 Scan(
                     modality=spec.name,
@@ -485,40 +552,326 @@ def exhibits_of(
                     saliency=None if shown is None else shown.cpu().numpy(),
                 )
             )
-    return Exhibits(
-        target=bundle.task.target,
-        bundle_version=bundle.version,
+    return ExhibitsPart(
         bundle_description=bundle.description,
-        versions=versions(),
-        device=str(bundle.device),
-        selector_why=bundle.choice.why,
-        scans=tuple(scans),
+        scans=draw(scans),
         cells=tuple(cells),
-        convergence=saliency.convergence if saliency is not None else None,
+        smoothed_voxels=SIGMA,
+        convergence=None
+        if saliency is None
+        else ConvergencePart(error=saliency.convergence, bound=MOST_ERROR, points=saliency.points),
     )
 
 
-def to_json(
-    prediction: Prediction, bundle: ModelBundle, files: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return `prediction.json`.
+def prediction_file(
+    bundle: ModelBundle,
+    record: PatientRecord,
+    answers: Answers,
+    row: int,
+    explanation: Explanation | None,
+    prediction: Prediction,
+    *,
+    draws: int = 0,
+    files: Mapping[str, tuple[str, str]] | None = None,
+    command: str | None = None,
+) -> PredictionFile:
+    """Return everything about one record's prediction, ready to be written.
 
     Args:
-        prediction: The answer.
         bundle: The model behind it.
-        files: Recovered files by modality, relative to the output folder.
+        record: The record in that row.
+        answers: Of a batch.
+        row: Which record of it.
+        explanation: None = no attributions.
+        prediction: What `assemble` returned for it.
+        draws: How many draws of the recoveries to answer from.
+        files: File of each recovered modality, relative to the output folder, and its SHA-256.
+        command: How to get the same again; None = by no single command.
     """
-    return {
-        "schema_version": SCHEMA_VERSION,
-        **asdict(prediction),
-        "predicted": prediction.classes[int(np.argmax(prediction.probabilities))],
-        "target": bundle.task.target,
-        "method_why": bundle.choice.why,
-        "recovered_files": dict(files),
-        "bundle_version": bundle.version,
-        "device": str(bundle.device),
-        "versions": versions(),
-    }
+    trace = answers.own
+    names = trace.names
+    chosen = int(np.argmax(prediction.probabilities))
+    observed = trace.observed[row].tolist()
+    pattern = "+".join(n for n, seen in zip(names, observed, strict=True) if seen)
+    steps = tuple(
+        StepPart(**(asdict(s) | {"threshold": _bound(s.threshold)})) for s in prediction.steps
+    )
+    alone = answers.probabilities["observed_only"][row].tolist()
+    drawn, acquire = draw_answers(bundle, answers, row, draws=draws, seed=prediction.seed)
+    found = _prediction_set(bundle, answers, row, pattern)
+    tested = _performance(bundle, answers.method, pattern)
+    status, why = status_of(
+        prediction.classes,
+        prediction.probabilities,
+        alone,
+        found,
+        drawn,
+        tested,
+        steps,
+        [
+            ReasonPart(
+                code="outside_training",
+                values={"modality": modality, "columns": ", ".join(columns)},
+            )
+            for modality, columns in _outside(bundle, record).items()
+        ],
+    )
+    provenance = bundle.provenance
+    shares = _subset_answers(bundle, answers, row, prediction)
+    return PredictionFile.make(
+        {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(prediction),
+            "target": bundle.task.target,
+            "predicted": prediction.classes[chosen],
+            "status": status,
+            "status_reasons": [r.model_dump() for r in why],
+            "frequency": frequency(
+                prediction.classes[chosen], prediction.probabilities[chosen]
+            ).model_dump(),
+            "prediction_set": found and found.model_dump(),
+            "method_why": bundle.choice.why,
+            "rule": _rule(bundle, trace).model_dump(),
+            "steps": [s.model_dump() for s in steps],
+            "subsets": [
+                {**asdict(s), "probabilities": p}
+                for s, p in zip(prediction.subsets, shares, strict=True)
+            ],
+            "draws": drawn and drawn.model_dump(),
+            "acquire": acquire and acquire.model_dump(),
+            "performance": tested and tested.model_dump(),
+            "limits": {
+                "task": f"{bundle.task.type}: {bundle.task.target}",
+                "cohort": provenance["cohort"],
+                "records": provenance["records"],
+                "patients": {s: len(p) for s, p in provenance["patients"].items()},
+                "observed_share": provenance["observed_share"],
+            },
+            "recovered_files": {
+                name: {"file": path, "sha256": sha256}
+                for name, (path, sha256) in (files or {}).items()
+            },
+            "bundle_version": bundle.version,
+            "device": str(bundle.device),
+            "versions": versions(),
+            "command": command,
+            "exhibits": exhibits_of(bundle, record, answers, row, explanation).model_dump(),
+        }
+    )
+
+
+def draw_answers(
+    bundle: ModelBundle, answers: Answers, row: int, *, draws: int, seed: int
+) -> tuple[DrawsPart | None, AcquirePart | None]:
+    """Return what other recoveries, as plausible, would have answered, and what measuring is worth.
+
+    The selection stays as it was made. A draw is encoded once, as if it had been observed, and
+    then only fused: with all draws that were admitted, with all draws there are, and alone beside
+    what was observed.
+
+    Args:
+        bundle: The model.
+        answers: Of a batch.
+        row: Which record of it; its draws do not depend on the others.
+        draws: n.
+        seed: Of the draws.
+
+    Returns:
+        None and None without draws, of an imputer that cannot draw, and where nothing was
+        recovered.
+    """
+    trace = answers.own
+    candidates = answers.recovery.candidates[row]
+    if not draws or not bundle.imputer.probabilistic or not bool(candidates.any()):
+        return None, None
+    names, device = trace.names, candidates.device
+    observed = trace.observed[row]
+    with torch.inference_mode():
+        fuse = _fuse_draws(bundle, answers, row, draws, seed)
+
+        def ask(admitted: Tensor) -> Tensor:
+            """Return `(A, n, K)` for `A` subsets of candidates `(A, M)`, beside the observed."""
+            count = len(admitted)
+            rows = torch.arange(draws, device=device).repeat(count)
+            each = admitted.repeat_interleave(draws, 0)
+            logits = fuse(rows, observed | each, each).logits
+            return calibrated(logits, bundle.temperature).view(count, draws, -1)
+
+        admitted, weight = trace.admitted[row : row + 1], None
+        if trace.mixture is not None:
+            own = trace.mixture.rows == row
+            admitted, weight = trace.mixture.admitted[own], trace.mixture.weight[own]
+        each = ask(admitted)
+        share = torch.ones(1) if weight is None else weight.cpu()
+        mean = (share.double()[:, None, None] * each).sum(0).clamp(0, 1)
+        everything = ask(candidates[None])[0]
+        single = candidates.nonzero().squeeze(1)
+        beside = ask(torch.nn.functional.one_hot(single, len(names)).bool())
+    chosen = int(answers.probabilities[answers.method][row].argmax())
+    alone = answers.probabilities["observed_only"][row].tolist()
+    gains: list[GainPart] = [
+        gain(
+            names[m],
+            "blanks" if bool(observed[m]) else "missing",
+            "trusted" if bool(trace.admitted[row, m]) else "rejected",
+            p,
+            alone,
+            chosen,
+        )
+        for m, p in zip(single.tolist(), beside.tolist(), strict=True)
+    ]
+    unknown = ~observed & ~candidates
+    return (
+        DrawsPart(
+            n=draws,
+            seed=seed,
+            central=CENTRAL,
+            own=summarise(mean.tolist(), chosen),
+            trust_all=summarise(everything.tolist(), chosen),
+        ),
+        AcquirePart(
+            draws=draws,
+            bits=entropy_bits(alone),
+            probability=alone[chosen],
+            gains=tuple(sorted(gains, key=lambda g: -g.bits)),
+            unknown=tuple(n for n, u in zip(names, unknown.tolist(), strict=True) if u),
+        ),
+    )
+
+
+def _fuse_draws(
+    bundle: ModelBundle, answers: Answers, row: int, draws: int, seed: int
+) -> EncodedVersions:
+    """Return a `Fuse` over n copies of one record, each with another draw of its recoveries."""
+    whole, candidates = answers.fuse, answers.recovery.candidates[row]
+    alone = answers.batch.rows(torch.tensor([row], device=candidates.device))
+    drawn = bundle.imputer.recover(alone, draws=draws, seed=seed).draws or {}
+    observed = whole.observed[row].expand(draws, -1, -1)
+    recovered = observed.clone()
+    for m, spec in enumerate(bundle.specs):
+        if bool(candidates[m]):
+            values = drawn[spec.name][:, 0]  # (n, *shape)
+            chunk = max(1, _MOST_VOXELS // values[0].numel())
+            parts = values.split(chunk)
+            tokens = torch.cat([bundle.backbone.encode(spec.name, p).values for p in parts])
+            recovered[:, bundle.backbone.token_modality == m] = tokens
+    available = whole.observed_available[row].expand(draws, -1)
+    return EncodedVersions(bundle.backbone, observed, available, recovered)
+
+
+def _subset_answers(
+    bundle: ModelBundle, answers: Answers, row: int, prediction: Prediction
+) -> list[list[float]]:
+    """Return `(A, K)`: what each subset that was averaged over says by itself."""
+    subsets = prediction.subsets
+    if not subsets:
+        return []
+    device = answers.own.observed.device
+    admitted = torch.tensor([[n in s.admitted for n in answers.own.names] for s in subsets])
+    admitted = admitted.to(device)
+    rows = torch.full((len(subsets),), row, device=device)
+    with torch.inference_mode():
+        used = answers.own.observed[row] | admitted
+        logits = answers.fuse(rows, used, admitted).logits
+    return calibrated(logits, bundle.temperature).tolist()
+
+
+def _prediction_set(
+    bundle: ModelBundle, answers: Answers, row: int, pattern: str
+) -> PredictionSetPart | None:
+    """Return the classes that cannot be ruled out; None where the bundle cannot tell."""
+    conformal, method = bundle.conformal, answers.method
+    if conformal is None or method not in conformal.scores:
+        return None
+    found = conformal.sets(method, answers.probabilities[method][[row]].numpy(), [pattern])
+    return PredictionSetPart(
+        classes=tuple(
+            c for c, inside in zip(bundle.task.classes, found.members[0], strict=True) if inside
+        ),
+        coverage=COVERAGE,
+        compared_with=cast(Literal["pattern", "count", "all"], found.group[0]),
+        calibrated_on=int(found.calibrated_on[0]),
+    )
+
+
+def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformancePart | None:
+    """Return how good a selector is for such patients; None where the bundle does not say."""
+    known = bundle.performance
+    own = known.row(method, pattern) if known is not None else None
+    if known is None or own is None:
+        return None
+    alone = next(
+        (
+            r
+            for r in known.rows
+            if (r.method, r.level, r.group) == ("observed_only", own.level, own.group)
+        ),
+        None,
+    )
+
+    def figures(row: PerformanceRow) -> FiguresPart:
+        auroc, brier, ece = (
+            IntervalPart(**asdict(interval)) for interval in (row.auroc, row.brier, row.ece)
+        )
+        return FiguresPart(method=row.method, auroc=auroc, brier=brier, ece=ece)
+
+    number = known.patients.get(pattern, 0)
+    return PerformancePart(
+        level=own.level,
+        group=own.group,
+        patients=own.patients,
+        cases=own.cases,
+        own=figures(own),
+        observed_only=None if alone is None else figures(alone),
+        pattern_patients=number,
+        tested_fewer_than_30=number < FEW_PATIENTS,
+    )
+
+
+def _rule(bundle: ModelBundle, trace: SelectionTrace) -> RulePart:
+    """Return how the bundle's selector decides."""
+    selector = bundle.selector
+    if isinstance(selector, SubsetAverage):
+        return RulePart(
+            decides_by="weights", admits="all", calibration=_calibration(bundle), threshold=0.5
+        )
+    if not isinstance(selector, Dymo):
+        everything = isinstance(selector, TrustAll)
+        return RulePart(
+            decides_by="rule",
+            admits="everything" if everything else "nothing",
+            calibration=None,
+            threshold=0.0,
+        )
+    return RulePart(
+        decides_by="trust" if isinstance(selector, Gate) else "reward",
+        admits="all" if isinstance(selector, Simultaneous) else "one",
+        calibration=_calibration(bundle),
+        threshold=_bound(trace.threshold),
+    )
+
+
+def _calibration(bundle: ModelBundle) -> SimilarityCalibration:
+    """Return the similarity calibration of a selector by reward."""
+    asked: SimilarityCalibration | None = bundle.selector.options.calibration
+    return asked or published_calibration(bundle.statistics.distance)
+
+
+def _bound(threshold: float) -> float | None:
+    """Return a threshold as JSON knows it: it has no infinity."""
+    return threshold if isfinite(threshold) else None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _command(record_id: str, bundle: ModelBundle, explain: bool, seed: int, draws: int) -> str:
+    """Return how to get the same files again, without the paths of this machine."""
+    words_ = ["dymo-med", "predict", "--patient-dir", record_id, "--bundle", bundle.name]
+    words_ += ["--out", "OUT", "--selector", bundle.choice.name, "--device", str(bundle.device)]
+    words_ += ["--seed", str(seed), "--draws", str(draws)]
+    return shlex.join(words_ if explain else [*words_, "--no-explain"])
 
 
 def versions() -> dict[str, str]:
@@ -544,16 +897,53 @@ def _affine(
     return None
 
 
-def _cell(spec: ModalitySpec, column: Column, value: float, *, measured: bool, known: bool) -> Cell:
+def _cell(
+    spec: ModalitySpec, column: Column, value: float, *, measured: bool, known: bool
+) -> CellPart:
     """Return one table cell for the report; `known` = there is a value at all."""
+    what: float | str | None = value if known else None
+    text, share, rank = "", None, None
     if column.type == "categorical":
         index = round(value)
-        text = column.values[index] if known and 0 <= index < len(column.values) else ""
-        share = column.frequencies[index] if text and column.frequencies else None
-        return Cell(spec.name, column.name, text, "", None, share, measured)
-    text = f"{value:.4g}" if known else ""
-    rank = percentile(value, column.percentiles) if known and column.percentiles else None
-    return Cell(spec.name, column.name, text, column.unit, rank, None, measured)
+        inside = known and 0 <= index < len(column.values)
+        text = column.values[index] if inside else ""
+        what = text if inside else None
+        share = column.frequencies[index] if inside and column.frequencies else None
+    elif known:
+        text = f"{value:.4g}"
+        rank = percentile(value, column.percentiles) if column.percentiles else None
+    return CellPart(
+        modality=spec.name,
+        column=column.name,
+        value=what,
+        text=text,
+        unit=column.unit if column.type == "continuous" else "",
+        percentile=rank,
+        share=share,
+        measured=measured,
+    )
+
+
+def _outside(bundle: ModelBundle, record: PatientRecord) -> dict[str, list[str]]:
+    """Return the columns of each table whose values lie far outside those of training patients."""
+    found = {}
+    for spec in bundle.specs:
+        value = record.modalities.get(spec.name)
+        if value is None or value.observed_fields is None:
+            continue
+        outside = [
+            column.name
+            for column, x, filled in zip(
+                spec.columns, value.values.tolist(), value.observed_fields.tolist(), strict=True
+            )
+            if filled
+            and column.mean is not None
+            and column.std is not None
+            and abs(x - column.mean) > _FAR * column.std
+        ]
+        if outside:
+            found[spec.name] = outside
+    return found
 
 
 def _warnings(
@@ -575,22 +965,10 @@ def _warnings(
             result.append(
                 sentence.format(method=method, this=classes[predicted], other=classes[other])
             )
-    for spec in bundle.specs:
-        value = record.modalities.get(spec.name)
-        if value is None or value.observed_fields is None:
-            continue
-        outside = [
-            column.name
-            for column, x, filled in zip(
-                spec.columns, value.values.tolist(), value.observed_fields.tolist(), strict=True
-            )
-            if filled
-            and column.mean is not None
-            and column.std is not None
-            and abs(x - column.mean) > _FAR * column.std
-        ]
-        if outside:
-            result.append(text["outside"].format(modality=spec.name, columns=", ".join(outside)))
+    result += [
+        text["outside"].format(modality=modality, columns=", ".join(columns))
+        for modality, columns in _outside(bundle, record).items()
+    ]
     borrowed = [s.modality for s in steps if s.borrowed and s.decision == "admitted"]
     if borrowed:
         result.append(text["borrowed"].format(modalities=", ".join(borrowed)))

@@ -1,4 +1,4 @@
-"""One patient's page: a single HTML file that needs nothing else, and the pictures in it.
+"""One patient's page: one HTML file that needs nothing else, made from `prediction.json` alone.
 
 Words are in `templates/strings.json`, layout in `templates/report.html.j2`; this module turns
 numbers into what those two need.
@@ -6,105 +6,41 @@ numbers into what those two need.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+import unicodedata
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import resources
-from math import exp, inf
+from math import exp
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from numpy.typing import NDArray
+from markupsafe import Markup
 
 from dymo_med.files import write_text
-from dymo_med.types import Attribution, Prediction, SelectionStep
 
-Array = NDArray[Any]
-State = Literal["observed", "trusted", "rejected"]
+# Other pages take these from here.
+from dymo_med.inference.pictures import png as png
+from dymo_med.inference.pictures import slices as slices
+from dymo_med.inference.pictures import watermark as watermark
+from dymo_med.inference.prediction_file import (
+    AttributionPart,
+    CellPart,
+    PicturePart,
+    PredictionFile,
+    ScanPart,
+    StepPart,
+)
 
-_PIXELS = 208  # longest side of one slice
-_GAP = 8
-_SIGMA = 1.0  # smoothing of saliency, in voxels
 _TOP_CELLS = 8
 _MOST_CLASSES = 6
 _UNDECIDED = 0.1  # two classes closer than this are not told apart in words
-
-
-@dataclass(frozen=True)
-class Scan:
-    """An image to show.
-
-    Attributes:
-        modality: Its name.
-        values: `(C, X, Y, Z)` RAS+, or `(C, rows, columns)`.
-        spacing_mm: Voxel size; empty = square pixels.
-        state: Whether it was measured, or recovered and then trusted or rejected.
-        zero_is_background: Whether exact zeros of a measured scan are outside the body.
-        saliency: `(*spatial)`, for measured scans; None = not computed.
-    """
-
-    modality: str
-    values: Array
-    spacing_mm: tuple[float, ...]
-    state: State
-    zero_is_background: bool
-    saliency: Array | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table cell to show.
-
-    Attributes:
-        modality: Table it is in.
-        column: Header.
-        value: As text; empty = unknown.
-        unit: Of a number.
-        percentile: Among training patients, 0 to 100, for numbers.
-        share: Of training patients with this category, for categories.
-        measured: False = the value was recovered, or is unknown.
-    """
-
-    modality: str
-    column: str
-    value: str
-    unit: str
-    percentile: float | None
-    share: float | None
-    measured: bool
-
-
-@dataclass(frozen=True)
-class Exhibits:
-    """What a report shows besides the prediction.
-
-    Attributes:
-        target: What is predicted.
-        bundle_version: Version of the package that made the bundle.
-        bundle_description: One sentence.
-        versions: Software versions by name.
-        device: Where the networks ran.
-        selector_why: Why the bundle's default selector is the default.
-        scans: Images, measured and recovered, in canonical order.
-        cells: Cells of the tables that were measured or recovered, in canonical order.
-        convergence: Of the saliency; None = not computed.
-    """
-
-    target: str
-    bundle_version: str
-    bundle_description: str
-    versions: Mapping[str, str]
-    device: str
-    selector_why: str = ""
-    scans: tuple[Scan, ...] = ()
-    cells: tuple[Cell, ...] = ()
-    convergence: float | None = None
+# Reasons that `warnings` has a sentence for too.
+_WARNED = ("measurements_differ", "outside_training", "borrowed")
+# Turn the direction of whatever follows them, beyond the text that they are in.
+_TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @cache
@@ -123,23 +59,46 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=visible,
     )
     result.filters.update(percent=percent, points=points)
     result.globals["t"] = words()
     return result
 
 
-def write_report(prediction: Prediction, exhibits: Exhibits, path: Path) -> None:
-    """Write one patient's page.
+def visible(value: Any) -> Any:
+    """Return text whose control characters can be seen and no longer act; anything else as it is.
+
+    A character that turns the writing direction would carry on in the words after a name.
+
+    Example:
+        >>> visible("a\u202eb")
+        'a<U+202E>b'
+    """
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isascii():
+        return value
+    return "".join(
+        f"<U+{ord(c):04X}>" if c in _TURNS or unicodedata.category(c) == "Cc" else c for c in value
+    )
+
+
+def write_report(file: PredictionFile, path: Path) -> None:
+    """Write one patient's page; the same file gives the same bytes.
 
     Args:
-        prediction: What to report.
-        exhibits: Pictures, cells and facts beside it.
+        file: All that the page shows.
         path: The HTML file.
     """
-    created = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")
-    page = environment().get_template("report.html.j2")
-    write_text(path, page.render(view(prediction, exhibits), created=created))
+    write_text(path, render(file))
+
+
+def render(file: PredictionFile) -> str:
+    """Return one patient's page.
+
+    Args:
+        file: All that the page shows.
+    """
+    return environment().get_template("report.html.j2").render(view(file))
 
 
 def percent(probability: float) -> str:
@@ -183,33 +142,51 @@ def percentile(value: float, percentiles: Sequence[float]) -> float:
     return (left + right - 1) / 2 if right - left > 1 else low
 
 
-def view(prediction: Prediction, exhibits: Exhibits) -> dict[str, Any]:
+def view(file: PredictionFile) -> dict[str, Any]:
     """Return what the template needs, in the order of its sections.
 
     Args:
-        prediction: What to report.
-        exhibits: Pictures, cells and facts beside it.
+        file: All that the page shows.
     """
-    chosen = int(np.argmax(prediction.probabilities))
+    chosen = file.chosen
     return {
-        "p": prediction,
-        "x": exhibits,
-        "chosen": prediction.classes[chosen],
-        "probability": prediction.probabilities[chosen],
-        "answer": _answer(prediction, chosen),
-        "had": _had(prediction),
-        "change": _change(prediction, chosen),
-        "pictures": _pictures(exhibits.scans, bool(prediction.subsets)),
+        "p": file,
+        "x": file.exhibits,
+        "chosen": file.classes[chosen],
+        "probability": file.probabilities[chosen],
+        "reasons": reasons(file, besides=_WARNED),
+        "answer": _answer(file, chosen),
+        "had": _had(file),
+        "change": _change(file, chosen),
+        "pictures": _pictures(file.exhibits.scans, bool(file.subsets)),
         # Words of the states, as this kind of selector means them.
-        "states": _states(bool(prediction.subsets)),
+        "states": _states(bool(file.subsets)),
         "recovered_cells": [
-            c for c in exhibits.cells if not c.measured and c.modality in prediction.recovered
+            c for c in file.exhibits.cells if not c.measured and c.modality in file.recovered
         ],
-        "cell_state": dict.fromkeys(prediction.trusted, "trusted")
-        | dict.fromkeys(prediction.rejected, "rejected"),
-        "why": _why(prediction),
-        "drove": _drove(prediction, exhibits, chosen),
+        "cell_state": dict.fromkeys(file.trusted, "trusted")
+        | dict.fromkeys(file.rejected, "rejected"),
+        "why": _why(file),
+        "drove": _drove(file, chosen),
     }
+
+
+def reasons(file: PredictionFile, besides: Collection[str] = ()) -> list[str]:
+    """Return the reasons of the status as sentences (section `status` of the words).
+
+    Args:
+        file: The prediction.
+        besides: Codes to leave out.
+    """
+    text = words()["status"]
+    shown = {"coverage", "probability", "share"}
+    return [
+        text[r.code].format_map(
+            {k: percent(float(v)) if k in shown else v for k, v in r.values.items()}
+        )
+        for r in file.status_reasons
+        if r.code not in besides
+    ]
 
 
 def _count(key: str, number: int) -> str:
@@ -220,7 +197,7 @@ def _count(key: str, number: int) -> str:
     return str(forms["one"] if number == 1 else forms["many"].format(n=number))
 
 
-def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
+def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     text = words()["answer"]
     name, p = prediction.classes[chosen], prediction.probabilities[chosen]
     count = round(100 * p)
@@ -262,7 +239,7 @@ def _answer(prediction: Prediction, chosen: int) -> dict[str, Any]:
     }
 
 
-def _had(prediction: Prediction) -> list[dict[str, str]]:
+def _had(prediction: PredictionFile) -> list[dict[str, str]]:
     """Return one row per modality, measured ones first."""
     text = words()["had"]
     trust = prediction.trust
@@ -296,7 +273,7 @@ def _had(prediction: Prediction) -> list[dict[str, str]]:
     return rows
 
 
-def _change(prediction: Prediction, chosen: int) -> dict[str, Any]:
+def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     """Return the methods side by side: the same network, given more and more."""
     text = words()["change"]
     answers = {**prediction.alternatives, prediction.method: prediction.probabilities}
@@ -333,9 +310,9 @@ def _change(prediction: Prediction, chosen: int) -> dict[str, Any]:
     return {"rows": rows, "sentence": sentence, "flip": bool(flipped)}
 
 
-def _why(prediction: Prediction) -> dict[str, Any]:
+def _why(prediction: PredictionFile) -> dict[str, Any]:
     """Return the step table, and one sentence per recovery."""
-    last: dict[str, SelectionStep] = {}
+    last: dict[str, StepPart] = {}
     for step in prediction.steps:
         last[step.modality] = step
     return {
@@ -363,7 +340,7 @@ def _why(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _lead(prediction: Prediction) -> str:
+def _lead(prediction: PredictionFile) -> str:
     """Return how this selector decides."""
     text = words()["why"]
     if prediction.subsets:
@@ -375,14 +352,15 @@ def _lead(prediction: Prediction) -> str:
     if prediction.method == "dymo_uncalibrated":
         return str(text["lead_uncalibrated"])
     lead = str(text["lead"])
-    margin = max((s.threshold for s in prediction.steps), default=0.0)
+    margin = prediction.rule.threshold
+    if margin is None:
+        return f"{lead} " + str(text["never"])
     if margin > 0:
-        bound = text["margin"].format(margin=f"{margin:.3f}") if margin < inf else text["never"]
-        lead = f"{lead} {bound}"
+        return f"{lead} " + str(text["margin"].format(margin=f"{margin:.3f}"))
     return lead
 
 
-def _sentence(step: SelectionStep, averaged: bool) -> str:
+def _sentence(step: StepPart, averaged: bool) -> str:
     """Return what became of one recovery, and why."""
     if step.trust is not None:
         kind = "average" if averaged else "gate"
@@ -419,7 +397,7 @@ def _signed(number: float) -> str:
     return f"{number:+.3f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _drove(prediction: Prediction, exhibits: Exhibits, chosen: int) -> dict[str, Any]:
+def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     """Return the waterfall of modalities, the top cells and the saliency pictures."""
     whole = [a for a in prediction.attributions if not a.name]
     start = prediction.base_rates[chosen] if prediction.base_rates else 0.0
@@ -437,6 +415,7 @@ def _drove(prediction: Prediction, exhibits: Exhibits, chosen: int) -> dict[str,
             }
         )
         at += a.value
+    exhibits = prediction.exhibits
     known = {(c.modality, c.column): c for c in exhibits.cells}
     cells = sorted((a for a in prediction.attributions if a.name), key=lambda a: -abs(a.value))
     cells = cells[:_TOP_CELLS]
@@ -446,13 +425,13 @@ def _drove(prediction: Prediction, exhibits: Exhibits, chosen: int) -> dict[str,
         "end": at,
         "bars": bars,
         "cells": [_top_cell(a, known[a.modality, a.name], largest) for a in cells],
-        "maps": _maps(exhibits.scans),
-        "sigma": f"{_SIGMA:g}",
-        "convergence": None if exhibits.convergence is None else points(exhibits.convergence),
+        "maps": _maps(exhibits.scans, bool(prediction.subsets)),
+        "sigma": f"{exhibits.smoothed_voxels:g}",
+        "convergence": None if exhibits.convergence is None else points(exhibits.convergence.error),
     }
 
 
-def _top_cell(attribution: Attribution, cell: Cell, largest: float) -> dict[str, Any]:
+def _top_cell(attribution: AttributionPart, cell: CellPart, largest: float) -> dict[str, Any]:
     return {
         "cell": cell,
         "value": attribution.value,
@@ -474,216 +453,36 @@ def _states(averaged: bool) -> dict[str, str]:
     }
 
 
-def _pictures(scans: Sequence[Scan], averaged: bool) -> list[dict[str, str | bool]]:
-    """Return every scan as a strip of slices, measured ones first."""
-    text, states = words(), _states(averaged)
-    result = []
-    order = sorted(scans, key=lambda s: s.state != "observed")
-    for scan in order:
-        flat = scan.values.ndim == 3
-        alt = text["madeup"]["alt_2d" if flat else "alt"]
-        state = states[scan.state]
-        at = _centre(scan, scans)
-        strip = _strip(scan, scans, at, synthetic=scan.state != "observed")
-        result.append(
-            {
-                "modality": scan.modality,
-                "state": scan.state,
-                "word": state,
-                "flat": flat,
-                "alt": alt.format(modality=scan.modality, state=state),
-                "png": png(strip),
-            }
-        )
-    return result
-
-
-def _maps(scans: Sequence[Scan]) -> list[dict[str, str | bool]]:
-    """Return the measured scans that have one with their saliency on top, on one scale."""
-    from scipy.ndimage import gaussian_filter
-
-    shown = [
-        (s, gaussian_filter(np.abs(s.saliency), _SIGMA)) for s in scans if s.saliency is not None
+def _pictures(scans: Sequence[ScanPart], averaged: bool) -> list[dict[str, Any]]:
+    """Return every scan's slices, measured ones first."""
+    text, states = words()["madeup"], _states(averaged)
+    return [
+        _figure(scan, scan.pictures, states[scan.state], text["alt_2d" if scan.flat else "alt"])
+        for scan in sorted(scans, key=lambda s: s.state != "observed")
     ]
-    top = max((float(np.quantile(m, 0.999)) for _, m in shown), default=0.0)
-    if top <= 0:
-        return []
-    text = words()["drove"]
-    alt = {False: text["maps_alt"], True: text["maps_alt_2d"]}
-    result = []
-    for scan, magnitude in shown:
-        # One place for all scans on a grid, so that they can be compared.
-        total = sum(m for _, m in shown if m.shape == magnitude.shape)
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(total)), magnitude.shape))
-        strip = _strip(scan, scans, at, synthetic=False, heat=np.clip(magnitude / top, 0, 1))
-        result.append(
-            {
-                "modality": scan.modality,
-                "alt": alt[scan.values.ndim == 3].format(modality=scan.modality),
-                "flat": scan.values.ndim == 3,
-                "png": png(strip),
-            }
+
+
+def _maps(scans: Sequence[ScanPart], averaged: bool) -> list[dict[str, Any]]:
+    """Return the scans that have one with their saliency on top, measured ones first."""
+    text, states = words()["drove"], _states(averaged)
+    return [
+        _figure(
+            scan,
+            scan.overlays,
+            states[scan.state],
+            text["maps_alt_2d" if scan.flat else "maps_alt"],
         )
-    return result
-
-
-def _foreground(scan: Scan, scans: Sequence[Scan]) -> Array | None:
-    """Return where there is a body, from measured scans on the same grid; None = everywhere."""
-    if not scan.zero_is_background:
-        return None
-    same = [
-        s.values
-        for s in scans
-        if s.state == "observed" and s.zero_is_background and s.values.shape == scan.values.shape
+        for scan in sorted(scans, key=lambda s: s.state != "observed")
+        if scan.overlays
     ]
-    if scan.state == "observed":
-        same = [scan.values]
-    return np.any([(v != 0).any(0) for v in same], axis=0) if same else None
 
 
-def _centre(scan: Scan, scans: Sequence[Scan]) -> tuple[int, ...]:
-    """Return the middle voxel of the body, the same for all scans on one grid."""
-    first = next((s for s in scans if s.values.shape == scan.values.shape), scan)
-    inside = _foreground(first, scans)
-    if inside is None or not inside.any():
-        return tuple(n // 2 for n in scan.values.shape[1:])
-    return tuple(int(np.median(axis)) for axis in np.nonzero(inside))
-
-
-def slices(volume: Array, at: Sequence[int]) -> tuple[Array, Array, Array]:
-    """Cut a volume the way radiologists look at it.
-
-    Args:
-        volume: `(X, Y, Z)` RAS+.
-        at: Voxel to cut through.
-
-    Returns:
-        Axial `(Y, X)` with the nose up and coronal `(Z, X)`, both with the patient's right on
-        the left; sagittal `(Z, Y)` with the nose on the left.
-    """
-    x, y, z = at
-    return (
-        volume[::-1, ::-1, z].T,
-        volume[::-1, y, ::-1].T,
-        volume[x, ::-1, ::-1].T,
-    )
-
-
-def _strip(
-    scan: Scan,
-    scans: Sequence[Scan],
-    at: Sequence[int],
-    *,
-    synthetic: bool,
-    heat: Array | None = None,
-) -> Array:
-    """Draw one scan: uint8 `(rows, columns, 3)`, slices side by side on black."""
-    inside = _foreground(scan, scans)
-    grey = _grey(scan.values, inside)  # (C, *spatial) in 0..1
-    if grey.ndim == 3:
-        cuts = [grey]
-        heats = [heat]
-        spacings = [scan.spacing_mm or (1.0, 1.0)]
-    else:
-        x, y, z = scan.spacing_mm or (1.0, 1.0, 1.0)
-        cuts = [np.stack(c) for c in zip(*(slices(g, at) for g in grey), strict=True)]
-        heats = list(slices(heat, at)) if heat is not None else [None] * 3
-        spacings = [(y, x), (z, x), (z, y)]
-    longest = max(
-        n * s
-        for c, mm in zip(cuts, spacings, strict=True)
-        for n, s in zip(c.shape[1:], mm, strict=True)
-    )
-    drawn = []
-    for cut, hot, mm in zip(cuts, heats, spacings, strict=True):
-        size = tuple(
-            max(1, round(_PIXELS * n * s / longest)) for n, s in zip(cut.shape[1:], mm, strict=True)
-        )
-        rgb = np.stack(
-            [_resize(c, size) for c in (cut if len(cut) == 3 else cut[[0]].repeat(3, 0))], -1
-        )
-        if hot is not None:
-            rgb = _glow(rgb, _resize(hot, size))
-        drawn.append((255 * rgb).round().astype(np.uint8))
-    if synthetic:
-        drawn = [watermark(d) for d in drawn]
-    height = max(len(d) for d in drawn)
-    width = sum(d.shape[1] for d in drawn) + _GAP * (len(drawn) - 1)
-    strip = np.zeros((height, width, 3), np.uint8)
-    left = 0
-    for d in drawn:
-        top = (height - len(d)) // 2
-        strip[top : top + len(d), left : left + d.shape[1]] = d
-        left += d.shape[1] + _GAP
-    return strip
-
-
-def _grey(values: Array, inside: Array | None) -> Array:
-    """Return values stretched to 0..1 between the 1st and 99th percentile of the body."""
-    body = values if inside is None or not inside.any() else values[:, inside]
-    low, high = np.percentile(body, [1, 99])
-    grey = np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)
-    return grey if inside is None else np.where(inside, grey, 0.0)
-
-
-def _resize(image: Array, size: tuple[int, ...]) -> Array:
-    """Return a 2D float image in 0..1 resampled to `size` (rows, columns), bicubic."""
-    from PIL import Image
-
-    picture = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
-    resized = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), dtype=np.float32)
-    return resized.clip(0, 1)
-
-
-def _glow(rgb: Array, heat: Array) -> Array:
-    """Return a picture with heat in 0..1 laid over it, and an outline that prints in grey."""
-    from matplotlib import colormaps
-    from scipy.ndimage import binary_dilation
-
-    colour = colormaps["inferno"](0.35 + 0.6 * heat)[..., :3]
-    opacity = np.clip(1.3 * heat - 0.15, 0, 0.8)[..., None]
-    result = (1 - opacity) * rgb * 0.85 + opacity * colour
-    inside = heat >= 0.5
-    line = binary_dilation(inside) & ~inside
-    result[binary_dilation(line) & ~inside] = 0.0
-    result[line] = 1.0
-    return np.asarray(result)
-
-
-def watermark(picture: Array) -> Array:
-    """Return a picture with SYNTHETIC burnt into its pixels, twice and across.
-
-    Args:
-        picture: uint8 `(rows, columns, 3)`.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    rows, columns = picture.shape[:2]
-    mark = Image.new("RGBA", (2 * columns, 2 * rows), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(mark)
-    font = ImageFont.load_default(size=max(10, min(rows, columns) // 8))
-    for place in (0.7, 1.3):
-        # White with a dark edge: legible on every grey, in print too.
-        draw.text(
-            (columns, rows * place),
-            "SYNTHETIC",
-            fill=(255, 255, 255, 215),
-            stroke_fill=(0, 0, 0, 215),
-            stroke_width=1,
-            font=font,
-            anchor="mm",
-        )
-    turned = mark.rotate(28, resample=Image.Resampling.BICUBIC, center=(columns, rows))
-    left, top = columns // 2, rows // 2
-    layer = turned.crop((left, top, left + columns, top + rows))
-    marked = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer)
-    return np.asarray(marked.convert("RGB"))
-
-
-def png(picture: Array) -> str:
-    """Return a uint8 picture as a `data:` address."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+def _figure(scan: ScanPart, pictures: Sequence[PicturePart], word: str, alt: str) -> dict[str, Any]:
+    return {
+        "modality": scan.modality,
+        "state": scan.state,
+        "word": word,
+        "flat": scan.flat,
+        "alt": alt.format(modality=scan.modality, state=word),
+        "slices": pictures,
+    }

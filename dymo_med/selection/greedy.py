@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dymo_med.config import Strict
 from dymo_med.selection.base import Cases, Fitted, Selector, require_something
 from dymo_med.selection.reward import (
+    Distance,
     SimilarityCalibration,
     log_quality,
     log_tail,
@@ -43,6 +44,11 @@ class RewardOptions(Strict):
 
     temperature: Annotated[float, Field(gt=0)] = 0.1
     calibration: SimilarityCalibration | None = None
+
+
+def published_calibration(distance: Distance) -> SimilarityCalibration:
+    """Return the published similarity calibration for a distance."""
+    return "log_ratio" if distance == "cosine" else "ratio"
 
 
 class UncalibratedOptions(RewardOptions):
@@ -156,7 +162,7 @@ def attempt(
     before = Judged(state.quality[rows], state.similarity[rows], state.borrowed[rows])
     calibration: SimilarityCalibration | None = options.calibration
     if calibration is None:
-        calibration = "log_ratio" if statistics.distance == "cosine" else "ratio"
+        calibration = published_calibration(statistics.distance)
     factor = similarity_factor(before.similarity, judged.similarity, calibration)
     gain = reward(before.quality, judged.quality, factor)
     return Step(rows, column, used, before, judged, logits[rows], after.logits, factor, gain), after

@@ -7,6 +7,7 @@ import torch
 
 from dymo_med.backbones import encode_versions
 from dymo_med.inference.explain import (
+    MOST_ERROR,
     Subject,
     cell_ablation,
     exact_shapley,
@@ -97,8 +98,10 @@ def test_a_blanked_cell_is_a_cell_that_was_never_filled(bundle, records):
     record = records[0]
     answers = answer(bundle, [record])
     subject = subject_of(bundle, answers)
-    filled = answers.batch.observed_fields["labs"][0].clone()
-    values = {a.name: a.value for a in cell_ablation(subject, {"labs": filled})}
+    filled = {n: f[0].clone() for n, f in answers.batch.observed_fields.items()}
+    found = cell_ablation(subject, filled)
+    assert not any(a.recovered for a in found)
+    values = {a.name: a.value for a in found if a.modality == "labs"}
     assert list(values) == ["ldh", "crp", "blood_group"]
     labs = record.modalities["labs"]
     blank = dataclasses.replace(labs, observed_fields=torch.tensor([False, True, True]))
@@ -143,27 +146,151 @@ def test_small_steps_and_large_steps_of_ablation_agree(bundle, records):
     assert [a.value for a in one] == pytest.approx([a.value for a in many], abs=1e-6)
 
 
-def test_saliency_is_complete_and_of_observed_images_only(bundle, records):
-    record = next(r for r in records if len(r.modalities) == len(bundle.specs)).without(["t2"])
-    trust_all = bundle.with_selector("trust_all")
-    answers = answer(trust_all, [record])
-    subject = subject_of(bundle, answers)
+def explained(bundle, answers, row=0):
+    subject = subject_of(bundle, answers, row)
+    fields = answers.batch.observed_fields
     observed = {
-        n: answers.batch.observed_fields[n][0] if n in answers.batch.observed_fields else None
-        for n in answers.batch.observed.of(0)
+        n: fields[n][row].clone() if n in fields else None for n in answers.batch.observed.of(row)
     }
-    explanation = explain(subject, observed, seed=0)
-    assert set(explanation.saliency.maps) == {"t1", "photo"}
-    assert explanation.saliency.maps["t1"].shape == (16, 16, 16)
-    assert explanation.saliency.maps["photo"].shape == (16, 16)
-    fine = image_saliency(subject, ("t1", "photo"), steps=64)
-    assert abs(fine.convergence) < 5e-3
-    assert "t2" in {a.modality for a in explanation.attributions}
+    return subject, explain(subject, observed, seed=0)
+
+
+def complete(bundle, records):
+    return next(
+        r
+        for r in records
+        if len(r.modalities) == len(bundle.specs)
+        and all(v.observed_fields is None or v.observed_fields.all() for v in r.modalities.values())
+    )
+
+
+def test_saliency_adds_up_and_keeps_recovered_images_apart(bundle, records):
+    record = complete(bundle, records).without(["t2"])
+    answers = answer(bundle.with_selector("trust_all"), [record])
+    subject, explanation = explained(bundle, answers)
+    saliency = explanation.saliency
+    assert set(saliency.maps) == {"t1", "photo"} and set(saliency.recovered) == {"t2"}
+    assert saliency.maps["t1"].shape == saliency.recovered["t2"].shape == (16, 16, 16)
+    assert saliency.maps["photo"].shape == (16, 16)
+    assert abs(saliency.convergence) <= MOST_ERROR
+    # What the maps of both kinds add up to, from scratch: the images against empty ones.
+    present = torch.ones(1, len(subject.names), dtype=torch.bool)
+    empty = {
+        version: bundle.backbone.encode(version[0], torch.zeros_like(values))
+        for version, (values, filled) in subject.versions.items()
+        if filled is None
+    }
+    change = float(subject.probability(present) - subject.probability(present, empty))
+    total = sum(float(m.sum()) for m in (*saliency.maps.values(), *saliency.recovered.values()))
+    assert total - change == pytest.approx(saliency.convergence, abs=1e-5)
+
+
+def test_points_are_added_until_the_sum_is_right(bundle, records, monkeypatch):
+    answers = answer(bundle, [complete(bundle, records)])
+    subject = subject_of(bundle, answers)
+    images = tuple(v for v, (_, filled) in subject.versions.items() if filled is None)
+    few = image_saliency(subject, images, steps=1, most=1)
+    monkeypatch.setattr("dymo_med.inference.explain.MOST_ERROR", abs(few.convergence) / 20)
+    more = image_saliency(subject, images, steps=1, most=128)
+    assert few.points == 1 < more.points
+    assert abs(more.convergence) <= abs(few.convergence) / 20
+
+
+def test_memory_decides_how_many_points_at_once_and_nothing_else(bundle, records, monkeypatch):
+    answers = answer(bundle, [complete(bundle, records)])
+    subject = subject_of(bundle, answers)
+    images = tuple(v for v, (_, filled) in subject.versions.items() if filled is None)
+    sizes = []
+    encode = type(bundle.backbone).encode
+
+    def counted(self, name, values, fields=None):
+        sizes.append(len(values))
+        return encode(self, name, values, fields)
+
+    monkeypatch.setattr(type(bundle.backbone), "encode", counted)
+    whole = image_saliency(subject, images)
+    assert max(sizes) > 1
+    sizes.clear()
+    monkeypatch.setattr("dymo_med.inference.explain._MEMORY_BYTES", 1)
+    parts = image_saliency(subject, images)
+    assert max(sizes[:-2]) <= 2  # the two ends of the path are asked together
+    torch.testing.assert_close(parts.maps, whole.maps, atol=1e-6, rtol=1e-3)
+
+
+def test_recovered_cells_are_explained_apart(bundle, records):
+    record = complete(bundle, records)
+    labs = record.modalities["labs"]
+    partly = dataclasses.replace(labs, observed_fields=torch.tensor([True, False, True]))
+    modalities = {**record.modalities, "labs": partly}
+    without = dataclasses.replace(record, modalities=modalities).without(["demographics"])
+    answers = answer(bundle.with_selector("trust_all"), [without])
+    _, explanation = explained(bundle, answers)
+    cells = {a.name: a.recovered for a in explanation.attributions if a.name}
+    assert cells == {"age": True, "sex": True, "ldh": False, "crp": True, "blood_group": False}
+    whole = {a.modality: a.recovered for a in explanation.attributions if not a.name}
+    assert whole == {"t1": False, "t2": False, "photo": False, "demographics": True, "labs": False}
+
+
+@pytest.mark.parametrize("name", ["observed_only", "dymo", "gate", "subset_average", "trust_all"])
+def test_nothing_is_attributed_to_what_was_not_used(bundle, records, name):
+    asked = bundle.with_selector(name)
+    part = records[:8]
+    answers = answer(asked, part)
+    for row, record in enumerate(part):
+        (p,) = predict_batch(asked, [record])
+        used = set(p.observed) | set(p.trusted)
+        if p.subsets:
+            used |= {n for s in p.subsets for n in s.admitted}
+        assert {a.modality for a in p.attributions} <= used
+        _, explanation = explained(asked, answers, row)
+        if explanation.saliency is not None:
+            assert set(explanation.saliency.maps) <= set(p.observed)
+            assert set(explanation.saliency.recovered) <= used - set(p.observed)
+
+
+@pytest.mark.parametrize("name", ["dymo", "subset_average"])
+def test_shapley_values_agree_with_brute_force(bundle, records, name):
+    """All orders in which modalities join, each subset asked of the network from scratch."""
+    record = complete(bundle, records).without(["t2", "demographics"])
+    asked = bundle.with_selector(name)
+    answers = answer(asked, [record])
+    subject = subject_of(asked, answers)
+    trace = answers.own
+    subsets, weight = trace.admitted[:1], torch.ones(1, dtype=torch.float64)
+    if trace.mixture is not None:
+        subsets, weight = trace.mixture.admitted, trace.mixture.weight
+    places = [trace.names.index(n) for n in subject.names]
+
+    def worth(team):
+        kept = torch.zeros(len(trace.names), dtype=torch.bool)
+        kept[[places[i] for i in team]] = True
+        total = 0.0
+        for admitted, w in zip(subsets, weight.tolist(), strict=True):
+            used = (trace.observed[0] | admitted) & kept
+            if not used.any():
+                total += w * subject.base_rate
+                continue
+            logits = answers.fuse(torch.zeros(1, dtype=torch.int64), used[None], admitted[None])
+            p = torch.softmax(logits.logits.double() / asked.temperature, -1)
+            total += w * float(p[0, subject.chosen])
+        return total
+
+    u = len(subject.names)
+    known = {s: worth(s) for r in range(u + 1) for s in itertools.combinations(range(u), r)}
+    expected = [0.0] * u
+    for order in itertools.permutations(range(u)):
+        for at, player in enumerate(order):
+            before, after = tuple(sorted(order[:at])), tuple(sorted(order[: at + 1]))
+            expected[player] += (known[after] - known[before]) / factorial(u)
+    values = [a.value for a in modality_shapley(subject)]
+    assert values == pytest.approx(expected, abs=1e-6)
+    share = answers.probabilities[name][0, subject.chosen].item() - subject.base_rate
+    assert sum(values) == pytest.approx(share, abs=1e-6)
 
 
 def test_a_background_voxel_has_no_saliency(bundle, records):
     answers = answer(bundle, records[:1])
-    saliency = image_saliency(subject_of(bundle, answers), ("t1",))
+    saliency = image_saliency(subject_of(bundle, answers), (("t1", False),))
     background = records[0].modalities["t1"].values[0] == 0
     assert background.any()
     assert saliency.maps["t1"][background].abs().max() == 0

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dymo_med.inference.pictures import Scan, draw
+from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.report import (
-    Cell,
-    Exhibits,
-    Scan,
     percent,
     percentile,
     points,
@@ -21,7 +20,6 @@ from dymo_med.inference.report import (
     words,
     write_report,
 )
-from dymo_med.types import Attribution, Prediction, SelectionStep, Source
 
 HOSTILE = '<script>alert("x")</script>&\'{{ 7*7 }}'
 SECTIONS = ("banner", "answer", "had", "change", "madeup", "why", "drove", "trace")
@@ -57,57 +55,105 @@ class Page(HTMLParser):
 
 
 def step(number, modality, before, after, reward, decision, **more):
-    given = {"version": "recovered", "factor": 1.0, "borrowed": False, **more}
-    return SelectionStep(
-        number,
-        modality,
-        given["version"],
-        before,
-        after,
-        -0.5,
-        given.get("typical", -0.4),
-        given["factor"],
-        reward,
-        decision,
-        given["borrowed"],
-    )
+    return {
+        "step": number,
+        "modality": modality,
+        "version": more.get("version", "recovered"),
+        "quality_before": before,
+        "quality_after": after,
+        "similarity_before": -0.5,
+        "similarity_after": more.get("typical", -0.4),
+        "factor": more.get("factor", 1.0),
+        "reward": reward,
+        "decision": decision,
+        "borrowed": more.get("borrowed", False),
+        "trust": None,
+        "threshold": 0.0,
+    }
+
+
+def attribution(modality, name, value, method, recovered=False):
+    return {
+        "modality": modality,
+        "name": name,
+        "value": value,
+        "method": method,
+        "recovered": recovered,
+    }
+
+
+def source(file, sha256, facts):
+    return {"file": file, "sha256": sha256, "affine": None, "facts": facts}
 
 
 def prediction(**changes):
     given = {
+        "schema_version": 3,
         "record_id": "sub-0042",
         "patient_id": "hidden-patient-key",
+        "target": "grade",
         "classes": ("low", "high"),
+        "predicted": "high",
         "probabilities": (0.23, 0.77),
+        "status": "caution",
+        "status_reasons": (
+            {"code": "few_held_back", "values": {"patients": 4, "least": 30}},
+            {"code": "borrowed", "values": {"modalities": "labs"}},
+        ),
+        "frequency": {"label": "high", "of": 100, "count": 77, "bound": None},
+        "prediction_set": None,
         "alternatives": {"observed_only": (0.32, 0.68), "trust_all": (0.56, 0.44)},
+        "base_rates": (0.56, 0.44),
+        "method": "dymo",
+        "method_why": "",
+        "rule": {
+            "decides_by": "reward",
+            "admits": "one",
+            "calibration": "log_ratio",
+            "threshold": 0.0,
+        },
         "observed": ("t1", "labs"),
         "partly": ("labs",),
         "recovered": ("t2", "flair", "labs"),
         "trusted": ("flair", "labs"),
         "rejected": ("t2",),
         "absent": ("genetics",),
-        "method": "dymo",
         "steps": (
             step(1, "t2", 0.83, 0.61, -0.64, "rejected", factor=0.31, typical=-3.2),
             step(1, "flair", 0.83, 0.91, 0.08, "admitted"),
             step(1, "labs", 0.83, 0.86, 0.03, "not yet", version="completed", borrowed=True),
             step(2, "labs", 0.91, 0.9101, 0.0001, "admitted", version="completed", borrowed=True),
         ),
+        "subsets": (),
+        "draws": None,
+        "acquire": None,
         "attributions": (
-            Attribution("t1", "", 0.2, "shapley"),
-            Attribution("flair", "", 0.2, "shapley"),
-            Attribution("labs", "", -0.07, "shapley"),
-            Attribution("labs", "ldh", -0.03, "feature_ablation"),
+            attribution("t1", "", 0.2, "shapley"),
+            attribution("flair", "", 0.2, "shapley", True),
+            attribution("labs", "", -0.07, "shapley"),
+            attribution("labs", "ldh", -0.03, "feature_ablation"),
         ),
         "warnings": ("Trusting every recovery would say low, not high.",),
-        "sources": {"t1": Source("t1.nii.gz", "ab" * 32, None, {"size": "240 x 240 x 155"})},
+        "performance": None,
+        "limits": {
+            "task": "classification: grade",
+            "cohort": "glioma",
+            "records": {"train": 10},
+            "patients": {"train": 9},
+            "observed_share": {"t1": 0.9},
+        },
+        "sources": {"t1": source("t1.nii.gz", "ab" * 32, {"size": "240 x 240 x 155"})},
+        "recovered_files": {},
         "bundle_id": "f00dface" * 8,
         "bundle_name": "glioma",
+        "bundle_version": "0.1.0",
         "seed": 7,
-        "base_rates": (0.56, 0.44),
+        "device": "cpu",
+        "versions": {"dymo_med": "0.1.0"},
+        "command": None,
         **changes,
     }
-    return Prediction(**given)
+    return given
 
 
 def volume(seed=0):
@@ -116,32 +162,48 @@ def volume(seed=0):
     return values
 
 
-def exhibits(**changes):
+def cell(modality, column, value, unit="", **more):
+    return {
+        "modality": modality,
+        "column": column,
+        "value": value,
+        "text": value,
+        "unit": unit,
+        "percentile": None,
+        "share": None,
+        "measured": False,
+        **more,
+    }
+
+
+def exhibits(scans=None, **changes):
     saliency = np.zeros((10, 12, 8), np.float32)
     saliency[6, 7, 3] = 1e-3
-    given = {
-        "target": "grade",
-        "bundle_version": "0.1.0",
-        "bundle_description": "For tests.",
-        "versions": {"dymo_med": "0.1.0"},
-        "device": "cpu",
-        "scans": (
+    if scans is None:
+        scans = (
             Scan("t1", volume(), (1.0, 1.0, 2.0), "observed", True, saliency),
             Scan("t2", volume(1), (1.0, 1.0, 2.0), "rejected", True),
             Scan("flair", volume(2), (1.0, 1.0, 2.0), "trusted", True),
-        ),
+        )
+    return {
+        "bundle_description": "For tests.",
+        "scans": [s.model_dump() for s in draw(scans)],
         "cells": (
-            Cell("labs", "ldh", "412", "U/L", 91.0, None, True),
-            Cell("labs", "smoker", "no", "", None, 0.6, False),
+            cell("labs", "ldh", "412", "U/L", percentile=91.0, measured=True),
+            cell("labs", "smoker", "no", share=0.6),
         ),
-        "convergence": 0.001,
+        "smoothed_voxels": 1.0,
+        "convergence": {"error": 0.001, "bound": 0.005, "points": 16},
         **changes,
     }
-    return Exhibits(**given)
+
+
+def file_of(p, x):
+    return PredictionFile.make({**p, "exhibits": x})
 
 
 def page_of(tmp_path, p, x):
-    write_report(p, x, tmp_path / "report.html")
+    write_report(file_of(p, x), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -173,6 +235,7 @@ def test_what_a_clinician_needs_is_said(tmp_path):
     for sentence in (
         "Not a diagnosis",
         "answered with caution",
+        "Hardly tested: 4 held-back patients",
         "77 %",
         "Among patients like those it was calibrated on, of 100 given this probability about 77"
         " are high; about 23 are not.",
@@ -201,9 +264,9 @@ def test_what_a_clinician_needs_is_said(tmp_path):
 def test_pictures_have_words_and_synthetic_ones_are_marked(tmp_path):
     _, page = page_of(tmp_path, prediction(), exhibits())
     images = [a for t, a in page.tags if t == "img"]
-    assert len(images) == 4  # three scans and one map
-    assert all(a["alt"] for a in images)
-    assert [a["alt"].split(":")[0] for a in images] == [
+    assert len(images) == 12  # three planes of three scans and one map
+    figures = [a["aria-label"] for _, a in page.tags if a.get("class") == "planes"]
+    assert [label.split(":")[0] for label in figures] == [
         "t1, observed",
         "t2, recovered and rejected",
         "flair, recovered and trusted",
@@ -211,7 +274,7 @@ def test_pictures_have_words_and_synthetic_ones_are_marked(tmp_path):
     ]
     for a in images:
         data = base64.b64decode(a["src"].removeprefix("data:image/png;base64,"))
-        assert Image.open(io.BytesIO(data)).size[0] > 300
+        assert max(Image.open(io.BytesIO(data)).size) > 100
 
 
 def test_hostile_text_is_text(tmp_path):
@@ -225,14 +288,15 @@ def test_hostile_text_is_text(tmp_path):
         absent=(HOSTILE + "2",),
         warnings=(HOSTILE,),
         bundle_name=HOSTILE,
-        sources={HOSTILE: Source(HOSTILE, "00", None, {"size": HOSTILE})},
-        attributions=(Attribution(HOSTILE, "", 0.1, "shapley"),),
+        sources={HOSTILE: source(HOSTILE, "00", {"size": HOSTILE})},
+        attributions=(attribution(HOSTILE, "", 0.1, "shapley"),),
+        target=HOSTILE,
+        command=HOSTILE,
     )
     x = exhibits(
-        target=HOSTILE,
         bundle_description=HOSTILE,
         scans=(Scan(HOSTILE, volume(), (), "observed", True, np.ones((10, 12, 8))),),
-        cells=(Cell("t2", HOSTILE, HOSTILE, HOSTILE, None, None, False),),
+        cells=(cell("t2", HOSTILE, HOSTILE, HOSTILE),),
     )
     text, page = page_of(tmp_path, p, x)
     assert "<script" not in text and "49" not in page.words().replace("49 %", "")
@@ -271,6 +335,8 @@ def test_nothing_missing_nothing_explained(tmp_path):
         steps=(),
         attributions=(),
         warnings=(),
+        status="answered",
+        status_reasons=(),
         alternatives={"observed_only": (0.23, 0.77), "trust_all": (0.23, 0.77)},
     )
     x = exhibits(scans=(), cells=(), convergence=None)
@@ -294,7 +360,7 @@ def test_flat_and_colour_pictures(tmp_path):
     grey = Scan("film", rng.random((1, 20, 30)), (), "observed", False, rng.random((20, 30)))
     colour = Scan("skin", rng.random((3, 20, 30)), (), "trusted", False)
     _, page = page_of(tmp_path, prediction(), exhibits(scans=(grey, colour)))
-    alts = [a["alt"] for t, a in page.tags if t == "img"]
+    alts = [a["aria-label"] for _, a in page.tags if a.get("class") == "planes"]
     assert alts[:2] == ["film, observed", "skin, recovered and trusted"]
 
 
@@ -313,6 +379,7 @@ def test_no_word_is_left_over():
         "warnings": ("flip_",),
         "had": ("partly_", "average_"),
         "states": ("average_",),
+        "status": ("answered", "caution", "abstained"),
     }
     left_over = [
         f"{section}.{key}"
@@ -367,7 +434,7 @@ def test_percentile_of_a_value():
 
 def test_a_sentence_for_every_way_to_be_rejected():
     def said(s):
-        return view(prediction(steps=(s,)), exhibits())["why"]["sentences"][0]
+        return view(file_of(prediction(steps=(s,)), exhibits()))["why"]["sentences"][0]
 
     typical = said(step(1, "t2", 0.8, 0.82, -0.1, "rejected", factor=0.8))
     assert "less like training patients" in typical

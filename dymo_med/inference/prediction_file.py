@@ -1,0 +1,602 @@
+"""`prediction.json`: one patient's answer, and everything that its page shows.
+
+The models below are the format: the file is written from them and read back into them, the page is
+made from them alone, and `docs/reference/prediction.schema.json` is generated from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from math import log2
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dymo_med.errors import PatientDataError, Problem
+
+SCHEMA_VERSION = 3
+# An answer that changes in this share of draws, or more, is given with caution.
+UNSTEADY = 0.1
+# Central share of the draws that `low` and `high` enclose.
+CENTRAL = 0.9
+# Fewer held-back patients with the same pattern are called few.
+FEW_PATIENTS = 30
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Probabilities = tuple[Probability, ...]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Png = Annotated[str, Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/]+=*$")]
+State = Literal["observed", "trusted", "rejected"]
+Plane = Literal["axial", "coronal", "sagittal", "flat"]
+Status = Literal["answered", "caution", "abstained"]
+Code = Literal[
+    "no_class_ruled_out",
+    "measurements_differ",
+    "draws_differ",
+    "outside_training",
+    "few_held_back",
+    "borrowed",
+]
+
+
+class Part(BaseModel):
+    """Base of every part: strict types, no unknown keys, frozen, finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class StepPart(Part):
+    """One candidate in one step of the selection: a row of `selection.csv`.
+
+    `threshold` is what `trust`, or else `reward`, must exceed; null: nothing is admitted.
+    """
+
+    step: Annotated[int, Field(ge=1)]
+    modality: str
+    version: Literal["recovered", "completed"]
+    quality_before: float
+    quality_after: float
+    similarity_before: float
+    similarity_after: float
+    factor: float
+    reward: float
+    decision: Literal["admitted", "rejected", "not yet", "stopped"]
+    borrowed: bool
+    trust: float | None
+    threshold: float | None
+
+
+class SubsetPart(Part):
+    """A subset that an average was taken over, its weight and what it says by itself."""
+
+    admitted: tuple[str, ...]
+    weight: Probability
+    probabilities: Probabilities
+
+
+class RulePart(Part):
+    """How the selector decides: enough to replay it from `steps`.
+
+    `decides_by`: `rule` (looks at nothing), `reward`, `trust`, or `weights` (an average over
+    subsets). `admits`: one candidate per step, or all of them at once. `calibration` is the
+    similarity calibration behind `factor`.
+    """
+
+    decides_by: Literal["rule", "reward", "trust", "weights"]
+    admits: Literal["nothing", "everything", "one", "all"]
+    calibration: Literal["log_ratio", "ratio", "none"] | None
+    threshold: float | None
+
+
+class AttributionPart(Part):
+    """How much one input moved the answer; `recovered`: the input was made up."""
+
+    modality: str
+    name: str
+    value: float
+    method: str
+    recovered: bool
+
+
+class SourcePart(Part):
+    """Where a measured modality came from."""
+
+    file: str
+    sha256: str
+    affine: tuple[tuple[float, ...], ...] | None
+    facts: dict[str, str]
+
+
+class RecoveredFilePart(Part):
+    """A file of what was made up, relative to the output folder."""
+
+    file: str
+    sha256: Sha256
+
+
+class ReasonPart(Part):
+    """Why the status is what it is: a code, whose words are in `strings.json`, and its values."""
+
+    code: Code
+    values: dict[str, str | int | float]
+
+
+class PredictionSetPart(Part):
+    """The classes that cannot be ruled out, and whom the patient was compared with."""
+
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    coverage: Probability
+    compared_with: Literal["pattern", "count", "all"]
+    calibrated_on: Annotated[int, Field(ge=0)]
+
+
+class DrawnPart(Part):
+    """One method's answers over the draws.
+
+    `probabilities` has one row per draw; `low`, `median`, `high` summarise its columns;
+    `changes` is the share of draws that name another class than the answer does.
+    """
+
+    probabilities: tuple[Probabilities, ...]
+    low: Probabilities
+    median: Probabilities
+    high: Probabilities
+    changes: Probability
+
+
+class DrawsPart(Part):
+    """What the answer would have been with other recoveries that are as plausible.
+
+    The selection is the one that was made; `own` replaces the admitted recoveries by a draw of
+    theirs, `trust_all` takes a draw of every recovery.
+    """
+
+    n: Annotated[int, Field(ge=1)]
+    seed: int
+    central: Probability
+    own: DrawnPart
+    trust_all: DrawnPart
+
+
+class GainPart(Part):
+    """What measuring one modality would be expected to change, if it came out as its draws do.
+
+    `kind`: a modality that is missing, or the blank cells of a table. `bits`: expected drop of
+    the entropy of the answer by measurements alone (negative: less certain). `probability`:
+    expected probability of the answer's class. `changes`, `differs`: share of draws with which
+    measurements would name another class than measurements alone, than the answer.
+    """
+
+    modality: str
+    kind: Literal["missing", "blanks"]
+    state: Literal["trusted", "rejected"]
+    bits: float
+    probability: Probability
+    changes: Probability
+    differs: Probability
+    probabilities: tuple[Probabilities, ...]
+
+
+class AcquirePart(Part):
+    """What measuring would be expected to change, the largest drop of entropy first.
+
+    Everything is relative to measurements alone: `bits` is the entropy of their answer,
+    `probability` what they give the answer's class. `unknown` are missing modalities of which
+    nothing can be drawn.
+    """
+
+    draws: Annotated[int, Field(ge=1)]
+    bits: float
+    probability: Probability
+    gains: tuple[GainPart, ...]
+    unknown: tuple[str, ...]
+
+
+class IntervalPart(Part):
+    """A figure with its 95 % interval; null where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class FiguresPart(Part):
+    """How good one selector was on held-back patients."""
+
+    method: str
+    auroc: IntervalPart
+    brier: IntervalPart
+    ece: IntervalPart
+
+
+class PerformancePart(Part):
+    """How good the bundle was on held-back patients who had about as much as this one.
+
+    `level`: with the same observed modalities (`pattern`), as many of them (`count`), or `all`;
+    `group`: which. `pattern_patients`: how many had the very same.
+    """
+
+    level: Literal["pattern", "count", "all"]
+    group: str
+    patients: int
+    cases: int
+    own: FiguresPart
+    observed_only: FiguresPart | None
+    pattern_patients: int
+    tested_fewer_than_30: bool
+
+
+class FrequencyPart(Part):
+    """The answer as a natural frequency: of `of` patients with this probability, `count` are.
+
+    `bound` says that the count is less than 1 (`under`) or more than 99 (`over`).
+    """
+
+    label: str
+    of: Literal[100]
+    count: Annotated[int, Field(ge=0, le=100)]
+    bound: Literal["under", "over"] | None
+
+
+class LimitsPart(Part):
+    """What the bundle was made from: what its model card says, in numbers."""
+
+    task: str
+    cohort: str
+    records: dict[str, int]
+    patients: dict[str, int]
+    observed_share: dict[str, float]
+
+
+class PicturePart(Part):
+    """One slice as a picture; `index` is its place along the axis that is cut."""
+
+    plane: Plane
+    index: int
+    width: int
+    height: int
+    png: Png
+
+
+class SliderPart(Part):
+    """Axial slices, feet to head, one below the other in one picture.
+
+    Each frame is `width` x `height` pixels; `slices` are their indices, `start` the frame to
+    begin with. `heat` is a transparent picture of the same frames: the saliency.
+    """
+
+    width: int
+    height: int
+    slices: tuple[int, ...]
+    start: int
+    png: Png
+    heat: Png | None
+
+
+class ScanPart(Part):
+    """An image, measured or made up; SYNTHETIC is in every pixel picture of the latter.
+
+    `pictures` are the slices through the middle of the body (three planes of a volume);
+    `overlays` the slices through the most influential place, saliency on top; empty if it was not
+    computed or not used.
+    """
+
+    modality: str
+    state: State
+    flat: bool
+    spacing_mm: tuple[float, ...]
+    pictures: tuple[PicturePart, ...]
+    slider: SliderPart | None
+    overlays: tuple[PicturePart, ...]
+
+
+class CellPart(Part):
+    """A table cell.
+
+    `value`: number or category, null = unknown; `text`: the same for people; `percentile`: among
+    training patients, 0 to 100, of a number; `share`: of training patients with this category;
+    `measured`: false = the value was recovered or is unknown.
+    """
+
+    modality: str
+    column: str
+    value: float | str | None
+    text: str
+    unit: str
+    percentile: float | None
+    share: Probability | None
+    measured: bool
+
+
+class ConvergencePart(Part):
+    """How exact the saliency is: its sum minus the change of probability it should add up to."""
+
+    error: float
+    bound: float
+    points: int
+
+
+class ExhibitsPart(Part):
+    """What the page shows besides the answer."""
+
+    bundle_description: str
+    scans: tuple[ScanPart, ...]
+    cells: tuple[CellPart, ...]
+    smoothed_voxels: float
+    convergence: ConvergencePart | None
+
+
+class PredictionFile(Part):
+    """`prediction.json`, version 3."""
+
+    schema_version: Literal[3]
+    record_id: str
+    patient_id: str
+    target: str
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    predicted: str
+    probabilities: Probabilities
+    status: Status
+    status_reasons: tuple[ReasonPart, ...]
+    frequency: FrequencyPart
+    prediction_set: PredictionSetPart | None
+    alternatives: dict[str, Probabilities]
+    base_rates: Probabilities
+    method: str
+    method_why: str
+    rule: RulePart
+    observed: tuple[str, ...]
+    partly: tuple[str, ...]
+    recovered: tuple[str, ...]
+    trusted: tuple[str, ...]
+    rejected: tuple[str, ...]
+    absent: tuple[str, ...]
+    steps: tuple[StepPart, ...]
+    subsets: tuple[SubsetPart, ...]
+    draws: DrawsPart | None
+    acquire: AcquirePart | None
+    attributions: tuple[AttributionPart, ...]
+    warnings: tuple[str, ...]
+    performance: PerformancePart | None
+    limits: LimitsPart
+    sources: dict[str, SourcePart]
+    recovered_files: dict[str, RecoveredFilePart]
+    bundle_id: str
+    bundle_name: str
+    bundle_version: str
+    seed: int
+    device: str
+    versions: dict[str, str]
+    command: str | None
+    exhibits: ExhibitsPart
+    content_sha256: Sha256
+
+    @property
+    def chosen(self) -> int:
+        """Index of the most probable class, the first one on a tie."""
+        return int(np.argmax(self.probabilities))
+
+    @property
+    def trust(self) -> dict[str, float]:
+        """Share of the answer that rests on each recovery, where it is an average."""
+        return {
+            name: sum(s.weight for s in self.subsets if name in s.admitted)
+            for name in self.recovered
+            if self.subsets
+        }
+
+    @classmethod
+    def make(cls, content: Mapping[str, Any]) -> PredictionFile:
+        """Return the file with this content: every key but `content_sha256`.
+
+        Args:
+            content: Ready for JSON.
+
+        Raises:
+            ValidationError: If it is no prediction.
+        """
+        text = json.dumps({**content, "content_sha256": "0" * 64}, allow_nan=False)
+        blank = cls.model_validate_json(text)
+        return blank.model_copy(update={"content_sha256": content_sha256(blank)})
+
+    def to_text(self) -> str:
+        """Return the file's text; the same prediction gives the same bytes."""
+        data = self.model_dump(mode="json")
+        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def content_sha256(file: PredictionFile) -> str:
+    """Return the SHA-256 of everything in the file but this number.
+
+    It shows damage and edits. It is no signature: whoever edits can hash again.
+    """
+    data = file.model_dump(mode="json", exclude={"content_sha256"})
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_prediction(path: Path) -> PredictionFile:
+    """Read a `prediction.json`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        PatientDataError: If it is not there or no prediction of this version, with every problem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text).get("schema_version")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise PatientDataError(
+            Problem(
+                str(path),
+                "this is not a readable prediction",
+                expected="the prediction.json that `dymo-med predict` wrote",
+                got=type(error).__name__,
+            )
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise PatientDataError(
+            Problem(
+                str(path),
+                "the file's format is not known to this version",
+                expected=f"schema_version {SCHEMA_VERSION}",
+                got=f"{version!r:.40}",
+                remedy="Predict again",
+            )
+        )
+    try:
+        return PredictionFile.model_validate_json(text)
+    except ValidationError as error:
+        # Never the value: it may be health data.
+        raise PatientDataError(
+            *(
+                Problem(f"{path}: {'.'.join(map(str, e['loc']))}"[:300], e["msg"][:200])
+                for e in error.errors(include_url=False, include_input=False)
+            )
+        ) from error
+
+
+def schema() -> str:
+    """Return the JSON schema (draft 2020-12) of `prediction.json`, as it is committed."""
+    data = PredictionFile.model_json_schema()
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- What follows from other parts; the audit computes it again -----------------------------------
+
+
+def frequency(label: str, probability: float) -> FrequencyPart:
+    """Return a probability as a natural frequency out of 100.
+
+    Args:
+        label: The class.
+        probability: Of it.
+
+    Example:
+        >>> frequency("high", 0.774).count
+        77
+    """
+    count = round(100 * probability)
+    bound: Literal["under", "over"] | None = (
+        "under" if count < 1 else "over" if count > 99 else None
+    )
+    return FrequencyPart(label=label, of=100, count=count, bound=bound)
+
+
+def summarise(probabilities: Sequence[Sequence[float]], chosen: int) -> DrawnPart:
+    """Return the answers over draws with their summary.
+
+    Args:
+        probabilities: `(n, K)`.
+        chosen: Index of the answer's class.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    tail = (1 - CENTRAL) / 2
+    low, median, high = np.quantile(values, [tail, 0.5, 1 - tail], axis=0, method="weibull")
+    return DrawnPart(
+        probabilities=_rows(values),
+        low=tuple(low.tolist()),
+        median=tuple(median.tolist()),
+        high=tuple(high.tolist()),
+        changes=float((values.argmax(1) != chosen).mean()),
+    )
+
+
+def gain(
+    modality: str,
+    kind: Literal["missing", "blanks"],
+    state: Literal["trusted", "rejected"],
+    probabilities: Sequence[Sequence[float]],
+    alone: Sequence[float],
+    chosen: int,
+) -> GainPart:
+    """Return what measuring one modality would be expected to change.
+
+    Args:
+        modality: Its name.
+        kind: Whether all of it is missing, or cells.
+        state: What became of its recovery.
+        probabilities: `(n, K)`: answers by measurements and one draw of it.
+        alone: `(K,)`: answer by measurements alone.
+        chosen: Index of the answer's class.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    says = values.argmax(1)
+    return GainPart(
+        modality=modality,
+        kind=kind,
+        state=state,
+        bits=entropy_bits(alone) - sum(entropy_bits(p) for p in values.tolist()) / len(values),
+        probability=float(values[:, chosen].mean()),
+        changes=float((says != int(np.argmax(alone))).mean()),
+        differs=float((says != chosen).mean()),
+        probabilities=_rows(values),
+    )
+
+
+def entropy_bits(probabilities: Sequence[float]) -> float:
+    """Return the entropy of an answer in bits.
+
+    Example:
+        >>> entropy_bits([0.5, 0.5])
+        1.0
+    """
+    return -sum(p * log2(p) for p in probabilities if p > 0) + 0.0
+
+
+def status_of(
+    classes: Sequence[str],
+    probabilities: Sequence[float],
+    alone: Sequence[float],
+    prediction_set: PredictionSetPart | None,
+    draws: DrawsPart | None,
+    performance: PerformancePart | None,
+    steps: Sequence[StepPart],
+    outside: Sequence[ReasonPart],
+) -> tuple[Status, tuple[ReasonPart, ...]]:
+    """Return whether the answer stands, stands with caution, or is none; and why.
+
+    Args:
+        classes: K names.
+        probabilities: `(K,)`: the answer.
+        alone: `(K,)`: that by measurements alone.
+        prediction_set: Null: nothing is known of it.
+        draws: Null: none were made.
+        performance: Null: nothing is known of it.
+        steps: The selection.
+        outside: Reasons of the code `outside_training`: they are found in the values themselves.
+
+    Returns:
+        `abstained` if no class can be ruled out, else `caution` if there is any other reason.
+    """
+    reasons: list[ReasonPart] = []
+
+    def because(code: Code, **values: str | int | float) -> None:
+        reasons.append(ReasonPart(code=code, values=values))
+
+    if prediction_set is not None and len(prediction_set.classes) == len(classes):
+        because("no_class_ruled_out", coverage=prediction_set.coverage, classes=len(classes))
+    other = int(np.argmax(alone))
+    if other != int(np.argmax(probabilities)):
+        because("measurements_differ", label=classes[other], probability=alone[other])
+    if draws is not None and draws.own.changes >= UNSTEADY:
+        because("draws_differ", share=draws.own.changes, draws=draws.n)
+    reasons += outside
+    if performance is not None and performance.tested_fewer_than_30:
+        because("few_held_back", patients=performance.pattern_patients, least=FEW_PATIENTS)
+    borrowed = dict.fromkeys(s.modality for s in steps if s.borrowed and s.decision == "admitted")
+    if borrowed:
+        because("borrowed", modalities=", ".join(borrowed))
+    if reasons and reasons[0].code == "no_class_ruled_out":
+        return "abstained", tuple(reasons)
+    return ("caution" if reasons else "answered"), tuple(reasons)
+
+
+def _rows(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Probabilities, ...]:
+    return tuple(tuple(row) for row in values.tolist())
