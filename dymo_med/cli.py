@@ -186,7 +186,8 @@ def simulate(
 @app.command()
 def check(
     path: Annotated[
-        Path, typer.Argument(help="A cohort, a patient directory, a recipe or a bundle.")
+        Path,
+        typer.Argument(help="A cohort, a patient directory, a recipe, a bundle or a prediction."),
     ],
     against: Annotated[
         Path | None,
@@ -195,7 +196,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Validate a cohort, a patient directory, a recipe or a bundle; list every problem."""
+    """Validate a cohort, patient directory, recipe or bundle, or audit a prediction."""
     from dymo_med.inference.check import check as run
 
     reporter = Reporter(quiet or as_json)
@@ -208,6 +209,9 @@ def check(
             err_console.print(escape(str(problem)))
         if report.patterns and not quiet:
             _print_patterns(report.patterns)
+        if report.admitted is not None:
+            same = "as stated" if report.reproduced else "not as stated"
+            reporter.say(f"replayed: {', '.join(report.admitted) or 'nothing'} admitted, {same}")
         count = len(report.problems)
         reporter.say(f"{path}: {report.kind}, {_count(count, 'problem')}")
     raise typer.Exit(report.exit_code)

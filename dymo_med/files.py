@@ -57,10 +57,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a table: RFC 4180 quoting, Unix line ends, nine significant digits.
+    """Write a table; see `csv_text`."""
+    write_text(path, csv_text(header, rows))
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
+    """Return a table: RFC 4180 quoting, Unix line ends, nine significant digits.
 
     Args:
-        path: Where to.
         header: Columns in order.
         rows: One mapping per row with exactly these columns; None, NaN and infinity become blank
             cells.
@@ -69,7 +73,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, obj
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([_cell(row[column]) for column in header] for row in rows)
-    write_text(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 @contextmanager

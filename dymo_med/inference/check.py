@@ -13,9 +13,10 @@ from dymo_med.config import Document
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_patient, read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.inference.audit import audit
 from dymo_med.types import ModalitySpec, PatientRecord
 
-Kind = Literal["cohort", "patient directory", "recipe", "bundle"]
+Kind = Literal["cohort", "patient directory", "recipe", "bundle", "prediction"]
 NOTHING = "(nothing)"
 
 
@@ -31,6 +32,8 @@ class CheckReport:
         patterns: For a cohort or patient, observed modalities joined by commas and the number of
             records that have just these, most frequent first.
         observed: For a cohort or patient, the number of records that have each modality.
+        admitted: For a prediction, what the replayed decision admits; None = nothing was replayed.
+        reproduced: For a prediction, whether that is the decision and the choice it states.
     """
 
     path: Path
@@ -39,9 +42,15 @@ class CheckReport:
     exit_code: int = 0
     patterns: Mapping[str, int] = field(default_factory=dict)
     observed: Mapping[str, int] = field(default_factory=dict)
+    admitted: tuple[str, ...] | None = None
+    reproduced: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
+        """Return a JSON-ready dictionary; only a prediction has been replayed."""
+        replayed = {
+            "admitted": None if self.admitted is None else list(self.admitted),
+            "reproduced": self.reproduced,
+        }
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -49,6 +58,7 @@ class CheckReport:
             "problems": [asdict(problem) for problem in self.problems],
             "patterns": dict(self.patterns),
             "observed": dict(self.observed),
+            **(replayed if self.kind == "prediction" else {}),
         }
 
 
@@ -57,11 +67,12 @@ def check(
     against: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Validate a cohort, a patient directory, a recipe or a bundle.
+    """Validate a cohort, a patient directory, a recipe or a bundle; audit a prediction.
 
-    A folder with `configs/metadata.json` is a bundle, one with `cohort.yaml` a cohort, any other
-    folder a patient directory. A YAML file is a recipe if it names an imputer or backbone, and a
-    cohort description if it has modalities. Of a cohort every record's files are read.
+    A folder with `configs/metadata.json` is a bundle, one with `cohort.yaml` a cohort, one with
+    `prediction.json` a prediction, any other folder a patient directory. A YAML file is a recipe
+    if it names an imputer or backbone, and a cohort description if it has modalities. Of a cohort
+    every record's files are read.
 
     Args:
         path: What to check.
@@ -80,6 +91,8 @@ def check(
             read_recipe(path)
         elif kind == "cohort":
             return _check_cohort(path, progress)
+        elif kind == "prediction":
+            return _check_prediction(path)
         else:
             return _check_patient(path, against)
     except (ConfigError, BundleError) as error:
@@ -94,6 +107,8 @@ def _kind(path: Path) -> Kind:
     if path.is_dir():
         if (path / "configs" / "metadata.json").exists() or (path / "checksums.json").exists():
             return "bundle"
+        if (path / "prediction.json").exists():
+            return "prediction"
         return "cohort" if (path / "cohort.yaml").exists() else "patient directory"
     if path.exists() and path.suffix.lower() not in (".yaml", ".yml"):
         raise ConfigError(
@@ -114,6 +129,19 @@ def _kind(path: Path) -> Kind:
             "the file is neither a recipe nor a cohort description",
             expected="the keys imputer and backbone, or task and modalities",
         )
+    )
+
+
+def _check_prediction(path: Path) -> CheckReport:
+    """Audit the folder of a prediction."""
+    found = audit(path)
+    return CheckReport(
+        path,
+        "prediction",
+        found.problems,
+        PatientDataError.exit_code if found.problems else 0,
+        admitted=found.admitted,
+        reproduced=found.reproduced,
     )
 
 
