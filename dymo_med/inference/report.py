@@ -7,7 +7,7 @@ numbers into what those two need.
 from __future__ import annotations
 
 import json
-import unicodedata
+import re
 from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import resources
@@ -39,8 +39,11 @@ _MOST_CLASSES = 6
 _UNDECIDED = 0.1  # two classes closer than this are not told apart in words
 # Reasons that `warnings` has a sentence for too.
 _WARNED = ("measurements_differ", "outside_training", "borrowed")
-# Turn the direction of whatever follows them, beyond the text that they are in.
-_TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Control characters but white space, and what turns the direction of whatever follows, beyond the
+# text that it is in.
+_ACTING = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 @cache
@@ -75,11 +78,9 @@ def visible(value: Any) -> Any:
         >>> visible("a\u202eb")
         'a<U+202E>b'
     """
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isascii():
+    if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return "".join(
-        f"<U+{ord(c):04X}>" if c in _TURNS or unicodedata.category(c) == "Cc" else c for c in value
-    )
+    return _ACTING.sub(lambda found: f"<U+{ord(found[0]):04X}>", value)
 
 
 def write_report(file: PredictionFile, path: Path) -> None:
