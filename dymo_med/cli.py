@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import environ
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -337,6 +338,35 @@ def report(
         raise typer.BadParameter("the page's name must end in .html", param_hint="--out")
     write_report(read_prediction(prediction), page)
     Reporter(quiet).say(f"report: {page}")
+
+
+@app.command()
+def review(
+    out: Annotated[
+        Path,
+        typer.Argument(help="A prediction's folder, a folder of these, or an evaluation."),
+    ],
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Where to listen; 0: any free port.")
+    ] = 8000,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Only print the address.")
+    ] = False,
+) -> None:
+    """Read patients' pages in the browser and keep verdicts beside them, in review.json."""
+    from dymo_med.review import ReviewServer
+
+    server = ReviewServer(out, port)
+    # Where there is no screen, a browser of text would take over the terminal.
+    screen = not sys.platform.startswith("linux") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(environ)
+    if screen and not no_browser:
+        import webbrowser
+
+        webbrowser.open(server.url)
+    reporter = Reporter(False)
+    reporter.say(f"{_count(len(server.pages.keys()), 'patient')} at {server.url}")
+    reporter.say("Ctrl-C stops it")
+    server.run()
 
 
 @app.command()
