@@ -131,7 +131,7 @@ def test_every_selector_answers_consistently(bundle, records, name):
         chosen = max(range(2), key=lambda k: p.probabilities[k])
         modalities = [a for a in p.attributions if not a.name]
         total = p.base_rates[chosen] + sum(a.value for a in modalities)
-        assert total == pytest.approx(p.probabilities[chosen], abs=1e-5)
+        assert total == pytest.approx(p.probabilities[chosen], abs=1e-6)
 
 
 def test_a_complete_patient_is_no_average(bundle, records):
