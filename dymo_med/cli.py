@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import environ
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -365,8 +365,9 @@ def review(
         webbrowser.open(server.url)
     reporter = Reporter(False)
     reporter.say(f"{_count(len(server.pages.keys()), 'patient')} at {server.url}")
-    reporter.say("Ctrl-C stops it")
-    server.run()
+    with suppress(KeyboardInterrupt):
+        reporter.say("Ctrl-C stops it")
+        server.run()
 
 
 @app.command()
