@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -263,9 +264,18 @@ def watermark(picture: Array) -> Array:
     Args:
         picture: uint8 `(rows, columns, 3)`.
     """
+    from PIL import Image
+
+    layer = Image.fromarray(_mark(*picture.shape[:2]))
+    marked = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer)
+    return np.asarray(marked.convert("RGB"))
+
+
+@lru_cache(maxsize=8)
+def _mark(rows: int, columns: int) -> Array:
+    """Return the mark alone, uint8 `(rows, columns, 4)`; the frames of a slider share one."""
     from PIL import Image, ImageDraw, ImageFont
 
-    rows, columns = picture.shape[:2]
     mark = Image.new("RGBA", (2 * columns, 2 * rows), (0, 0, 0, 0))
     draw = ImageDraw.Draw(mark)
     font = ImageFont.load_default(size=max(10, min(rows, columns) // 8))
@@ -282,9 +292,7 @@ def watermark(picture: Array) -> Array:
         )
     turned = mark.rotate(28, resample=Image.Resampling.BICUBIC, center=(columns, rows))
     left, top = columns // 2, rows // 2
-    layer = turned.crop((left, top, left + columns, top + rows))
-    marked = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer)
-    return np.asarray(marked.convert("RGB"))
+    return np.asarray(turned.crop((left, top, left + columns, top + rows)))
 
 
 def png(picture: Array) -> str:
@@ -292,5 +300,5 @@ def png(picture: Array) -> str:
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="PNG", optimize=True)
+    Image.fromarray(picture).save(stream, format="PNG", compress_level=6)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
