@@ -52,6 +52,9 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results."
 PatientDir = Annotated[
     Path, typer.Option("--patient-dir", "-i", help="Folder with the patient's scans and tables.")
 ]
+Pdf = Annotated[
+    bool, typer.Option("--pdf", help="Write the page as a PDF too, beside it: report.pdf.")
+]
 CohortPath = Annotated[
     Path, typer.Option("--cohort", "-c", help="Cohort folder, or its cohort.yaml.")
 ]
@@ -291,6 +294,7 @@ def predict(
             "--draws", min=0, max=1000, help="Draw recoveries so often to see what would change."
         ),
     ] = 20,
+    pdf: Pdf = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -303,7 +307,7 @@ def predict(
     if selector is not None:
         model = model.with_selector(selector)
     prediction = predict_patient(
-        patient_dir, model, out, explain=not no_explain, seed=seed, draws=draws
+        patient_dir, model, out, explain=not no_explain, seed=seed, draws=draws, pdf=pdf
     )
     reporter = Reporter(quiet)
     shares = ", ".join(
@@ -317,6 +321,8 @@ def predict(
     for warning in prediction.warnings:
         reporter.say(f"note: {warning}")
     reporter.say(f"report: {out / 'report.html'}")
+    if pdf:
+        reporter.say(f"pdf: {out / 'report.pdf'}")
 
 
 @app.command()
@@ -327,6 +333,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page; default: report.html beside it.")
     ] = None,
+    pdf: Pdf = False,
     quiet: Quiet = False,
 ) -> None:
     """Make the page of a prediction again, from its prediction.json alone."""
@@ -336,8 +343,15 @@ def report(
     page = out or prediction.with_name("report.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter("the page's name must end in .html", param_hint="--out")
-    write_report(read_prediction(prediction), page)
-    Reporter(quiet).say(f"report: {page}")
+    file = read_prediction(prediction)
+    write_report(file, page)
+    reporter = Reporter(quiet)
+    reporter.say(f"report: {page}")
+    if pdf:
+        from dymo_med.inference.pdf import write_pdf
+
+        write_pdf(file, page.with_suffix(".pdf"))
+        reporter.say(f"pdf: {page.with_suffix('.pdf')}")
 
 
 @app.command()

@@ -83,7 +83,7 @@ _FAR = 4.0
 COMPARED = ("observed_only", "trust_all", "dymo")
 STEP_COLUMNS = tuple(SelectionStep.__dataclass_fields__)
 RECOVERED = "recovered"
-_WRITTEN = ("prediction.json", "selection.csv", "report.html", RECOVERED)
+_WRITTEN = ("prediction.json", "selection.csv", "report.html", "report.pdf", RECOVERED)
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ def predict_patient(
     explain: bool = True,
     seed: int = 0,
     draws: int = DRAWS,
+    pdf: bool = False,
 ) -> Prediction:
     """Predict one patient from a folder.
 
@@ -216,6 +217,7 @@ def predict_patient(
         seed: Seed of whatever is random.
         draws: How many draws of a probabilistic imputer's recoveries to answer from, besides its
             best guess; 0 = none. They are made for the files only.
+        pdf: Whether to write the page as `report.pdf` too.
 
     Returns:
         The prediction.
@@ -246,6 +248,10 @@ def predict_patient(
             )
             write_prediction(file, folder)
             write_csv(folder / "selection.csv", STEP_COLUMNS, step_rows(file))
+            if pdf:
+                from dymo_med.inference.pdf import write_pdf
+
+                write_pdf(file, folder / "report.pdf")
     return prediction
 
 
