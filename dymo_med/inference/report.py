@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from math import exp
@@ -28,6 +28,7 @@ from dymo_med.inference.pictures import watermark as watermark
 from dymo_med.inference.prediction_file import (
     AttributionPart,
     CellPart,
+    IntervalPart,
     PicturePart,
     PredictionFile,
     ScanPart,
@@ -37,8 +38,8 @@ from dymo_med.inference.prediction_file import (
 _TOP_CELLS = 8
 _MOST_CLASSES = 6
 _UNDECIDED = 0.1  # two classes closer than this are not told apart in words
-# Reasons that `warnings` has a sentence for too.
-_WARNED = ("measurements_differ", "outside_training", "borrowed")
+_LITTLE = 0.01  # bits: a smaller gain of certainty is called none
+_RARE = 0.1  # a modality of a smaller share of training records is called rare
 # Control characters but white space, and what turns the direction of whatever follows, beyond the
 # text that it is in.
 _ACTING = re.compile(
@@ -155,11 +156,13 @@ def view(file: PredictionFile) -> dict[str, Any]:
         "x": file.exhibits,
         "chosen": file.classes[chosen],
         "probability": file.probabilities[chosen],
-        "reasons": reasons(file, besides=_WARNED),
+        "reasons": reasons(file),
+        "warned": _warned(file),
         "answer": _answer(file, chosen),
         "had": _had(file),
         "change": _change(file, chosen),
         "pictures": _pictures(file.exhibits.scans, bool(file.subsets)),
+        "scans_made": any(s.state != "observed" for s in file.exhibits.scans),
         # Words of the states, as this kind of selector means them.
         "states": _states(bool(file.subsets)),
         "recovered_cells": [
@@ -169,15 +172,17 @@ def view(file: PredictionFile) -> dict[str, Any]:
         | dict.fromkeys(file.rejected, "rejected"),
         "why": _why(file),
         "drove": _drove(file, chosen),
+        "performance": _performance(file),
+        "acquire": _acquire(file, chosen),
+        "limits": _limits(file),
     }
 
 
-def reasons(file: PredictionFile, besides: Collection[str] = ()) -> list[str]:
+def reasons(file: PredictionFile) -> list[str]:
     """Return the reasons of the status as sentences (section `status` of the words).
 
     Args:
         file: The prediction.
-        besides: Codes to leave out.
     """
     text = words()["status"]
     shown = {"coverage", "probability", "share"}
@@ -186,8 +191,17 @@ def reasons(file: PredictionFile, besides: Collection[str] = ()) -> list[str]:
             {k: percent(float(v)) if k in shown else v for k, v in r.values.items()}
         )
         for r in file.status_reasons
-        if r.code not in besides
     ]
+
+
+def _warned(file: PredictionFile) -> list[str]:
+    """Return the warnings that no reason of the status says already."""
+    said = set(reasons(file))
+    for reason in file.status_reasons:
+        if reason.code == "measurements_differ":
+            other, this = reason.values["label"], file.predicted
+            said.add(words()["warnings"]["flip_observed_only"].format(other=other, this=this))
+    return [w for w in file.warnings if w not in said]
 
 
 def _count(key: str, number: int) -> str:
@@ -213,8 +227,15 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     if p - prediction.probabilities[order[1]] < _UNDECIDED:
         form = "undecided"
     other = prediction.classes[order[1]]
+    possible = prediction.prediction_set
+    abstained = prediction.status == "abstained"
     return {
-        "statement": text[form].format_map({"class": name, "other": other}),
+        "abstained": abstained,
+        "statement": text["cannot_tell"]
+        if abstained
+        else text[form].format_map({"class": name, "other": other}),
+        "set": _set(prediction),
+        "possible": None if possible is None else possible.classes,
         "frequency": text[key].format_map({"class": name, "count": count, "rest": 100 - count}),
         "count": count,
         "base": text["base"].format_map(
@@ -238,6 +259,21 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
             (prediction.classes[k], prediction.probabilities[k]) for k in order[:_MOST_CLASSES]
         ],
     }
+
+
+def _set(prediction: PredictionFile) -> list[str]:
+    """Return which classes cannot be ruled out, and how that is known."""
+    text, found = words()["answer"], prediction.prediction_set
+    if found is None:
+        return [text["set_none"]]
+    every = len(found.classes) == len(prediction.classes)
+    key = "cannot_tell_set" if every else "set_one" if len(found.classes) == 1 else "set_some"
+    basis = text["set_basis"].format(
+        coverage=percent(found.coverage),
+        n=found.calibrated_on,
+        among=words()["level"][found.compared_with],
+    )
+    return [text[key].format(classes=", ".join(found.classes)), basis]
 
 
 def _had(prediction: PredictionFile) -> list[dict[str, str]]:
@@ -278,7 +314,7 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     """Return the methods side by side: the same network, given more and more."""
     text = words()["change"]
     answers = {**prediction.alternatives, prediction.method: prediction.probabilities}
-    order = [m for m in ("observed_only", "dymo", prediction.method, "trust_all") if m in answers]
+    order = [m for m in ("observed_only", prediction.method, "trust_all", "dymo") if m in answers]
     rows = []
     for method in dict.fromkeys(order):
         p = answers[method]
@@ -289,6 +325,7 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
             label = text[method]
         rows.append(
             {
+                "method": method,
                 "label": label,
                 "own": own,
                 "probability": p[chosen],
@@ -296,28 +333,97 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
                     {"class": says}
                 ),
                 "flip": says != prediction.classes[chosen],
+                "draws": _drawn(prediction, method, chosen),
             }
         )
     values = [row["probability"] for row in rows]
     flipped = [str(row["label"]) for row in rows if row["flip"]]
     low, high = percent(min(values)), percent(max(values))
     name = prediction.classes[chosen]
-    if flipped:
+    if not prediction.recovered and not prediction.absent:
+        sentence = text["nothing"]
+    elif flipped:
         sentence = text["differs"].format(methods=" / ".join(flipped))
     elif low == high:
         sentence = text["same_equal"]
     else:
         sentence = text["same"].format_map({"class": name, "low": low, "high": high})
-    return {"rows": rows, "sentence": sentence, "flip": bool(flipped)}
+    notes = []
+    if any(row["draws"] for row in rows) and prediction.draws is not None:
+        notes.append(text["draws"].format(n=prediction.draws.n))
+    elif prediction.recovered and prediction.draws is None:
+        notes.append(text["none_drawn"])
+    return {
+        "rows": rows,
+        "sentence": sentence,
+        "flip": bool(flipped),
+        "notes": notes,
+    }
+
+
+def _drawn(prediction: PredictionFile, method: str, chosen: int) -> dict[str, Any] | None:
+    """Return how far a method's answer spreads over the draws; None: it does not depend on them."""
+    text, draws = words()["change"], prediction.draws
+    if draws is None:
+        return None
+    if method == prediction.method and prediction.trusted:
+        part = draws.own
+    elif method == "trust_all" and prediction.recovered:
+        part = draws.trust_all
+    else:
+        return None
+    low, high = part.low[chosen], part.high[chosen]
+    ends = percent(low), percent(high)
+    key = "row_near" if ends[0] == ends[1] else "row_draws"
+    said = text[key].format(low=ends[0], high=ends[1])
+    if part.changes > 0:
+        said += "; " + text["row_changes"].format(changes=round(part.changes * draws.n), n=draws.n)
+    return {
+        "low": low,
+        "high": high,
+        "ticks": [p[chosen] for p in part.probabilities],
+        "text": said,
+    }
 
 
 def _why(prediction: PredictionFile) -> dict[str, Any]:
-    """Return the step table, and one sentence per recovery."""
+    """Return one sentence per recovery, and the step table."""
+    text = words()["why"]
     last: dict[str, StepPart] = {}
     for step in prediction.steps:
         last[step.modality] = step
+    averaged = bool(prediction.subsets)
     return {
-        "rows": [
+        "rows": _step_rows(prediction),
+        "trust": any(s.trust is not None for s in prediction.steps),
+        "lead": _lead(prediction),
+        "plot": _plot_words(prediction.steps),
+        "sentences": [
+            _sentence(last[name], averaged)
+            if name in last
+            else text[
+                f"sentence_rule_{'everything' if name in prediction.trusted else 'nothing'}"
+            ].format(modality=name)
+            for name in prediction.recovered
+        ],
+        "states": [
+            "trusted" if name in prediction.trusted else "rejected" for name in prediction.recovered
+        ],
+    }
+
+
+def _step_rows(prediction: PredictionFile) -> list[dict[str, Any]]:
+    """Return the step table; `at` and `line` are places on its plot, in percent."""
+    trust = any(s.trust is not None for s in prediction.steps)
+    # Rewards are within -1 and 1; the plot is as wide as they need.
+    numbers = [n for s in prediction.steps for n in (s.reward, s.threshold or 0.0)]
+    low, high = min([*numbers, 0.0]), max([*numbers, 0.0])
+    low, high = (0.0, 1.0) if trust else (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    width = (high - low) or 1.0
+    rows = []
+    for s in prediction.steps:
+        shown = s.reward if s.trust is None else s.trust
+        rows.append(
             {
                 "step": s.step,
                 "candidate": s.modality,
@@ -327,18 +433,29 @@ def _why(prediction: PredictionFile) -> dict[str, Any]:
                 "factor": f"{s.factor:.3f}",
                 "reward": _signed(s.reward),
                 "trust": "" if s.trust is None else percent(s.trust),
+                "at": 100 * (shown - low) / width,
+                "line": 100 * ((s.threshold or 0.0) - low) / width,
                 "decision": s.decision,
                 "decision_word": words()["why"][
                     f"average_{s.decision}" if prediction.subsets else s.decision
                 ],
                 "borrowed": s.borrowed,
             }
-            for s in prediction.steps
-        ],
-        "trust": any(s.trust is not None for s in prediction.steps),
-        "lead": _lead(prediction),
-        "sentences": [_sentence(s, bool(prediction.subsets)) for s in last.values()],
-    }
+        )
+    return rows
+
+
+def _plot_words(steps: Sequence[StepPart]) -> str:
+    """Return what the plot of the steps shows."""
+    text = words()["why"]
+    if not steps:
+        return ""
+    threshold = steps[0].threshold
+    if threshold is None:
+        return str(text["plot_none"])
+    if steps[0].trust is not None:
+        return str(text["plot_trust"].format(threshold=percent(threshold)))
+    return str(text["plot_reward"].format(threshold=f"{threshold:g}"))
 
 
 def _lead(prediction: PredictionFile) -> str:
@@ -367,22 +484,14 @@ def _sentence(step: StepPart, averaged: bool) -> str:
         kind = "average" if averaged else "gate"
         key = f"{kind}_{'admitted' if step.decision == 'admitted' else 'rejected'}"
     elif step.decision == "admitted":
-        key = "admitted"
+        key = "admitted" if step.factor == 1 else "admitted_cost"
     elif step.reward < 0:
         clearer = step.quality_after > step.quality_before - 0.0005  # as far as is shown
         key = "unclear" if step.factor == 1 else "atypical" if clearer else "both"
     else:
         key = "stopped" if step.reward <= 0 else "too_little"
-    sentence = words()["why"][f"sentence_{key}"].format(
-        modality=step.modality,
-        quality_before=f"{step.quality_before:.3f}",
-        quality_after=f"{step.quality_after:.3f}",
-        typical_before=_typical(step.similarity_before),
-        typical_after=_typical(step.similarity_after),
-        reward=_signed(step.reward),
-        trust="" if step.trust is None else percent(step.trust),
-    )
-    return str(sentence)
+    trust = "" if step.trust is None else percent(step.trust)
+    return str(words()["why"][f"sentence_{key}"].format(modality=step.modality, trust=trust))
 
 
 def _typical(log_tail: float) -> str:
@@ -421,10 +530,14 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     cells = sorted((a for a in prediction.attributions if a.name), key=lambda a: -abs(a.value))
     cells = cells[:_TOP_CELLS]
     largest = max((abs(a.value) for a in cells), default=0.0) or 1.0
+    text = words()["drove"]
     return {
         "start": start,
         "end": at,
         "bars": bars,
+        "sum": text["sum"].format(sum=points(at - start), start=percent(start), end=percent(at)),
+        "sampled": any(a.method == "shapley_sampled" for a in whole),
+        "viewers": _viewers(exhibits.scans),
         "cells": [_top_cell(a, known[a.modality, a.name], largest) for a in cells],
         "maps": _maps(exhibits.scans, bool(prediction.subsets)),
         "sigma": f"{exhibits.smoothed_voxels:g}",
@@ -438,6 +551,130 @@ def _top_cell(attribution: AttributionPart, cell: CellPart, largest: float) -> d
         "value": attribution.value,
         "width": 50 * abs(attribution.value) / largest,
     }
+
+
+# --- Evidence -------------------------------------------------------------------------------------
+
+
+def _performance(prediction: PredictionFile) -> dict[str, Any] | None:
+    """Return how good the model was on held-back patients; None: the bundle does not say."""
+    part = prediction.performance
+    if part is None:
+        return None
+    text = words()["performance"]
+    rows = [("own", part.own)]
+    if part.observed_only is not None and part.own.method != "observed_only":
+        rows.append(("observed_only", part.observed_only))
+    return {
+        "sentence": text[f"level_{part.level}"].format(
+            patients=part.patients,
+            cases=part.cases,
+            group=part.group,
+            pattern=part.pattern_patients,
+        ),
+        "few": part.tested_fewer_than_30,
+        "rows": [
+            (text[name], [_interval(f) for f in (figures.auroc, figures.brier, figures.ece)])
+            for name, figures in rows
+        ],
+    }
+
+
+def _interval(figure: IntervalPart) -> tuple[str, str]:
+    """Return a figure and its interval."""
+    text = words()["performance"]
+    if figure.value is None:
+        return text["undefined"], ""
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.2f}", ""
+    return f"{figure.value:.2f}", text["interval"].format(
+        low=f"{figure.low:.2f}", high=f"{figure.high:.2f}"
+    )
+
+
+def _acquire(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
+    """Return what measuring would be expected to change, as information."""
+    text, part = words()["acquire"], prediction.acquire
+    name = prediction.classes[chosen]
+    if part is None:
+        missing = prediction.recovered or prediction.absent
+        return {"rows": (), "sentence": text["undrawn" if missing else "nothing"], "unknown": ""}
+    largest = max((abs(g.bits) for g in part.gains), default=0.0) or 1.0
+    sentence = text["nothing"]
+    if part.gains:
+        best = part.gains[0]
+        sentence = text["little"]
+        if best.bits >= _LITTLE and part.bits > 0:
+            sentence = text["most"].format(
+                modality=best.modality, percent=percent(best.bits / part.bits)
+            )
+    return {
+        "sentence": sentence if part.gains or not part.unknown else "",
+        "now": text["now"].format_map(
+            {
+                "class": name,
+                "percent": percent(part.probability),
+                "bits": f"{part.bits:.2f}",
+            }
+        ),
+        "heading": text["probability"].format_map({"class": name}),
+        "rows": [
+            {
+                "name": g.modality,
+                "blanks": g.kind == "blanks",
+                "state": g.state,
+                "bits": text["bits"].format(bits=_change_of(-g.bits)),
+                "width": 50 * abs(g.bits) / largest,
+                "worse": g.bits < 0,
+                "before": part.probability,
+                "after": g.probability,
+                "changes": text["of"].format(changes=round(g.changes * part.draws), n=part.draws),
+            }
+            for g in part.gains
+        ],
+        "unknown": text["unknown"].format(modalities=", ".join(part.unknown))
+        if part.unknown
+        else "",
+    }
+
+
+def _change_of(bits: float) -> str:
+    """Return a change of uncertainty with its sign.
+
+    Example:
+        >>> _change_of(0.25), _change_of(-0.001)
+        ('+0.25', '0.00')
+    """
+    text = f"{bits:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _limits(prediction: PredictionFile) -> list[str]:
+    """Return the known limits that hold for this answer."""
+    text, part = words()["limits"], prediction.limits
+    result = [
+        text["made_from"].format(
+            train=part.patients.get("train", 0),
+            calibration=part.patients.get("calibration", 0),
+            cohort=part.cohort,
+            task=part.task,
+        ),
+        text["elsewhere"],
+    ]
+    rare = [
+        text["rare_item"].format(modality=name, percent=percent(share))
+        for name, share in part.observed_share.items()
+        if share < _RARE
+    ]
+    if rare:
+        result.append(text["rare"].format(modalities=", ".join(rare)))
+    if prediction.recovered:
+        result.append(text["plausible"])
+    if prediction.draws is not None:
+        result.append(text["draws"])
+    if prediction.attributions:
+        result.append(text["saliency"])
+    return result
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -476,6 +713,34 @@ def _maps(scans: Sequence[ScanPart], averaged: bool) -> list[dict[str, Any]]:
         for scan in sorted(scans, key=lambda s: s.state != "observed")
         if scan.overlays
     ]
+
+
+def _viewers(scans: Sequence[ScanPart]) -> list[dict[str, Any]]:
+    """Return the volumes whose saliency can be leafed through: measured ones, then made-up ones.
+
+    The volumes of one group that are cut alike share a slider.
+    """
+    groups: dict[tuple[bool, tuple[int, ...]], list[ScanPart]] = {}
+    for scan in sorted(scans, key=lambda s: s.state != "observed"):
+        if scan.slider is not None and scan.slider.heat is not None and scan.overlays:
+            key = (scan.state != "observed", scan.slider.slices)
+            groups.setdefault(key, []).append(scan)
+    return [
+        {
+            "made": made,
+            "number": number,
+            "slices": slices,
+            "start": _first_slice(group[0], slices),
+            "scans": group,
+        }
+        for number, ((made, slices), group) in enumerate(groups.items(), start=1)
+    ]
+
+
+def _first_slice(scan: ScanPart, slices: Sequence[int]) -> int:
+    """Return the frame to begin with: the most influential one, as in the three planes."""
+    hottest = next(p.index for p in scan.overlays if p.plane == "axial")
+    return int(np.argmin(np.abs(np.asarray(slices) - hottest)))
 
 
 def _figure(scan: ScanPart, pictures: Sequence[PicturePart], word: str, alt: str) -> dict[str, Any]:
