@@ -39,7 +39,7 @@ from reportlab.platypus import (
 
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.inference.prediction_file import FiguresPart, IntervalPart, PredictionFile
+from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.report import percent, points, view, words
 
 _INK, _SOFT, _LINE = HexColor("#1b2530"), HexColor("#55616e"), HexColor("#d9dde2")
@@ -145,16 +145,16 @@ def _story(file: PredictionFile) -> Flow:
     """Return everything in the order of the page."""
     shown = view(file)
     return [
-        *_banner(file),
+        *_banner(file, shown),
         *_answer(file, shown),
         *_had(shown),
         *_change(file, shown),
         *_made_up(file, shown),
         *_why(file, shown),
         *_drove(shown),
-        *_performance(file),
-        *_acquire(file),
-        *_limits(file),
+        *_performance(shown),
+        *_acquire(shown),
+        *_limits(file, shown),
         *_trace(file),
     ]
 
@@ -162,7 +162,7 @@ def _story(file: PredictionFile) -> Flow:
 # --- Sections -------------------------------------------------------------------------------------
 
 
-def _banner(file: PredictionFile) -> Flow:
+def _banner(file: PredictionFile, shown: Words) -> Flow:
     text = words()
     style = _BOLD_CAUTION if file.status != "answered" else _BOLD
     model = f"{file.bundle_name}, {text['banner']['version']} {file.bundle_version}"
@@ -176,22 +176,28 @@ def _banner(file: PredictionFile) -> Flow:
     table.setStyle(
         TableStyle([("BACKGROUND", (0, 0), (-1, -1), _WASH), ("VALIGN", (0, 0), (-1, -1), "TOP")])
     )
-    return [table, Spacer(1, 8)]
+    # A warning is never left for a later sheet.
+    notes = [*shown["reasons"], *shown["warned"]]
+    alert = _alert(notes) if notes else []
+    return [table, Spacer(1, 6), *alert, Spacer(1, 8)]
 
 
 def _answer(file: PredictionFile, shown: Words) -> Flow:
     text, answer = words(), shown["answer"]
-    left = [
-        _p(text["answer"]["question"].format(target=file.target), _TITLE),
-        _p(percent(shown["probability"]), _BIG),
-        _p(answer["statement"], _LEAD),
-        _p(answer["frequency"]),
-        _p(answer["rests"]),
-    ]
+    number = percent(shown["probability"])
+    left = [_p(text["answer"]["question"].format(target=file.target), _TITLE)]
+    if answer["abstained"]:
+        second = text["answer"]["number_second"]
+        left += [
+            _p(answer["statement"], _BIG),
+            _p(answer["set"][0], _LEAD),
+            _p(second.format_map({"class": shown["chosen"], "percent": number}), _LEAD),
+        ]
+    else:
+        left += [_p(number, _BIG), _p(answer["statement"], _LEAD)]
+    left += [_p(answer["frequency"]), _p(answer["rests"])]
     if answer["shares"]:
         left.append(_p(answer["shares"]))
-    if file.prediction_set is not None:
-        left.append(_p(_set_sentence(file)))
     dots = Drawing(100, 100)
     for i in range(100):
         full = i < answer["count"]
@@ -217,31 +223,19 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
             ]
         )
     )
-    rows = [
-        (name, _track(0, value, _MEASURED if i == 0 else _OTHER), percent(value))
-        for i, (name, value) in enumerate(answer["bars"])
-    ]
+    rows = []
+    for i, (name, value) in enumerate(answer["bars"]):
+        said = percent(value)
+        if answer["possible"] is not None and file.prediction_set is not None:
+            coverage = percent(file.prediction_set.coverage)
+            key = "in_set" if name in answer["possible"] else "out_of_set"
+            said += f", {text['answer'][key].format(coverage=coverage)}"
+        rows.append((name, _track(0, value, _MEASURED if i == 0 else _OTHER), said))
     flow: Flow = [grid, _bars(rows)]
     if answer["base"]:
         flow.append(_p(answer["base"], _SMALL))
-    # A warning is never left for a later sheet.
-    notes = [*shown["reasons"], *shown.get("warned", file.warnings)]
-    if notes:
-        flow += [Spacer(1, 6), *_alert(text["answer"]["caution"], notes)]
+    flow.append(_p(f"{text['answer']['set_title']}. {' '.join(answer['set'])}"))
     return flow
-
-
-def _set_sentence(file: PredictionFile) -> str:
-    found, text = file.prediction_set, words()["pdf"]
-    assert found is not None
-    return str(
-        text["set"].format(
-            classes=", ".join(found.classes),
-            coverage=percent(found.coverage),
-            n=found.calibrated_on,
-            compared=text["compared"][found.compared_with],
-        )
-    )
 
 
 def _had(shown: Words) -> Flow:
@@ -272,38 +266,32 @@ def _change(file: PredictionFile, shown: Words) -> Flow:
         if len(file.classes) == 2:
             bar.add(Line(bar.width / 2, 0, bar.width / 2, bar.height, strokeColor=_INK))
         said = f"{percent(row['probability'])}, {row['says']}"
+        if row["draws"]:
+            said += f"; {row['draws']['text']}"
+            low, high = (bar.width * row["draws"][key] for key in ("low", "high"))
+            middle = bar.height / 2
+            bar.add(Line(low, middle, high, middle, strokeColor=_MADE, strokeWidth=3))
+            for tick in row["draws"]["ticks"]:
+                x = bar.width * tick
+                bar.add(Line(x, 0, x, bar.height, strokeColor=_MADE, strokeWidth=0.6))
         rows.append((row["label"], bar, said))
     flow.append(_bars(rows, bold=[i for i, row in enumerate(change["rows"]) if row["own"]]))
-    if file.draws is not None:
-        own = file.draws.own
-        flow.append(
-            _p(
-                text["pdf"]["draws"].format_map(
-                    {
-                        "n": file.draws.n,
-                        "class": shown["chosen"],
-                        "low": percent(own.low[file.chosen]),
-                        "high": percent(own.high[file.chosen]),
-                        "central": percent(file.draws.central),
-                        "changes": round(own.changes * file.draws.n),
-                    }
-                )
-            )
-        )
+    if change["notes"]:
+        flow.append(_p(" ".join(change["notes"]), _SMALL))
     return _section(text["change"]["title"], flow, len(flow))
 
 
 def _made_up(file: PredictionFile, shown: Words) -> Flow:
     text, scans = words(), shown["pictures"]
-    made = [s for s in scans if s["state"] != "observed"]
+    made = shown["scans_made"]
     lead = text["madeup"]["nothing"]
     if file.recovered:
-        lead = text["madeup"]["lead"] + (f" {text['madeup']['lead_scans']}" if made else "")
+        lead = f"{text['madeup']['lead']} {text['madeup']['lead_scans' if made else 'no_scans']}"
     flow: Flow = [_p(lead)]
-    if scans:
+    if made:
         flow.append(_scans(scans))
-    if any(not s["flat"] for s in scans):
-        flow.append(_p(text["madeup"]["planes"], _SMALL))
+        if any(not s["flat"] for s in scans):
+            flow.append(_p(text["madeup"]["planes"], _SMALL))
     if shown["recovered_cells"]:
         rows = [
             [
@@ -328,9 +316,15 @@ def _why(file: PredictionFile, shown: Words) -> Flow:
     text, why = words()["why"], shown["why"]
     if not file.recovered:
         return _section(text["title"], [_p(text["nothing"])])
+    flow: Flow = []
     if not why["rows"]:
-        return _section(text["title"], [_p(text["blind"].format(method=file.method))])
-    flow: Flow = [_p(f"\u2022 {sentence}", _ITEM) for sentence in why["sentences"]]
+        flow.append(_p(f"{text['blind'].format(method=file.method)} {file.method_why}"))
+    flow += [
+        _p(f"{_GLYPHS[state]} {sentence}", _ITEM)
+        for state, sentence in zip(why["states"], why["sentences"], strict=True)
+    ]
+    if not why["rows"]:
+        return _section(text["title"], flow)
     flow.append(_p(why["lead"], _SMALL))
     rows = []
     for row in why["rows"]:
@@ -371,6 +365,7 @@ def _drove(shown: Words) -> Flow:
         rows.append((bar["name"] + made, track, points(bar["value"])))
     rows.append((text["end"], _track(0, drove["end"], _MEASURED), percent(drove["end"])))
     flow.append(_bars(rows, bold=[len(rows) - 1]))
+    flow.append(_p(f"{drove['sum']} {text['sampled'] if drove['sampled'] else ''}", _SMALL))
     if drove["cells"]:
         cells = []
         for row in drove["cells"]:
@@ -396,76 +391,58 @@ def _drove(shown: Words) -> Flow:
     if drove["maps"]:
         lead = text["maps_lead"].format(sigma=drove["sigma"], convergence=drove["convergence"])
         flow.append(_p(text["maps"], _SUBTITLE))
-        flow += [_scans(drove["maps"]), _p(lead, _SMALL)]
+        for key, recovered in (("observed_maps", False), ("recovered_maps", True)):
+            maps = [m for m in drove["maps"] if (m["state"] != "observed") == recovered]
+            if maps:
+                flow += [_p(text[key], _NOTE), _scans(maps)]
+        flow.append(_p(lead, _SMALL))
     return _section(text["title"], flow, 2)
 
 
-def _performance(file: PredictionFile) -> Flow:
-    text, found = words()["pdf"], file.performance
+def _performance(shown: Words) -> Flow:
+    text, found = words()["performance"], shown["performance"]
     if found is None:
-        return _section(text["performance"], [_p(text["untested"])])
-    flow: Flow = [_p(text["tested"][found.level].format(n=found.patients, k=found.group))]
-    if found.tested_fewer_than_30:
-        flow.append(_p(text["few"].format(n=found.pattern_patients), _BOLD_CAUTION))
-    names, metrics = words()["change"], words()["cohort"]["metrics"]
-    rows = [_figures(names["own"], found.own)]
-    if found.observed_only is not None and found.observed_only.method != found.own.method:
-        rows.append(_figures(names["observed_only"], found.observed_only))
-    heads = [words()["cohort"]["method"], metrics["auroc"], metrics["brier"], metrics["ece"]]
-    flow += _table(heads, rows, (0.37, 0.21, 0.21, 0.21), right=(1, 2, 3))
-    flow.append(_p(text["figures"], _SMALL))
-    return _section(text["performance"], flow)
-
-
-def _figures(name: str, figures: FiguresPart) -> list[Any]:
-    def shown(interval: IntervalPart) -> str:
-        if interval.value is None:
-            return "\N{EN DASH}"
-        if interval.low is None or interval.high is None:
-            return f"{interval.value:.2f}"
-        return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
-
-    cells = [_p(shown(i), _NUMBER) for i in (figures.auroc, figures.brier, figures.ece)]
-    return [_p(name, _CELL_BOLD), *cells]
-
-
-def _acquire(file: PredictionFile) -> Flow:
-    text, found = words()["pdf"], file.acquire
-    if found is None:
-        return _section(text["acquire"], [_p(text["no_draws" if file.recovered else "nothing"])])
-    name = file.predicted
-    lead = text["acquire_lead"].format_map(
-        {"n": found.draws, "class": name, "percent": percent(found.probability)}
-    )
+        return _section(text["title"], [_p(text["unknown"])])
+    flow: Flow = [_p(text["few"], _BOLD_CAUTION)] if found["few"] else []
+    flow.append(_p(found["sentence"]))
     rows = [
-        [
-            _p(g.modality + (f" ({text['blanks']})" if g.kind == "blanks" else ""), _CELL_BOLD),
-            _p(f"{g.bits:+.2f}".replace("-", "\N{MINUS SIGN}"), _NUMBER),
-            _p(percent(g.probability), _NUMBER),
-            _p(percent(g.changes), _NUMBER),
-        ]
-        for g in found.gains
+        [_p(name, _CELL_BOLD)]
+        + [_p(f"{v} ({between})" if between else v, _NUMBER) for v, between in figures]
+        for name, figures in found["rows"]
     ]
-    heads = [words()["had"]["modality"]]
-    heads += [text[k].format_map({"class": name}) for k in ("bits", "expected", "changes")]
-    flow: Flow = [_p(lead), *_table(heads, rows, (0.34, 0.22, 0.22, 0.22), right=(1, 2, 3))]
-    if found.unknown:
-        flow.append(_p(text["unknown"].format(modalities=", ".join(found.unknown)), _SMALL))
-    return _section(text["acquire"], flow)
+    heads = [text[key] for key in ("method", "auroc", "brier", "ece")]
+    flow += _table(heads, rows, (0.37, 0.21, 0.21, 0.21), right=(1, 2, 3))
+    return _section(text["title"], [*flow, _p(text["legend"], _SMALL)], len(flow))
 
 
-def _limits(file: PredictionFile) -> Flow:
-    text, limits = words()["pdf"], file.limits
-    made = text["made_from"].format(
-        cohort=limits.cohort,
-        task=limits.task,
-        patients=", ".join(f"{n} {split}" for split, n in limits.patients.items()),
-    )
-    shares = ", ".join(f"{n} {percent(s)}" for n, s in limits.observed_share.items())
-    flow = [_p(made), _p(text["transfer"])]
-    if shares:
-        flow.append(_p(text["shares"].format(shares=shares), _SMALL))
-    return _section(text["limits"], flow)
+def _acquire(shown: Words) -> Flow:
+    text, found = words()["acquire"], shown["acquire"]
+    flow: Flow = [_p(found["sentence"])] if found["sentence"] else []
+    if found["rows"]:
+        flow.append(_p(f"{text['lead']} {found['now']}", _SMALL))
+        rows = [
+            [
+                _p(row["name"] + (f" ({text['blanks']})" if row["blanks"] else ""), _CELL_BOLD),
+                _p(row["bits"], _NUMBER),
+                _p(f"{percent(row['before'])} \u2192 {percent(row['after'])}", _NUMBER),
+                _p(str(row["changes"]), _NUMBER),
+            ]
+            for row in found["rows"]
+        ]
+        heads = [text["modality"], text["certainty"], found["heading"], text["changes"]]
+        flow += _table(heads, rows, (0.34, 0.22, 0.22, 0.22), right=(1, 2, 3))
+    if found.get("unknown"):
+        flow.append(_p(found["unknown"]))
+    return _section(text["title"], flow)
+
+
+def _limits(file: PredictionFile, shown: Words) -> Flow:
+    text = words()["limits"]
+    flow: Flow = [_p(text["warnings"], _SUBTITLE)]
+    flow += [_p(f"\u25b2 {warning}", _ITEM) for warning in file.warnings] or [_p(text["none"])]
+    flow.append(_p(text["known"], _SUBTITLE))
+    flow += [_p(f"\u2022 {sentence}", _ITEM) for sentence in shown["limits"]]
+    return _section(text["title"], flow, 2)
 
 
 def _trace(file: PredictionFile) -> Flow:
@@ -487,14 +464,22 @@ def _trace(file: PredictionFile) -> Flow:
         (text["trace"]["device"], file.device, _CELL),
         (text["trace"]["versions"], versions, _CELL),
         (text["status"]["command"], file.command or "", _MONO),
-        (text["pdf"]["content"], file.content_sha256, _MONO),
+        (text["trace"]["content"], file.content_sha256, _MONO),
     ]
     rows = [[_p(a, _CELL_SOFT), _p(b, style)] for a, b, style in facts if b]
     flow = _table([], rows, (0.18, 0.82))
-    if file.sources:
+    if file.sources or file.recovered_files:
         sources = [
             [_p(name, _CELL_BOLD), _p(source.file, _CELL), _p(source.sha256, _MONO)]
             for name, source in file.sources.items()
+        ]
+        sources += [
+            [
+                _p(f"{name} ({text['drove']['recovered']})", _CELL_MADE),
+                _p(made.file, _CELL),
+                _p(made.sha256, _MONO),
+            ]
+            for name, made in file.recovered_files.items()
         ]
         heads = [text["had"]["modality"], text["trace"]["file"], text["trace"]["hash"]]
         flow += [Spacer(1, 6), *_table(heads, sources, (0.18, 0.22, 0.6))]
@@ -572,9 +557,9 @@ def _bars(rows: Sequence[tuple[str, Any, str]], bold: Collection[int] = ()) -> A
     return table
 
 
-def _alert(title: str, sentences: Sequence[str]) -> Flow:
+def _alert(sentences: Sequence[str]) -> Flow:
     """Return sentences in a box that may go on on the next sheet."""
-    rows = [[_p(title, _BOLD_CAUTION)], *([_p(f"\u2022 {s}", _ITEM)] for s in sentences)]
+    rows = [[_p(f"\u2022 {sentence}", _ITEM)] for sentence in sentences]
     table = Table(rows, colWidths=[_WIDTH], splitInRow=1)
     table.setStyle(
         TableStyle(
