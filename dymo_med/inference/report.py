@@ -513,6 +513,8 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     start = prediction.base_rates[chosen] if prediction.base_rates else 0.0
     bars = []
     at = start
+    # Blanks that were filled and rejected had no part in it; in an average everything has.
+    made = prediction.recovered if prediction.subsets else prediction.trusted
     for a in sorted(whole, key=lambda a: -abs(a.value)):
         bars.append(
             {
@@ -520,7 +522,7 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
                 "value": a.value,
                 "left": 100 * min(at, at + a.value),
                 "width": 100 * abs(a.value),
-                "made": a.modality in prediction.recovered,
+                "made": a.modality in made,
                 "partly": a.modality in prediction.partly,
             }
         )
