@@ -433,7 +433,7 @@ def _acquire(shown: Words) -> Flow:
         flow += _table(heads, rows, (0.34, 0.22, 0.22, 0.22), right=(1, 2, 3))
     if found.get("unknown"):
         flow.append(_p(found["unknown"]))
-    return _section(text["title"], flow)
+    return _section(text["title"], flow, len(flow))
 
 
 def _limits(file: PredictionFile, shown: Words) -> Flow:
