@@ -348,6 +348,12 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         sentence = text["same_equal"]
     else:
         sentence = text["same"].format_map({"class": name, "low": low, "high": high})
+    unsteady = 0
+    if prediction.draws is not None and prediction.trusted:
+        unsteady = round(prediction.draws.own.changes * prediction.draws.n)
+        told = text["unsteady"].format(changes=unsteady, n=prediction.draws.n)
+        # "No" would be too much.
+        sentence = sentence if not unsteady else f"{sentence} {told}" if flipped else told
     notes = []
     if any(row["draws"] for row in rows) and prediction.draws is not None:
         notes.append(text["draws"].format(n=prediction.draws.n))
@@ -356,7 +362,7 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "sentence": sentence,
-        "flip": bool(flipped),
+        "flip": bool(flipped or unsteady),
         "notes": notes,
     }
 

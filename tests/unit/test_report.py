@@ -468,3 +468,19 @@ def test_a_sentence_for_every_way_to_be_rejected():
     both = said(step(1, "t2", 0.8, 0.7, -0.4, "rejected", factor=0.5))
     assert "less clearly" in both and "less like its training patients" in both
     assert "gained nothing" in said(step(1, "t2", 0.8, 0.8, 0.0, "stopped"))
+
+
+def test_an_answer_that_hangs_on_the_draw_is_not_called_steady():
+    same = (0.23, 0.77)
+    drawn = {
+        "probabilities": (same, (0.6, 0.4)),
+        "low": (0.23, 0.4),
+        "median": (0.4, 0.6),
+        "high": (0.6, 0.77),
+        "changes": 0.5,
+    }
+    draws = {"n": 2, "seed": 0, "central": 0.9, "own": drawn, "trust_all": drawn}
+    p = prediction(alternatives={"observed_only": same, "trust_all": same}, draws=draws)
+    change = view(file_of(p, exhibits()))["change"]
+    assert change["flip"] and "in 1 of 2" in change["sentence"]  # unsteady
+    assert not change["sentence"].startswith("No")
