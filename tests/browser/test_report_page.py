@@ -202,7 +202,7 @@ def test_the_spread_over_draws_is_drawn(pages, visit):
 def test_slices_are_leafed_through_by_keyboard(pages, visit):
     page = visit(pages["scan"].path).page
     group = page.locator(".leaf").first
-    slider, said_slice = group.locator("input[type=range]"), group.locator("output")
+    slider, said_slice = group.locator("input[type=range]"), group.locator(".said")
     viewer = group.locator(".viewer").first
     slider.focus()
     page.keyboard.press("Home")
@@ -218,9 +218,9 @@ def test_slices_are_leafed_through_by_keyboard(pages, visit):
     box = viewer.bounding_box()
     assert bottom["y"] + bottom["height"] == pytest.approx(box["y"] + box["height"], abs=3)
     # The slider of the made-up scans is another one.
-    before = page.locator(".leaf output").nth(1).inner_text()
+    before = page.locator(".leaf .said").nth(1).inner_text()
     page.keyboard.press("Home")
-    assert page.locator(".leaf output").nth(1).inner_text() == before
+    assert page.locator(".leaf .said").nth(1).inner_text() == before
     heat = group.locator(".heat").first
     assert heat.is_visible()
     group.locator("input[type=checkbox]").press("Space")
