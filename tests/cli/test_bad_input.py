@@ -239,7 +239,7 @@ def test_a_full_or_read_only_disk_is_no_bug(place, capsys, monkeypatch, number, 
     def fail(*_):
         raise OSError(number, os.strerror(number), "out")
 
-    monkeypatch.setattr("dymo_med.inference.predict.write_json", fail)
+    monkeypatch.setattr("dymo_med.inference.predict.write_text", fail)
     with pytest.raises((SystemExit, OSError)) as stopped:
         main([part.format(**place) for part in PREDICT])
     assert getattr(stopped.value, "code", None) == code

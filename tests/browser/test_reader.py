@@ -66,7 +66,7 @@ def test_opened_as_a_file_it_downloads_one_review(report, opened, tmp_path):
     assert (review.verdict, review.comment, review.reviewer) == ("disagree", COMMENT, "AB")
     content = json.loads((report / "prediction.json").read_text(encoding="utf-8"))
     assert review.content_sha256 == content["content_sha256"]
-    assert page.get_by_role("status").inner_text() == "Downloaded as review.json."
+    assert page.locator("#reader-status").inner_text() == "Downloaded as review.json."
     # Put where the page says, the program reads it.
     shutil.copy(path, report)
     assert read_reviews(report) == [review]
@@ -77,7 +77,7 @@ def test_opened_as_a_file_it_downloads_one_review(report, opened, tmp_path):
 def test_without_a_verdict_nothing_is_downloaded(report, opened):
     page, seen = opened((report / "report.html").as_uri())
     page.get_by_role("button", name="Download review.json").click()
-    assert page.get_by_role("status").inner_text() == ""
+    assert page.locator("#reader-status").inner_text() == ""
     assert page.locator("#reader :invalid").count() > 0 and seen.errors == []
 
 
