@@ -36,6 +36,7 @@ from dymo_med.files import write_json
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.selection import SELECTORS, fit_statistics
 from dymo_med.selection.base import NoOptions
+from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.loop import Log, train_stage
 from dymo_med.training.objectives import (
     FusionObjective,
@@ -51,7 +52,6 @@ from dymo_med.training.selectors import (
     held_out,
     remember,
 )
-from dymo_med.training.train import fit_temperature
 from dymo_med.types import Batch, ModalityMask, ModalitySpec, SubsetStatistics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -75,15 +75,14 @@ class Conformal:
         from crepes import ConformalClassifier
 
         scores = np.array(self.scores[method])
-        levels = [np.array(self.patterns), np.array([_count(p) for p in self.patterns])]
-        mine = [np.array(patterns), np.array([_count(p) for p in patterns])]
         n = len(patterns)
         alphas = 1 - probabilities
         members = np.ones(probabilities.shape, dtype=bool)
         group = ["all"] * n
         size = np.full(n, len(scores), dtype=np.int64)
         open_ = np.ones(n, dtype=bool)
-        for name, theirs, own in (("pattern", levels[0], mine[0]), ("count", levels[1], mine[1])):
+        for name, level in (("pattern", str), ("count", _count)):
+            theirs, own = (np.array([level(p) for p in ps]) for ps in (self.patterns, patterns))
             names, counts = np.unique(theirs, return_counts=True)
             known = dict(zip(names.tolist(), counts.tolist(), strict=True))
             many = np.array([known.get(x, 0) for x in own.tolist()], dtype=np.int64)

@@ -162,23 +162,15 @@ def evaluate(
                 remedy="Choose another split, or add --allow-overlap to see flattering figures",
             )
         )
-    run = _Run(
-        bundle,
-        cohort,
-        split,
-        specs,
-        seed,
-        int(reports) if reports is not True else None,
-        methods,
-        draws,
-    )
+    most_reports = None if reports is True else int(reports)
+    run = _Run(bundle, cohort, split, specs, seed, most_reports, methods, draws)
     known = {
         "bundle": bundle.bundle_id,
         "cohort": cohort.name,
         "split": split,
         "seed": seed,
         "batch_size": batch_size,
-        "reports": int(reports) if reports is not True else None,
+        "reports": most_reports,
         "first_scenario": rules[0].text + rules[0].digest,
         "selectors": [bundle.choice.name, *methods],
         "draws": draws,

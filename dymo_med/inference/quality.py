@@ -30,8 +30,9 @@ from dymo_med.backbones import encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import write_csv
+from dymo_med.inference.pictures import png, slices, watermark
 from dymo_med.inference.predict import Answers, calibrated
-from dymo_med.inference.report import png, slices, watermark, words
+from dymo_med.inference.report import words
 from dymo_med.metrics import bootstrap_means
 from dymo_med.modalities.table import Table
 from dymo_med.types import Batch, Column, ModalitySpec, Recovery

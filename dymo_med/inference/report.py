@@ -20,11 +20,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dymo_med.files import write_text
-
-# Other pages take these from here.
-from dymo_med.inference.pictures import png as png
-from dymo_med.inference.pictures import slices as slices
-from dymo_med.inference.pictures import watermark as watermark
 from dymo_med.inference.prediction_file import (
     AttributionPart,
     CellPart,

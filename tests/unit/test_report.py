@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dymo_med.inference.pictures import Scan, draw
+from dymo_med.inference.pictures import Scan, draw, slices, watermark
 from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.report import (
     percent,
     percentile,
     points,
-    slices,
     view,
-    watermark,
     words,
     write_report,
 )
