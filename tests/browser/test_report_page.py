@@ -280,7 +280,7 @@ def test_who_cannot_tell_says_so_before_any_number(made):
     assert "must here hold all 2 classes" in said(page, "#banner")
     answer = said(page, "#answer")
     assert answer.index("The model cannot tell") < answer.index("77 %")
-    assert "None of these can be ruled out: low, high." in answer
+    assert "The set holds all of these: low, high." in answer
     assert "41 held-back cases who had exactly the same modalities" in answer
     assert "more likely answer" not in answer
     sizes = [
@@ -290,10 +290,10 @@ def test_who_cannot_tell_says_so_before_any_number(made):
     assert sizes[0] > sizes[1]
 
 
-def test_a_set_of_one_class_rules_out_the_others(made):
+def test_a_set_of_one_class_leaves_the_others_outside(made):
     found = {"classes": ("high",), "coverage": 0.9, "compared_with": "all", "calibrated_on": 90}
     rows = made(prediction_set=found).locator(".classes li").all_inner_texts()
-    assert "possible" in rows[0] and "ruled out at 90 %" in rows[1]
+    assert "in the set" in rows[0] and "outside the 90 % set" in rows[1]
 
 
 def test_caution_and_flips_are_words_and_signs(made):

@@ -265,7 +265,7 @@ def test_what_a_clinician_needs_is_said(tmp_path):
         "Trusting every recovery would say low, not high.",
         "Made from 9 patients of the cohort glioma",
         "This bundle does not say how good this way of selecting is.",
-        "This bundle cannot say which classes can be ruled out.",
+        "This bundle has no calibration for prediction sets.",
         "Not computed: no draws were made.",
         "< +0.001",
         "412 U/L",
