@@ -134,7 +134,9 @@ def test_a_cohort_page_works_as_before(evaluated, opened):
         page.get_by_role("link", name="The whole cohort").click()
         page.fill("#filter", "no such patient")
         assert page.locator("#count").inner_text().startswith("0 of")
-        images = page.locator("img").evaluate_all("all => all.map(i => i.naturalWidth)")
+        # The server hands pictures over one by one: a decode waits for its bytes, or rejects.
+        decoded = "all => Promise.all(all.map(i => i.decode().then(() => i.naturalWidth)))"
+        images = page.locator("img").evaluate_all(decoded)
         assert images and all(images)
         page.fill("#filter", "")
         page.locator("#patient-table tbody a").first.click()
