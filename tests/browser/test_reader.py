@@ -108,7 +108,7 @@ def test_served_it_saves_and_shows(report, served, opened):
     assert page.locator("#reader li img").count() == 0 and page.title() != "alert"
     assert "another version" not in page.locator("#reader").inner_text()
     page.get_by_role("link", name="All patients").click()
-    assert "1 of 1 reviewed" in page.locator("main").inner_text()
+    page.get_by_text("1 of 1 reviewed").wait_for()
     assert "Agrees (reviews: 2)" in page.locator("tbody tr").inner_text()
     assert seen.errors == []
     assert all(url.startswith((served.url, "data:")) for url in seen.asked)
