@@ -175,8 +175,7 @@ def test_a_patient_opens_and_the_way_back_leads_here(opened, records):
     assert links.count() == 1
     record = links.first.inner_text()
     links.first.click()
-    page.wait_for_load_state()
-    assert page.url.endswith(f"/reports/{record}/report.html")
+    page.wait_for_url(f"**/reports/{record}/report.html")
     assert page.locator("h1").count() == 1
     page.go_back()
     assert page.locator("#patient-table").count() == 1
