@@ -1,12 +1,20 @@
-"""Networks that fuse any subset of modalities into class logits and an embedding."""
+"""Networks that answer for any subset of modalities: classifiers, and a segmentation network."""
 
 from __future__ import annotations
 
 from dymo_med.backbones.base import FusionBackbone
+from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.backbones.transformer import FusionTransformer
 from dymo_med.backbones.versions import EncodedVersions, encode_versions
 from dymo_med.registry import Registry
 
 BACKBONES: Registry[FusionBackbone] = Registry("backbone", {"transformer": FusionTransformer})
 
-__all__ = ["BACKBONES", "EncodedVersions", "FusionBackbone", "FusionTransformer", "encode_versions"]
+__all__ = [
+    "BACKBONES",
+    "EncodedVersions",
+    "FusionBackbone",
+    "FusionTransformer",
+    "SharedUNet",
+    "encode_versions",
+]
