@@ -55,6 +55,12 @@ PatientDir = Annotated[
 Pdf = Annotated[
     bool, typer.Option("--pdf", help="Write the page as a PDF too, beside it: report.pdf.")
 ]
+Identify = Annotated[
+    bool,
+    typer.Option(
+        "--identify", help="Show the patient's identifier from the header, not a pseudonym."
+    ),
+]
 CohortPath = Annotated[
     Path, typer.Option("--cohort", "-c", help="Cohort folder, or its cohort.yaml.")
 ]
@@ -295,6 +301,7 @@ def predict(
         ),
     ] = 20,
     pdf: Pdf = False,
+    identify: Identify = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -307,7 +314,14 @@ def predict(
     if selector is not None:
         model = model.with_selector(selector)
     prediction = predict_patient(
-        patient_dir, model, out, explain=not no_explain, seed=seed, draws=draws, pdf=pdf
+        patient_dir,
+        model,
+        out,
+        explain=not no_explain,
+        seed=seed,
+        draws=draws,
+        pdf=pdf,
+        identify=identify,
     )
     reporter = Reporter(quiet)
     shares = ", ".join(
@@ -419,6 +433,7 @@ def evaluate(
         bool,
         typer.Option("--allow-overlap", help="Evaluate on patients whom the bundle was made from."),
     ] = False,
+    identify: Identify = False,
     num_parts: Annotated[
         int, typer.Option("--num-parts", min=1, help="How many processes share the work.")
     ] = 1,
@@ -448,6 +463,7 @@ def evaluate(
             methods=tuple(selector or ()),
             draws=draws,
             allow_overlap=allow_overlap,
+            identify=identify,
             num_parts=num_parts,
             part_id=part_id,
             command=shlex.join(["dymo-med", *sys.argv[1:]]),
@@ -469,6 +485,7 @@ def impute(
     patient_dir: PatientDir,
     bundle: Bundle,
     out: Out,
+    identify: Identify = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -477,7 +494,9 @@ def impute(
     from dymo_med.bundle import load_bundle
     from dymo_med.inference.predict import impute_patient
 
-    written = impute_patient(patient_dir, load_bundle(bundle, device), out, seed=seed)
+    written = impute_patient(
+        patient_dir, load_bundle(bundle, device), out, seed=seed, identify=identify
+    )
     reporter = Reporter(quiet)
     for file in written:
         reporter.say(str(file))

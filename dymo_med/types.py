@@ -222,12 +222,15 @@ class ModalityValue:
         observed_fields: Bool `(F,)` for tables (True = the cell was filled); None for images.
         source: Where it came from.
         warnings: Sentences worth showing to a reader of the report.
+        identifiers: What the file calls the patient (DICOM's PatientID, FHIR's identifiers); only
+            `privacy` turns them into something that may be shown.
     """
 
     values: Tensor
     source: Source
     observed_fields: Tensor | None = None
     warnings: tuple[str, ...] = ()
+    identifiers: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -245,6 +248,13 @@ class PatientRecord:
     patient_id: str
     modalities: Mapping[str, ModalityValue]
     label: int | None = None
+
+    @property
+    def identifier(self) -> str | None:
+        """What all files that name the patient call them; None = no file does."""
+        stated = [set(v.identifiers) for v in self.modalities.values() if v.identifiers]
+        shared = set.intersection(*stated) if stated else set()
+        return min(shared, default=None) or next((min(names) for names in stated), None)
 
     def without(self, names: Sequence[str]) -> PatientRecord:
         """Return this record with some modalities taken away."""

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
+from dymo_med.privacy import KEY_VARIABLE
 
 SPLIT_OF_PATIENT = (
     ["train"] * 10 + ["validation"] * 3 + ["calibration"] * 3 + ["test"] * 4
@@ -149,6 +150,14 @@ def cohort(cohort_dir):
 def records(cohort):
     """All records of the small cohort, read."""
     return [read_record(entry, cohort.specs, cohort.missing_values) for entry in cohort.records]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_key(tmp_path_factory):
+    """Make pseudonyms with a key of the session's own; the user's stays as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, str(tmp_path_factory.mktemp("key") / "key"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +61,7 @@ def read_patient(
 
     Raises:
         PatientDataError: With every problem of every modality at once; also if the folder is
-            not there, or nothing was observed.
+            not there, nothing was observed, or headers name different patients.
     """
     record_id = record_id or folder.resolve().name
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in record_id):  # Cs: no UTF-8
@@ -107,6 +107,7 @@ def read_patient(
                 remedy="Check that this is the patient's folder and how its files are named",
             )
         )
+    problems += _strangers(values, where)
     if problems:
         # Tables that share a file report the same trouble with it; say it once.
         raise PatientDataError(*dict.fromkeys(problems))
@@ -116,6 +117,25 @@ def read_patient(
         modalities=_warn_apart(values),
         label=label,
     )
+
+
+def _strangers(values: Mapping[str, ModalityValue], where: str) -> list[Problem]:
+    """Return what is wrong if files name different patients, without saying the names."""
+    stated = {name: set(v.identifiers) for name, v in values.items() if v.identifiers}
+    first = next(iter(stated.values()), set())
+    others = [name for name, identifiers in stated.items() if not identifiers & first]
+    if not others:
+        return []
+    same = [name for name in stated if name not in others]
+    return [
+        Problem(
+            where,
+            "the files' headers name different patients",
+            expected="files of one patient",
+            got=f"another patient in {', '.join(others)} than in {', '.join(same)}",
+            remedy="Take out what is not this patient's, or correct the identifier in its header",
+        )
+    ]
 
 
 @lru_cache(maxsize=4)

@@ -99,6 +99,7 @@ def evaluate(
     methods: Sequence[str] = (),
     draws: int = 0,
     allow_overlap: bool = False,
+    identify: bool = False,
     num_parts: int = 1,
     part_id: int = 0,
     command: str = "",
@@ -126,6 +127,7 @@ def evaluate(
         draws: Draws of a probabilistic imputer, to see whether their spread is right: 0 = none,
             or at least 19.
         allow_overlap: Evaluate although patients were used to make the bundle.
+        identify: Whether reports show the identifier that headers state, instead of a pseudonym.
         num_parts: How many processes share the evaluation.
         part_id: Which of them this is, from 0. Each does every `num_parts`-th batch; whoever
             finds all batches done writes the tables (two that find it at the same moment write
@@ -163,7 +165,7 @@ def evaluate(
             )
         )
     most_reports = None if reports is True else int(reports)
-    run = _Run(bundle, cohort, split, specs, seed, most_reports, methods, draws)
+    run = _Run(bundle, cohort, split, specs, seed, most_reports, methods, draws, identify)
     known = {
         "bundle": bundle.bundle_id,
         "cohort": cohort.name,
@@ -171,6 +173,7 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         "reports": most_reports,
+        "identify": identify,
         "first_scenario": rules[0].text + rules[0].digest,
         "selectors": [bundle.choice.name, *methods],
         "draws": draws,
@@ -324,6 +327,7 @@ class _Run:
         reports: How many records get a report; None = all.
         methods: Selectors to compare besides the usual ones.
         draws: Draws of the imputer, to judge their spread.
+        identify: Whether reports show identifiers.
     """
 
     bundle: ModelBundle
@@ -334,6 +338,7 @@ class _Run:
     reports: int | None
     methods: Sequence[str]
     draws: int
+    identify: bool
 
     def batch(
         self,
@@ -543,7 +548,9 @@ class _Run:
     def _report(self, record: PatientRecord, answers: Answers, row: int, folder: Path) -> None:
         """Write one patient's report."""
         explanation = explain_record(self.bundle, answers, row, seed=self.seed)
-        prediction = assemble(self.bundle, record, answers, row, explanation, seed=self.seed)
+        prediction = assemble(
+            self.bundle, record, answers, row, explanation, seed=self.seed, identify=self.identify
+        )
         file = prediction_file(
             self.bundle, record, answers, row, explanation, prediction, draws=self.draws
         )

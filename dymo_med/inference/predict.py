@@ -9,7 +9,7 @@ import hashlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from math import isfinite, isnan
 from pathlib import Path
@@ -54,6 +54,7 @@ from dymo_med.inference.prediction_file import (
     summarise,
 )
 from dymo_med.inference.report import percentile, words, write_report
+from dymo_med.privacy import shown
 from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.fixed import TrustAll
 from dymo_med.selection.gate import Gate
@@ -69,6 +70,7 @@ from dymo_med.types import (
     Recovery,
     SelectionStep,
     SelectionTrace,
+    Source,
     WeightedSubset,
 )
 
@@ -205,6 +207,7 @@ def predict_patient(
     seed: int = 0,
     draws: int = DRAWS,
     pdf: bool = False,
+    identify: bool = False,
 ) -> Prediction:
     """Predict one patient from a folder.
 
@@ -218,20 +221,21 @@ def predict_patient(
         draws: How many draws of a probabilistic imputer's recoveries to answer from, besides its
             best guess; 0 = none. They are made for the files only.
         pdf: Whether to write the page as `report.pdf` too.
+        identify: Whether to show the identifier that headers state, instead of a pseudonym.
 
     Returns:
         The prediction.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
-        ConfigError: If `out` holds something else.
+        ConfigError: If `out` holds something else, or the key of pseudonyms cannot be used.
     """
     if out is not None:
         check_replaceable(out, "prediction.json", _WRITTEN)
     record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
-    prediction = assemble(bundle, record, answers, 0, explanation, seed=seed)
+    prediction = assemble(bundle, record, answers, 0, explanation, seed=seed, identify=identify)
     if out is not None:
         with complete_folder(out, "prediction.json", _WRITTEN) as folder:
             files = write_recovered(bundle, record, answers, 0, folder / RECOVERED)
@@ -244,7 +248,7 @@ def predict_patient(
                 prediction,
                 draws=draws,
                 files={name: (path, _sha256(folder / path)) for name, path in files.items()},
-                command=_command(record.record_id, bundle, explain, seed, draws),
+                command=_command(record.record_id, bundle, explain, seed, draws, identify),
             )
             write_prediction(file, folder)
             write_csv(folder / "selection.csv", STEP_COLUMNS, step_rows(file))
@@ -272,7 +276,7 @@ def step_rows(file: PredictionFile) -> list[dict[str, object]]:
 
 
 def impute_patient(
-    patient_dir: Path, bundle: ModelBundle, out: Path, *, seed: int = 0
+    patient_dir: Path, bundle: ModelBundle, out: Path, *, seed: int = 0, identify: bool = False
 ) -> list[Path]:
     """Write what the imputer proposes for one patient, and nothing else.
 
@@ -281,17 +285,19 @@ def impute_patient(
         bundle: The model.
         out: Folder for `recovered/`; it appears complete or not at all.
         seed: Seed of whatever is random.
+        identify: Whether to show the identifier that headers state, instead of a pseudonym.
 
     Returns:
         The files, all under `out / "recovered"`.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
-        ConfigError: If `out` holds something else.
+        ConfigError: If `out` holds something else, or the key of pseudonyms cannot be used.
     """
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
     record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    sources = _sources(record, identify)
     answers = answer(bundle, [record], seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
         files = write_recovered(bundle, record, answers, 0, folder / RECOVERED)
@@ -304,7 +310,7 @@ def impute_patient(
                 "files": files,
                 "bundle": {"name": bundle.name, "id": bundle.bundle_id},
                 "seed": seed,
-                "sources": {n: asdict(v.source) for n, v in record.modalities.items()},
+                "sources": {n: asdict(s) for n, s in sources.items()},
                 "versions": versions(),
             },
         )
@@ -345,6 +351,7 @@ def assemble(
     explanation: Explanation | None,
     *,
     seed: int,
+    identify: bool = False,
 ) -> Prediction:
     """Gather one record's prediction.
 
@@ -355,6 +362,7 @@ def assemble(
         row: Which record of it.
         explanation: None = no attributions.
         seed: Of the run.
+        identify: Whether sources show the identifier that headers state, instead of a pseudonym.
     """
     trace, recovery = answers.own, answers.recovery
     names = trace.names
@@ -383,13 +391,25 @@ def assemble(
         steps=steps,
         attributions=explanation.attributions if explanation is not None else (),
         warnings=_warnings(bundle, record, own, probabilities, steps),
-        sources={name: value.source for name, value in record.modalities.items()},
+        sources=_sources(record, identify),
         bundle_id=bundle.bundle_id,
         bundle_name=bundle.name,
         seed=seed,
         base_rates=bundle.base_rates,
         subsets=weighted_subsets(trace, row),
     )
+
+
+def _sources(record: PatientRecord, identify: bool) -> dict[str, Source]:
+    """Return where each modality came from, and whose it is where its header says so."""
+    sources = {name: value.source for name, value in record.modalities.items()}
+    if record.identifier is not None:
+        whose = {"patient": shown(record.identifier, identify=identify)}
+        for name, value in record.modalities.items():
+            if value.identifiers:
+                facts = {**value.source.facts, **whose}
+                sources[name] = replace(value.source, facts=facts)
+    return sources
 
 
 def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...]:
@@ -872,12 +892,15 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _command(record_id: str, bundle: ModelBundle, explain: bool, seed: int, draws: int) -> str:
+def _command(
+    record_id: str, bundle: ModelBundle, explain: bool, seed: int, draws: int, identify: bool
+) -> str:
     """Return how to get the same files again, without the paths of this machine."""
     words_ = ["dymo-med", "predict", "--patient-dir", record_id, "--bundle", bundle.name]
     words_ += ["--out", "OUT", "--selector", bundle.choice.name, "--device", str(bundle.device)]
     words_ += ["--seed", str(seed), "--draws", str(draws)]
-    return shlex.join(words_ if explain else [*words_, "--no-explain"])
+    words_ += ["--no-explain"] * (not explain) + ["--identify"] * identify
+    return shlex.join(words_)
 
 
 def versions() -> dict[str, str]:

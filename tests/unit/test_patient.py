@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from dymo_med.data.patient import read_patient
 from dymo_med.errors import PatientDataError
+from dymo_med.modalities.image import Image
 from tests.conftest import write_patient
 
 
@@ -153,3 +155,38 @@ def test_a_sidecar_without_its_scan_is_no_scan(cohort, tmp_path):
     write_patient(tmp_path / "p", np.random.default_rng(0), True, ["t1"])
     (tmp_path / "p" / "t1.json").write_text("{}")
     assert "t1" not in read_patient(tmp_path / "p", cohort.specs).modalities
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Lets scans state whom they are of, by modality."""
+
+    def name(**identifiers):
+        read = Image.read
+
+        def with_identifiers(self, *arguments):
+            value = read(self, *arguments)
+            if value is not None:
+                value = replace(value, identifiers=identifiers.get(self.spec.name, ()))
+            return value
+
+        monkeypatch.setattr(Image, "read", with_identifiers)
+
+    return name
+
+
+def test_files_of_different_patients_are_refused_without_naming_them(cohort, cohort_dir, named):
+    named(t1=("MRN-0042", "X7"), t2=("MRN-0043",), photo=("X7",))
+    with pytest.raises(PatientDataError, match="in t2 than in t1, photo") as caught:
+        read_patient(cohort_dir / "patients" / "p000", cohort.specs)
+    assert len(caught.value.problems) == 1
+    assert not any(word in str(caught.value) for word in ("MRN", "X7", "004"))
+
+
+def test_a_record_knows_what_its_files_call_the_patient(cohort, cohort_dir, named):
+    folder = cohort_dir / "patients" / "p000"
+    assert read_patient(folder, cohort.specs).identifier is None
+    named(t1=("MRN-0042", "A"), photo=("MRN-0042",))
+    record = read_patient(folder, cohort.specs)
+    assert record.identifier == record.without(["t1"]).identifier == "MRN-0042"
+    assert "MRN-0042" not in repr(record)
