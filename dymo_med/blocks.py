@@ -1,4 +1,4 @@
-"""Network parts in plain torch: attention, image and column encoders and decoders."""
+"""Network parts in plain torch: attention; encoders and decoders of images, columns and steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.types import Column, Tokens
+from dymo_med.types import Column, Steps, Tokens
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOL: dict[int, Any] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
@@ -327,4 +327,71 @@ class ColumnDecoder(nn.Module):
     def forward(self, z: Tensor, z_map: Tensor | None = None) -> Tensor:
         """Return `(B, P)` from latents `(B, latent)`; a table has no use for a latent map."""
         out: Tensor = self.net(z)
+        return out
+
+
+class StepEncoder(Encoder):
+    """A sequence of feature vectors as tokens: a linear map that also sees neighbouring steps.
+
+    Args:
+        shape: `(L, C)`, steps and features.
+        steps: The features' constants, fitted or not (then 0 and 1 are used).
+        dim: Token width D.
+        tokens: N, at most L; each averages neighbouring steps.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: Sequence[int], steps: Steps, dim: int, tokens: int) -> None:
+        super().__init__()
+        _, features = shape
+        self.tokens = tokens
+        # The numbers below come with the spec, so they are not part of the weights.
+        center, scale = steps.mean or (0.0,) * features, steps.std or (1.0,) * features
+        self.register_buffer("center", torch.tensor(center), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        self.project = nn.Linear(features, dim)
+        self.mix = nn.Conv1d(dim, dim, 3, padding=1)
+
+    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+        """Return `(B, N, D)`, all available.
+
+        Args:
+            values: `(B, L, C)`.
+            observed_fields: Not used; sequences have no cells.
+        """
+        x = self.project((values - self.center) / self.scale).transpose(1, 2)  # (B, D, L)
+        x = x + F.gelu(self.mix(x))
+        if self.tokens < x.shape[2]:
+            x = F.adaptive_avg_pool1d(x, self.tokens)
+        x = x.transpose(1, 2)
+        return Tokens(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+
+
+class StepDecoder(nn.Module):
+    """From a latent vector to a sequence of feature vectors.
+
+    Every step has a hidden state, which sees its neighbours'; one linear map, the same for all
+    steps, turns states into features.
+
+    Args:
+        shape: `(L, C)`, steps and features.
+        latent: Length of the latent vector.
+        hidden: Width of a step's hidden state.
+    """
+
+    def __init__(self, shape: Sequence[int], latent: int, hidden: int) -> None:
+        super().__init__()
+        length, features = shape
+        self.hidden = hidden
+        self.first = nn.Linear(latent, hidden * length)
+        self.mix = nn.Conv1d(hidden, hidden, 3, padding=1)
+        self.last = nn.Linear(hidden, features)
+
+    def forward(self, z: Tensor, z_map: Tensor | None = None) -> Tensor:
+        """Return `(B, L, C)` from latents `(B, latent)`; it has no use for a latent map."""
+        x = F.gelu(self.first(z).view(len(z), self.hidden, -1))
+        x = x + F.gelu(self.mix(x))
+        out: Tensor = self.last(x.transpose(1, 2))
         return out

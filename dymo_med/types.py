@@ -55,17 +55,37 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """How a sequence of feature vectors is brought to its number of steps, and its constants.
+
+    Attributes:
+        pooling: Which steps are averaged where there are too many (`modalities.tokens`).
+        standardise: Whether networks see features with zero mean and unit spread.
+        mean: Mean of each feature over training records and steps; empty before fitting, and
+            where nothing is standardised.
+        std: Standard deviation likewise, positive.
+    """
+
+    pooling: Literal["neighbours", "interleaved"] = "neighbours"
+    standardise: bool = True
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModalitySpec:
     """What one modality is: enough to read it, encode it and describe it.
 
     Attributes:
         name: Name within the cohort ("t1ce").
-        kind: Registry key of the modality kind ("image", "table").
+        kind: Registry key of the modality kind ("image", "table", "tokens").
         file: File (or stem) inside a patient's folder.
-        shape: `(C, *spatial)` for images, `(F,)` for tables.
-        spacing_mm: Voxel size along each spatial axis in mm; empty for tables.
-        intensity: Image intensity rule ("zscore", "percentile" or "none"); empty for tables.
-        columns: Columns of a table in order; empty for images.
+        shape: `(C, *spatial)` for images, `(F,)` for tables, `(L, C)` (steps, features) for
+            tokens.
+        spacing_mm: Voxel size along each spatial axis in mm; empty for other kinds.
+        intensity: Image intensity rule ("zscore", "percentile" or "none"); empty for other kinds.
+        columns: Columns of a table in order; empty for other kinds.
+        steps: Of a sequence of feature vectors; None for other kinds.
     """
 
     name: str
@@ -75,10 +95,18 @@ class ModalitySpec:
     spacing_mm: tuple[float, ...] = ()
     intensity: str = ""
     columns: tuple[Column, ...] = ()
+    steps: Steps | None = None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether values lie on a spatial grid."""
+        return self.kind == "image"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; a column without importance has no key for it."""
+        """Return a JSON-ready dictionary; what does not apply to a modality has no key in it."""
         data = asdict(self)
+        if self.steps is None:
+            del data["steps"]
         for column in data["columns"]:
             if column["importance"] is None:
                 del column["importance"]
@@ -99,6 +127,7 @@ class ModalitySpec:
             )
             for column in data["columns"]
         )
+        steps = data.get("steps")
         return cls(
             name=data["name"],
             kind=data["kind"],
@@ -107,6 +136,11 @@ class ModalitySpec:
             spacing_mm=tuple(data["spacing_mm"]),
             intensity=data["intensity"],
             columns=columns,
+            steps=None
+            if steps is None
+            else Steps(
+                **{**steps, "mean": tuple(steps["mean"]), "std": tuple(steps["std"])},
+            ),
         )
 
 

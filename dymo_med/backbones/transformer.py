@@ -57,6 +57,8 @@ class FusionTransformer(FusionBackbone):
             width: First channels of image encoders.
             grid: Tokens per axis of an image.
             column_layers: Blocks among a table's columns.
+            steps: Tokens per sequence of feature vectors, each of neighbouring steps; 0 = one
+                per step.
             dropout: Share of a modality's tokens' values dropped while training.
         """
 
@@ -68,6 +70,7 @@ class FusionTransformer(FusionBackbone):
         width: Annotated[int, Field(ge=4)] = 16
         grid: Annotated[int, Field(ge=1)] = 2
         column_layers: Annotated[int, Field(ge=0)] = 1
+        steps: Annotated[int, Field(ge=0)] = 0
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
         @model_validator(mode="after")
@@ -86,6 +89,7 @@ class FusionTransformer(FusionBackbone):
             "grid": o.grid,
             "layers": o.column_layers,
             "heads": o.heads,
+            "steps": o.steps,
         }
         encoders = {spec.name: modality(spec).encoder(o.dim, sizes) for spec in specs}
         self.encoders = nn.ModuleDict(encoders)

@@ -227,7 +227,7 @@ class Synthesis(Imputer):
         self.windows = o.windows
         together: dict[tuple[object, ...], list[int]] = {}
         for m, spec in enumerate(self.specs):
-            if len(spec.shape) > 1:
+            if spec.is_image:
                 together.setdefault((spec.shape[1:], spec.spacing_mm), []).append(m)
         self.grids = [
             _grid(members, self.specs[members[0]].shape[1:], o)

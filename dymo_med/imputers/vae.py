@@ -131,13 +131,13 @@ class MultimodalVAE(LikelihoodImputer):
         self.specs = tuple(specs)
         self.modalities = {spec.name: modality(spec) for spec in specs}
         self.beta, self.hide_cells = o.beta, o.hide_cells
-        spatial = {spec.shape[1:] for spec in specs if len(spec.shape) > 1}
+        spatial = {spec.shape[1:] for spec in specs if spec.is_image}
         common = spatial.pop() if len(spatial) == 1 and o.map_channels else ()
         self.grid = tuple(-(-s // o.stride) for s in common)
         self.map_channels = o.map_channels if self.grid else 0
-        self.has_map = tuple(bool(self.grid) and len(s.shape) > 1 for s in specs)
+        self.has_map = tuple(bool(self.grid) and s.is_image for s in specs)
         self.vector = vector
-        self.weight = {s.name: 1.0 if len(s.shape) > 1 else o.table_weight for s in specs}
+        self.weight = {s.name: o.table_weight if s.columns else 1.0 for s in specs}
         self.elements = sum(self.weight[s.name] * prod(s.shape) for s in specs)
         sizes = {"width": o.width, "hidden": o.hidden, "map": self.map_channels, "stride": o.stride}
         self.experts = nn.ModuleDict(

@@ -685,7 +685,8 @@ def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
 def _form(spec: ModalitySpec) -> tuple[object, ...]:
     """Return what a network depends on."""
     columns = tuple((c.name, c.type, c.unit, c.values) for c in spec.columns)
-    return spec.kind, spec.shape, spec.spacing_mm, spec.intensity, columns
+    pooling = spec.steps and spec.steps.pooling
+    return spec.kind, spec.shape, spec.spacing_mm, spec.intensity, columns, pooling
 
 
 def _form_text(spec: ModalitySpec) -> str:

@@ -217,7 +217,8 @@ def explain(subject: Subject, observed: Mapping[str, Tensor | None], *, seed: in
     Returns:
         The explanation.
     """
-    images = tuple(version for version, (_, filled) in subject.versions.items() if filled is None)
+    grids = {spec.name for spec in subject.backbone.specs if spec.is_image}
+    images = tuple(version for version in subject.versions if version[0] in grids)
     missing = [name for name in subject.names if name not in observed]
     tables = {n: f for n, f in observed.items() if f is not None}
     modalities = modality_shapley(subject, seed=seed)

@@ -555,14 +555,17 @@ def exhibits_of(
         observed, candidate = bool(trace.observed[row, m]), bool(recovery.candidates[row, m])
         if not observed and not candidate:
             continue
-        values = recovery.values[spec.name][row].cpu().numpy()
+        values = recovery.values[spec.name][row].cpu()
         if spec.columns:
             filled = batch.observed_fields[spec.name][row].tolist()
             cells += [
-                _cell(spec, column, float(value), measured=measured, known=measured or candidate)
-                for column, value, measured in zip(spec.columns, values, filled, strict=True)
+                _cell(spec, column, value, measured=measured, known=measured or candidate)
+                for column, value, measured in zip(
+                    spec.columns, values.tolist(), filled, strict=True
+                )
             ]
-        else:
+        picture = bundle.modalities[spec.name].picture(values)
+        if picture is not None:
             state: State = (
                 "observed" if observed else "trusted" if trace.admitted[row, m] else "rejected"
             )
@@ -571,7 +574,7 @@ def exhibits_of(
             scans.append(
                 Scan(
                     modality=spec.name,
-                    values=values,
+                    values=picture.numpy(),
                     spacing_mm=spec.spacing_mm,
                     state=state,
                     zero_is_background=spec.intensity == "zscore",

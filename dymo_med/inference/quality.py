@@ -35,6 +35,7 @@ from dymo_med.inference.predict import Answers, calibrated
 from dymo_med.inference.report import words
 from dymo_med.metrics import bootstrap_means
 from dymo_med.modalities.table import Table
+from dymo_med.modalities.tokens import TokenSequence
 from dymo_med.types import Batch, Column, ModalitySpec, Recovery
 
 Row = dict[str, Any]
@@ -52,9 +53,10 @@ SUMMARY_COLUMNS = (
 # In the order of tables and plots.
 IMAGE_METRICS = ("psnr", "ssim", "nmae")
 TABLE_METRICS = ("mae", "mae_sd", "accuracy", "log_loss")
+STEP_METRICS = ("cosine",)  # besides mae_sd
 FIDELITY = ("same_answer", "probability_change")
 WITHIN = "within_90"
-METRICS = (*FIDELITY, *IMAGE_METRICS, *TABLE_METRICS, WITHIN)
+METRICS = (*FIDELITY, *IMAGE_METRICS, *TABLE_METRICS, *STEP_METRICS, WITHIN)
 # Below this many draws no interval between two of them covers 90 % of what is drawn.
 FEWEST_DRAWS = 19
 
@@ -187,7 +189,7 @@ def measure(
                 **_picture(spec, truth.batch.values[spec.name][i], answers.recovery, i),
             }
             for m, spec in enumerate(bundle.specs)
-            if not spec.columns
+            if spec.is_image
             for i in measured[:, m].nonzero().squeeze(1).tolist()[:_KEPT]
         ],
     )
@@ -310,6 +312,25 @@ def cell_quality(truth: float, recovered: float, column: Column) -> dict[str, fl
     return {"mae": error, "mae_sd": error / column.std} if column.std else {"mae": error}
 
 
+def sequence_quality(truth: Tensor, recovered: Tensor, kind: TokenSequence) -> dict[str, float]:
+    """Return how near a recovered sequence of feature vectors is.
+
+    Args:
+        truth: `(L, C)`.
+        recovered: Likewise.
+        kind: Its modality, with the constants of training records.
+
+    Returns:
+        `mae_sd`: mean absolute error in standard deviations of each feature. `cosine`: mean over
+        steps of the cosine of true and recovered features, standardised; the average record
+        has 0.
+    """
+    spread, center = kind.spread(truth), kind.center(truth)
+    true, made = (truth - center) / spread, (recovered - center) / spread
+    cosine = torch.nn.functional.cosine_similarity(true, made, dim=1)
+    return {"mae_sd": float((made - true).abs().mean()), "cosine": float(cosine.mean())}
+
+
 def within_interval(draws: Array, truth: Array) -> Array:
     """Return where the truth lies within the central 90 % interval of draws.
 
@@ -352,8 +373,12 @@ def _nearness(
     for m, spec in enumerate(bundle.specs):
         for i in measured[:, m].nonzero().squeeze(1).tolist():
             true, made = truth.values[spec.name][i], recovery.values[spec.name][i]
-            if not spec.columns:
+            if spec.is_image:
                 for metric, value in image_quality(true, made, body(spec, true)).items():
+                    yield _Value(i, spec.name, metric, value)
+                continue
+            if isinstance(kind := bundle.modalities[spec.name], TokenSequence):
+                for metric, value in sequence_quality(true, made, kind).items():
                     yield _Value(i, spec.name, metric, value)
                 continue
             for f in cells[spec.name][i].nonzero().squeeze(1).tolist():
@@ -484,8 +509,9 @@ def _spread(
             true = truth.values[spec.name][i]
             within = within_interval(drawn, true.cpu().numpy())
             if not spec.columns:
-                inside = body(spec, true).cpu().numpy()
-                yield _Value(i, spec.name, WITHIN, float(within[:, inside].mean()))
+                if spec.is_image:
+                    within = within[:, body(spec, true).cpu().numpy()]
+                yield _Value(i, spec.name, WITHIN, float(within.mean()))
                 continue
             for f in cells[spec.name][i].nonzero().squeeze(1).tolist():
                 if spec.columns[f].type == "continuous":
@@ -627,10 +653,16 @@ def _view(summary: Sequence[Row], shown: Sequence[Row]) -> dict[str, Any]:
 
 
 def _groups(summary: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return what is shown together: of answers, of images, of table cells."""
-    groups: dict[str, list[Row]] = {"answers": [], "images": [], "cells": []}
+    """Return what is shown together: of answers, of images, of sequences, of table cells."""
+    groups: dict[str, list[Row]] = {"answers": [], "images": [], "sequences": [], "cells": []}
+    sequences = {row["modality"] for row in summary if row["metric"] in STEP_METRICS}
     for row in summary:
-        group = "cells" if row["column"] else "answers" if row["metric"] in FIDELITY else "images"
+        if row["column"]:
+            group = "cells"
+        elif row["metric"] in FIDELITY:
+            group = "answers"
+        else:
+            group = "sequences" if row["modality"] in sequences else "images"
         groups[group].append(row)
     return groups
 

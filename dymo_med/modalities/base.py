@@ -137,6 +137,14 @@ class Modality(ABC):
             The file written: its name and content say that it is synthetic.
         """
 
+    def picture(self, values: Tensor) -> Tensor | None:
+        """Return values as a picture for the report, `(C, rows, columns)` or a volume, or None.
+
+        Args:
+            values: `(*spec.shape)`.
+        """
+        return None
+
     # -- networks ------------------------------------------------------------------------------
 
     @abstractmethod

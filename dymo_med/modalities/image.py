@@ -296,6 +296,10 @@ class Image(Modality):
         picture.save(stream, format="PNG", pnginfo=text)
         return write_bytes(folder / f"{self.spec.name}_synthetic.png", stream.getvalue())
 
+    def picture(self, values: Tensor) -> Tensor:
+        """Return the image itself."""
+        return values
+
     def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
         """Return the spec as it is: intensities are normalised scan by scan."""
         return self.spec

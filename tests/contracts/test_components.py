@@ -11,7 +11,7 @@ from dymo_med.backbones import BACKBONES, encode_versions
 from dymo_med.imputers import IMPUTERS
 from dymo_med.modalities import MODALITIES, modality
 from dymo_med.selection import SELECTORS, Cases, fit_statistics
-from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
+from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec, Steps
 
 SMALL = {
     "mopoe": {"latent": 6, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
@@ -50,6 +50,9 @@ SPECS = (
     ),
     # On the grid of the film: some imputers recover an image from others of its grid alone.
     ModalitySpec("side", "image", "s.png", (1, 16, 12), (), "zscore"),
+    ModalitySpec(
+        "gait", "tokens", "g.npy", (5, 3), steps=Steps(mean=(1.0, 0.0, 0.0), std=(2.0, 1.0, 0.5))
+    ),
 )
 NAMES = tuple(s.name for s in SPECS)
 K = 3
@@ -70,6 +73,7 @@ def make_batch(n=7, seed=0, dtype=torch.float64):
         ),
         "age": 50 + 10 * torch.randn(n, 1, generator=g, dtype=dtype),
         "side": torch.randn(n, 1, 16, 12, generator=g, dtype=dtype),
+        "gait": 1 + torch.randn(n, 5, 3, generator=g, dtype=dtype),
     }
     available = torch.rand(n, len(SPECS), generator=g) < 0.6
     available[:, 0] |= ~available.any(1)

@@ -21,7 +21,8 @@ from dymo_med.inference.quality import (
     similarity,
     within_interval,
 )
-from dymo_med.types import Column
+from dymo_med.modalities.tokens import TokenSequence
+from dymo_med.types import Column, ModalitySpec, Steps
 
 FILES = ("recovery.csv", "recovery_summary.csv", "plots/recovery.png", "plots/recovered.png")
 SCENARIOS = ("as-is", "rate:0.5", "cells:0.4")
@@ -315,7 +316,7 @@ def test_everything_is_written(done):
     rows = rows_of(done / "recovery.csv")
     assert tuple(rows[0]) == quality.COLUMNS
     assert {r["scenario"] for r in rows} == {"rate:0.5", "cells:0.4"}
-    assert {r["metric"] for r in rows} == set(quality.METRICS)
+    assert {r["metric"] for r in rows} == {*quality.METRICS} - {*quality.STEP_METRICS}
     units = {(r["metric"], r["unit"]) for r in rows}
     assert ("psnr", "dB") in units and ("mae", "U/L") in units and ("mae_sd", "SD") in units
     page = (done / "index.html").read_text(encoding="utf-8")
@@ -437,3 +438,15 @@ def test_pictures_are_of_different_records_and_few(bundle):
     chosen = quality._choose(pictures, many)
     assert [p["modality"] for p in chosen] == [f"m{i}" for i in range(8)]
     assert {p["record_id"] for p in chosen} == {"p"}
+
+
+def test_sequences_are_compared_in_standard_units():
+    spec = ModalitySpec(
+        "gait", "tokens", "g.npy", (3, 2), steps=Steps(mean=(1.0, 0.0), std=(2.0, 0.5))
+    )
+    kind = TokenSequence(spec)
+    truth = torch.tensor([[3.0, 0.5], [3.0, 0.5], [-1.0, -0.5]])
+    exact = quality.sequence_quality(truth, truth, kind)
+    assert exact == pytest.approx({"mae_sd": 0.0, "cosine": 1.0})
+    average = quality.sequence_quality(truth, kind.center(truth).expand(3, 2), kind)
+    assert average == pytest.approx({"mae_sd": 1.0, "cosine": 0.0})
