@@ -73,6 +73,24 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class SeriesRule:
+    """Which DICOM series of a folder is meant; every rule that is declared must hold.
+
+    Attributes:
+        modality: The Modality tag ("MR"); empty = any.
+        description: Regular expression that is searched for in the SeriesDescription, capitals or
+            not; empty = any.
+        slices: Fewest and most slices; None = any.
+        absent: What it means that no series fits: an `error`, or that the scan is `missing`.
+    """
+
+    modality: str = ""
+    description: str = ""
+    slices: tuple[int, int] | None = None
+    absent: Literal["error", "missing"] = "error"
+
+
+@dataclass(frozen=True)
 class ModalitySpec:
     """What one modality is: enough to read it, encode it and describe it.
 
@@ -86,6 +104,10 @@ class ModalitySpec:
         intensity: Image intensity rule ("zscore", "percentile" or "none"); empty for other kinds.
         columns: Columns of a table in order; empty for other kinds.
         steps: Of a sequence of feature vectors; None for other kinds.
+        dicom: Which series of a DICOM folder is meant; None = its only one.
+        grid: Where a volume's grid lies: `shared` = with the other volumes on a grid of this size
+            and spacing, centred on their `reference` (the first that was observed, if none is
+            called that); `own` = centred on the scan itself.
     """
 
     name: str
@@ -96,6 +118,8 @@ class ModalitySpec:
     intensity: str = ""
     columns: tuple[Column, ...] = ()
     steps: Steps | None = None
+    dicom: SeriesRule | None = None
+    grid: Literal["shared", "reference", "own"] = "shared"
 
     @property
     def is_image(self) -> bool:
@@ -107,6 +131,10 @@ class ModalitySpec:
         data = asdict(self)
         if self.steps is None:
             del data["steps"]
+        if self.dicom is None:
+            del data["dicom"]
+        if self.grid == "shared":
+            del data["grid"]
         for column in data["columns"]:
             if column["importance"] is None:
                 del column["importance"]
@@ -141,7 +169,16 @@ class ModalitySpec:
             else Steps(
                 **{**steps, "mean": tuple(steps["mean"]), "std": tuple(steps["std"])},
             ),
+            dicom=_series_rule(data.get("dicom")),
+            grid=data.get("grid", "shared"),
         )
+
+
+def _series_rule(data: Mapping[str, Any] | None) -> SeriesRule | None:
+    if data is None:
+        return None
+    slices = data["slices"]
+    return SeriesRule(**{**data, "slices": None if slices is None else tuple(slices)})
 
 
 @dataclass(frozen=True)
@@ -247,6 +284,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class FieldOfView:
+    """Where a volume as stored lies in the world.
+
+    Attributes:
+        size: Voxels per axis.
+        affine: 4 x 4 voxel-to-world matrix in mm (RAS+), as nested tuples; may be sheared.
+    """
+
+    size: tuple[int, ...]
+    affine: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class ModalityValue:
     """One modality of one record, read and preprocessed.
 
@@ -258,6 +308,7 @@ class ModalityValue:
         warnings: Sentences worth showing to a reader of the report.
         identifiers: What the file calls the patient (DICOM's PatientID, FHIR's identifiers); only
             `privacy` turns them into something that may be shown.
+        field_of_view: Where a volume as stored lies; None for pictures and tables.
     """
 
     values: Tensor
@@ -265,6 +316,7 @@ class ModalityValue:
     observed_fields: Tensor | None = None
     warnings: tuple[str, ...] = ()
     identifiers: tuple[str, ...] = field(default=(), repr=False)
+    field_of_view: FieldOfView | None = None
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,20 @@ def _read_specs(
             specs.append(cls.spec_from_entry(name, document.parse_part(part, cls.Entry, key)))
         except ConfigError as error:
             problems.extend(error.problems)
+    references = [spec for spec in specs if spec.grid == "reference"]
+    for place, spec in enumerate(references):
+        if any(
+            spec.shape[1:] == other.shape[1:] and spec.spacing_mm == other.spacing_mm
+            for other in references[:place]
+        ):
+            problems.append(
+                Problem(
+                    document.where(("modalities", spec.name, "grid")),
+                    "several modalities are the reference of the same grid",
+                    expected="one `grid: reference` per size and spacing",
+                    remedy="Keep one of them; the others are `shared`",
+                )
+            )
     if len(entry.modalities) > MOST_MODALITIES:
         problems.append(
             Problem(

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
 
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities import Modality, modality
 from dymo_med.types import CohortRecord, ModalitySpec, ModalityValue, PatientRecord
-
-# Grids are centred on each scan's own field of view; further apart than this, say so.
-APART_MM = 20.0
 
 
 def read_record(
@@ -87,16 +81,20 @@ def read_patient(
                 remedy="Check the path and its permissions",
             )
         ) from error
-    values: dict[str, ModalityValue] = {}
-    problems: list[Problem] = []
-    for kind in _modalities(tuple(specs)):
+    found: dict[ModalitySpec, ModalityValue] = {}
+    wrong: dict[str, tuple[Problem, ...]] = {}
+    # References first: the grids of others are centred on them.
+    for kind in sorted(_modalities(tuple(specs)), key=lambda kind: kind.spec.grid != "reference"):
         try:
-            value = kind.read(folder, where, missing_values)
+            value = kind.read_beside(found, folder, where, missing_values)
         except PatientDataError as error:
-            problems.extend(error.problems)
+            wrong[kind.spec.name] = error.problems
             continue
         if value is not None:
-            values[kind.spec.name] = value
+            found[kind.spec] = value
+    problems = [problem for spec in specs for problem in wrong.get(spec.name, ())]
+    problems += _same_scan_twice(found, where)
+    values = {spec.name: found[spec] for spec in specs if spec in found}
     if not problems and not values and require_something:
         files = dict.fromkeys(spec.file for spec in specs)
         problems.append(
@@ -114,7 +112,7 @@ def read_patient(
     return PatientRecord(
         record_id=record_id,
         patient_id=patient_id or record_id,
-        modalities=_warn_apart(values),
+        modalities=values,
         label=label,
     )
 
@@ -144,25 +142,22 @@ def _modalities(specs: tuple[ModalitySpec, ...]) -> tuple[Modality, ...]:
     return tuple(modality(spec) for spec in specs)
 
 
-def _warn_apart(values: dict[str, ModalityValue]) -> dict[str, ModalityValue]:
-    """Add a warning to each volume whose field of view is far from that of the first volume."""
-    first: tuple[str, np.ndarray] | None = None
-    result = {}
-    for name, value in values.items():
-        result[name] = value
-        if value.source.affine is None:
+def _same_scan_twice(found: Mapping[ModalitySpec, ModalityValue], where: str) -> list[Problem]:
+    """Return a problem for each scan of a shared DICOM folder that two modalities took."""
+    problems, taken = [], dict[tuple[str, str], str]()
+    for spec, value in found.items():
+        if spec.dicom is None:
             continue
-        affine = np.asarray(value.source.affine)
-        last = np.asarray(value.values.shape[1:]) - 1
-        centre = affine[:3, :3] @ (last / 2) + affine[:3, 3]
-        if first is None:
-            first = (name, centre)
-            continue
-        apart_mm = float(np.linalg.norm(centre - first[1]))
-        if apart_mm > APART_MM:
-            warning = (
-                f"{value.source.file}: its field of view is centred {apart_mm:.0f} mm from that"
-                f" of {first[0]}; the two may show different anatomy."
+        key = (value.source.file, value.source.sha256)
+        other = taken.setdefault(key, spec.name)
+        if other != spec.name:
+            problems.append(
+                Problem(
+                    f"{where}: {value.source.file}",
+                    f"the same DICOM series was taken for {other} and for {spec.name}",
+                    expected="a series for each",
+                    remedy="Tell them apart by `dicom` in cohort.yaml (modality, description,"
+                    " slices)",
+                )
             )
-            result[name] = replace(value, warnings=(*value.warnings, warning))
-    return result
+    return problems

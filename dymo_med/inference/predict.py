@@ -922,7 +922,7 @@ def _affine(
     """Return where a recovered volume lies: as the first observed one on the same kind of grid."""
     for other in specs:
         same = other.shape[1:] == spec.shape[1:] and other.spacing_mm == spec.spacing_mm
-        if same and other.name in record.modalities:
+        if same and other.grid != "own" and other.name in record.modalities:
             affine = record.modalities[other.name].source.affine
             if affine is not None:
                 return affine

@@ -115,6 +115,26 @@ class Modality(ABC):
                 dimension, or holds a value it must not hold.
         """
 
+    def read_beside(
+        self,
+        others: Mapping[ModalitySpec, ModalityValue],
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+    ) -> ModalityValue | None:
+        """Read this modality of a record of which others were read before.
+
+        Args:
+            others: What was read, in the order in which it was.
+            folder: As for `read`, and so are the others.
+            where: See there.
+            missing_values: See there.
+
+        Raises:
+            PatientDataError: As for `read`; also if it does not go together with the others.
+        """
+        return self.read(folder, where, missing_values)
+
     @abstractmethod
     def write(
         self,

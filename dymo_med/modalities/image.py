@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
@@ -20,14 +21,16 @@ from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, the_one
-from dymo_med.types import ModalitySpec, ModalityValue, Source
+from dymo_med.types import FieldOfView, ModalitySpec, ModalityValue, SeriesRule, Source
 
 if TYPE_CHECKING:
     from monai.transforms import Compose
 
+    from dymo_med.modalities.alignment import Reference
+
 VOLUMES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-EXTENSIONS = VOLUMES + PICTURES
+EXTENSIONS = (*VOLUMES, ".dcm", *PICTURES)
 # A volume that shows this many times more or less than the grid gets a warning.
 UNLIKE = 8
 SYNTHETIC = "SYNTHETIC: recovered by dymo-med"
@@ -46,6 +49,43 @@ def plain_name(file: str) -> str:
     return file
 
 
+class SeriesEntry(Strict):
+    """Which DICOM series of a folder an image modality is; every rule given must hold.
+
+    Attributes:
+        modality: The Modality tag, `MR`, `CT` or another.
+        description: Regular expression, searched for in the SeriesDescription, capitals or not.
+        slices: Fewest and most slices.
+        absent: `error`, or `missing` where no series that fits means that none was made.
+    """
+
+    modality: Annotated[str, Field(pattern="^[A-Za-z]{2,16}$")] | None = None
+    description: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    slices: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    absent: Literal["error", "missing"] = "error"
+
+    @field_validator("description")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"description is no regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> SeriesEntry:
+        if not (self.modality or self.description or self.slices):
+            raise ValueError("dicom needs modality, description or slices")
+        if self.slices is not None and self.slices[0] > self.slices[1]:
+            raise ValueError("slices must be [fewest, most]")
+        return self
+
+    def rule(self) -> SeriesRule:
+        """Return the rules."""
+        return SeriesRule(self.modality or "", self.description or "", self.slices, self.absent)
+
+
 class ImageEntry(Strict):
     """An image modality in `cohort.yaml`.
 
@@ -59,6 +99,8 @@ class ImageEntry(Strict):
         intensity: `zscore` over voxels other than 0, `percentile` (1 % to 99 % become 0 to 1,
             clipped) or `none`.
         channels: 1 (grey) or, in 2D, 3 (colour).
+        dicom: Which series is meant where `file` is a folder with DICOM series.
+        grid: In 3D, `shared`, `reference` or `own`: see `ModalitySpec.grid`.
     """
 
     kind: Literal["image"]
@@ -68,6 +110,8 @@ class ImageEntry(Strict):
     spacing_mm: list[Annotated[float, Field(gt=0, le=1000)]] | None = None
     intensity: Literal["zscore", "percentile", "none"] = "zscore"
     channels: Literal[1, 3] = 1
+    dicom: SeriesEntry | None = None
+    grid: Literal["shared", "reference", "own"] = "shared"
 
     @model_validator(mode="after")
     def _fits(self) -> ImageEntry:
@@ -82,7 +126,15 @@ class ImageEntry(Strict):
             raise ValueError("spacing_mm is required when dims is 3")
         if self.dims == 3 and self.channels != 1:
             raise ValueError("channels must be 1 when dims is 3")
+        if self.dims == 2 and self.grid != "shared":
+            raise ValueError("grid is for dims 3")
         return self
+
+
+def same_grid(first: ModalitySpec, second: ModalitySpec) -> bool:
+    """Return whether two modalities are volumes of the same size and spacing."""
+    shapes = first.shape[1:], second.shape[1:]
+    return len(shapes[0]) == 3 and shapes[0] == shapes[1] and first.spacing_mm == second.spacing_mm
 
 
 def _stem(name: str) -> str:
@@ -93,13 +145,15 @@ def _stem(name: str) -> str:
     return name
 
 
-def _sha256(path: Path) -> str:
-    """Return the hash of a file's bytes, or of all files' hashes, sorted, for a folder."""
-    if path.is_dir():
-        hashes = sorted(_sha256(p) for p in path.iterdir() if p.is_file())
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(files: Sequence[Path]) -> str:
+    """Return the hash of a file's bytes, or of all files' hashes, sorted, for several."""
+    hashes = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 class Image(Modality):
@@ -126,6 +180,8 @@ class Image(Modality):
             shape=(entry.channels, *entry.size),
             spacing_mm=tuple(entry.spacing_mm or ()),
             intensity=entry.intensity,
+            dicom=entry.dicom.rule() if entry.dicom else None,
+            grid=entry.grid,
         )
 
     @cached_property
@@ -157,15 +213,28 @@ class Image(Modality):
     def read(
         self, folder: Path, where: str, missing_values: Sequence[str] = ()
     ) -> ModalityValue | None:
-        """Read the scan and put it on the modality's grid. See `Modality.read`."""
+        """Read the scan and put it on a grid of its own. See `Modality.read`."""
+        return self.read_beside({}, folder, where, missing_values)
+
+    def read_beside(
+        self,
+        others: Mapping[ModalitySpec, ModalityValue],
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+    ) -> ModalityValue | None:
+        """Read the scan and put it on the grid that it shares. See `Modality.read_beside`."""
         path = self._find(folder, where)
         if path is None:
             return None
-        from dymo_med.modalities.transforms import ScanError, read_scan
+        from dymo_med.modalities.scan import ScanAbsent, ScanError
+        from dymo_med.modalities.transforms import read_scan
 
         try:
-            image, facts = read_scan(self._transforms, path)
-            digest = _sha256(path)
+            scan = read_scan(self._transforms, path, self._reference(others))
+            digest = _sha256(scan.files)
+        except ScanAbsent:
+            return None
         except ScanError as error:
             problem = Problem(
                 f"{where}: {path.name}", error.what, error.expected, error.got, error.remedy
@@ -180,16 +249,19 @@ class Image(Modality):
                     remedy="Check its permissions",
                 )
             ) from error
+        image, facts = scan.image, scan.facts
         if image.min() == image.max():
             raise PatientDataError(
                 Problem(
                     f"{where}: {path.name}",
                     "nothing of the scan is left on the grid of this modality",
-                    expected=f"something within {self._extent()} around the scan's centre",
+                    expected=f"something within {self._extent()} around the centre of the scan"
+                    " or of the one whose grid it shares",
                     got=", ".join(f"{name} {fact}" for name, fact in facts.shown().items()),
                     remedy="Check the voxel size in its header",
                 )
             )
+        remarks = (*facts.warnings, self._coverage(scan.field), self._far(scan.field, others))
         affine = None
         if len(self.spec.shape) == 4:
             affine = tuple(tuple(float(x) for x in row) for row in image.affine.tolist())
@@ -201,11 +273,9 @@ class Image(Modality):
                 affine=affine,
                 facts=facts.shown(),
             ),
-            warnings=tuple(
-                f"{path.name}: {text}"
-                for text in (facts.warning, self._coverage(facts.size, facts.spacing_mm))
-                if text
-            ),
+            warnings=tuple(f"{path.name}: {text}" for text in remarks if text),
+            field_of_view=scan.field if len(self.spec.shape) == 4 else None,
+            identifiers=scan.identifiers,
         )
 
     def _extent(self) -> str:
@@ -216,11 +286,33 @@ class Image(Modality):
         sides = zip(size, spacing_mm, strict=True)
         return " x ".join(f"{n * s:.4g}" for n, s in sides) + " mm"
 
-    def _coverage(self, size: Sequence[int], spacing_mm: Sequence[float] | None) -> str:
-        """Return a warning if a volume shows far less, or far more, than the grid."""
-        if len(self.spec.shape) != 4 or spacing_mm is None:
+    def _reference(self, others: Mapping[ModalitySpec, ModalityValue]) -> Reference | None:
+        """Return the scan whose grid this one shares: the first that was read for that grid."""
+        from dymo_med.modalities.alignment import Reference
+
+        for spec, value in others.items():
+            shares = "own" not in (spec.grid, self.spec.grid) and same_grid(spec, self.spec)
+            if shares and value.field_of_view is not None and value.source.affine is not None:
+                return Reference(spec.name, value.field_of_view, value.source.affine)
+        return None
+
+    def _far(self, field: FieldOfView | None, others: Mapping[ModalitySpec, ModalityValue]) -> str:
+        """Return a warning if a volume on a grid of its own lies far from the first volume."""
+        from dymo_med.modalities.alignment import far_warning
+
+        if len(self.spec.shape) != 4 or field is None or self._reference(others) is not None:
             return ""
-        stated = [n * s for n, s in zip(size[:3], spacing_mm, strict=True)]
+        for spec, value in others.items():
+            if value.field_of_view is not None:
+                return far_warning(field, spec.name, value.field_of_view)
+        return ""
+
+    def _coverage(self, field: FieldOfView | None) -> str:
+        """Return a warning if a volume shows far less, or far more, than the grid."""
+        if len(self.spec.shape) != 4 or field is None:
+            return ""
+        spacing_mm = np.sqrt((np.asarray(field.affine)[:3, :3] ** 2).sum(0)).tolist()
+        stated = [n * s for n, s in zip(field.size, spacing_mm, strict=True)]
         grid = [n * s for n, s in zip(self.spec.shape[1:], self.spec.spacing_mm, strict=True)]
         share = math.prod(stated) / math.prod(grid)
         if 1 / UNLIKE <= share <= UNLIKE:
@@ -259,6 +351,8 @@ class Image(Modality):
         else:
             grid = np.asarray(affine, dtype=float)
         image = nibabel.Nifti1Image(array, grid)
+        image.set_sform(grid, code="aligned")  # some programs look at one, some at the other
+        image.set_qform(grid, code="aligned")
         image.header["descrip"] = SYNTHETIC.encode()
         image.header.set_xyzt_units("mm")
         content = gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)

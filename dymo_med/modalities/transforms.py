@@ -3,8 +3,9 @@
 Importing this module imports MONAI (seconds), so it is imported only when a scan is read.
 
 Geometry of volumes: the grid of a modality is axis-aligned (RAS+), of the declared size and
-spacing, and centred on the centre of the scan's own field of view. One interpolation takes the
-scan there, whatever its orientation or tilt, so the grid's affine is exact.
+spacing, and centred on the centre of a field of view: the scan's own, or that of the patient's
+reference scan (see `dymo_med.modalities.alignment`). One interpolation takes the scan there,
+whatever its orientation, tilt or shear, so the grid's affine is exact.
 
 Geometry of pictures: rows run downwards as on a screen. A single-slice volume is turned the way
 a viewer shows it: axial L-P, coronal L-I, sagittal A-I (columns to the right, rows downwards).
@@ -13,17 +14,16 @@ a viewer shows it: axial L-P, coronal L-I, sagittal A-I (columns to the right, r
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import ImageReader, MetaTensor, NibabelReader, PILReader
+from monai.data import MetaTensor, NibabelReader, PILReader
 from monai.transforms import (
     Compose,
     MapTransform,
@@ -41,12 +41,26 @@ from PIL import ImageOps
 from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as F
 
-from dymo_med.types import ModalitySpec
+from dymo_med.modalities import dicom, volumes
+from dymo_med.modalities.alignment import Reference, beside
+from dymo_med.modalities.scan import (
+    CORNER_MM,
+    ScanError,
+    ScanFacts,
+    apart_mm,
+    has_volume,
+    refuse_size,
+    spacing_of,
+)
+from dymo_med.types import FieldOfView, ModalitySpec, SeriesRule
 
 KEY = "image"
 FACTS = "facts"
+FIELD = "field"
+FILES = "files"
+IDENTIFIERS = "identifiers"
+REFERENCE = "reference"
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-MOST_VOXELS = 2**31
 
 # What nibabel, gzip, Pillow and numpy raise for files that are cut short or not what they claim.
 UNREADABLE = (
@@ -69,69 +83,6 @@ _UNIT_MM = {"meter": 1000.0, "micron": 1e-3}
 _SCREEN = {"S": "LPS", "I": "LPS", "A": "LIA", "P": "LIA", "R": "AIR", "L": "AIR"}
 
 
-class ScanError(Exception):
-    """A scan cannot be used; says why without naming the patient.
-
-    Args:
-        what: What is wrong, as a short clause.
-        expected: What would have been right.
-        got: What was found instead.
-        remedy: What the user can do.
-    """
-
-    def __init__(self, what: str, expected: str = "", got: str = "", remedy: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.expected = expected
-        self.got = got
-        self.remedy = remedy
-
-
-def times(numbers: Sequence[float]) -> str:
-    """Return numbers as a size for people.
-
-    Example:
-        >>> times((240, 240, 155))
-        '240 x 240 x 155'
-    """
-    return " x ".join(f"{number:g}" for number in numbers)
-
-
-@dataclass(frozen=True)
-class ScanFacts:
-    """What is worth knowing of a scan as stored; nothing that identifies anybody.
-
-    Attributes:
-        size: Voxels per axis.
-        dtype: Type of the stored numbers.
-        spacing_mm: Voxel size; None for a picture, which states none.
-        warning: A sentence for the report, or nothing.
-    """
-
-    size: tuple[int, ...]
-    dtype: str
-    spacing_mm: tuple[float, ...] | None = None
-    warning: str = ""
-
-    def shown(self) -> dict[str, str]:
-        """Return the facts as text by name."""
-        facts = {"size": times(self.size), "dtype": self.dtype}
-        if self.spacing_mm is not None:
-            facts["spacing"] = f"{times([float(f'{s:.4g}') for s in self.spacing_mm])} mm"
-        return facts
-
-
-def _too_large(shape: Sequence[int]) -> None:
-    """Refuse a header that claims an absurd size, before memory is asked for."""
-    if any(n < 1 for n in shape) or int(np.prod([int(n) for n in shape])) > MOST_VOXELS:
-        raise ScanError(
-            "the header states a size that cannot be right",
-            expected=f"at least one and at most {MOST_VOXELS} voxels",
-            got=f"shape {tuple(int(n) for n in shape)}",
-            remedy="Export the scan again",
-        )
-
-
 class NiftiReader(NibabelReader):  # type: ignore[misc]
     """NIfTI through nibabel: affine in mm, RAS+; trailing axes of length one dropped."""
 
@@ -141,7 +92,7 @@ class NiftiReader(NibabelReader):  # type: ignore[misc]
         Raises:
             ScanError: If the file holds colours or an absurd size.
         """
-        _too_large(img.shape)
+        refuse_size(img.shape)
         if img.get_data_dtype().fields is not None:
             raise ScanError(
                 "the file holds colours, not grey values",
@@ -154,20 +105,48 @@ class NiftiReader(NibabelReader):  # type: ignore[misc]
             array = array[..., None]
         unit_mm = _UNIT_MM.get(img.header.get_xyzt_units()[0], 1.0)
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(img.affine, dtype=float)
-        stated = int(img.header["sform_code"]) > 0 or int(img.header["qform_code"]) > 0
+        warning = _nifti_warning(img.header, array.shape, unit_mm)
         meta = {
             "affine": affine,
             "channels": "none" if array.ndim == 3 else "last",
             FACTS: ScanFacts(
                 array.shape,
                 str(img.get_data_dtype()),
-                _spacing(affine),
-                ""
-                if stated
-                else "The file does not state its orientation; the NIfTI default was used.",
+                spacing_of(affine),
+                (warning,) if warning else (),
             ),
         }
         return array, meta
+
+
+def _nifti_warning(header: Any, size: Sequence[int], unit_mm: float) -> str:
+    """Return a warning about what a NIfTI header states of the geometry, or nothing.
+
+    A header may state it twice. nibabel takes the sform, if it has a code, and the qform else.
+
+    Raises:
+        ScanError: If both claim to be the same coordinates and differ.
+    """
+    sform, sform_code = header.get_sform(coded=True)
+    qform, qform_code = header.get_qform(coded=True)
+    if sform is None and qform is None:
+        return "The file does not state its orientation; the NIfTI default was used."
+    if sform is None or qform is None:
+        return ""
+    apart = unit_mm * apart_mm(sform, qform, size)
+    if apart <= CORNER_MM:
+        return ""
+    if sform_code == qform_code:
+        raise ScanError(
+            "the header states two geometries that differ (sform and qform)",
+            expected=f"the same corners within {CORNER_MM} mm",
+            got=f"corners up to {apart:.3g} mm apart",
+            remedy="Find out which is right and write it as both, or convert the scan again",
+        )
+    return (
+        f"Its sform and qform are different coordinates, {apart:.3g} mm apart at the corners;"
+        " the sform was used."
+    )
 
 
 class PictureReader(PILReader):  # type: ignore[misc]
@@ -182,7 +161,7 @@ class PictureReader(PILReader):  # type: ignore[misc]
         self.channels = channels
 
     def _convert(self, picture: Picture.Image) -> Picture.Image:
-        _too_large(picture.size)
+        refuse_size(picture.size)
         if getattr(picture, "n_frames", 1) > 1:
             raise ScanError(
                 "the file holds several pictures",
@@ -214,166 +193,9 @@ class PictureReader(PILReader):  # type: ignore[misc]
         return array.astype(np.float32), meta
 
 
-class SimpleITKReader(ImageReader):  # type: ignore[misc]
-    """NRRD, MetaImage and DICOM series through SimpleITK, with the affine turned to RAS+."""
-
-    def verify_suffix(self, filename: Any) -> bool:
-        """Return True: which file goes to which reader is decided by `reader_for`."""
-        return True
-
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        """Return the SimpleITK image of a file, or of the one series in a folder.
-
-        Raises:
-            ScanError: If it cannot be read, or a folder does not hold exactly one whole series.
-        """
-        import SimpleITK
-
-        path = Path(data[0] if isinstance(data, tuple) else data)
-        SimpleITK.ProcessObject.GlobalWarningDisplayOff()
-        try:
-            if path.is_dir():
-                return self._read_series(path)
-            reader = SimpleITK.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            _too_large(reader.GetSize())
-            return reader.Execute()
-        except RuntimeError as error:  # the one exception SimpleITK has
-            raise ScanError(
-                "the file is damaged or not what its name says",
-                got=type(error).__name__,
-                remedy="Export or copy it again",
-            ) from error
-
-    def _read_series(self, folder: Path) -> Any:
-        import SimpleITK
-
-        series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        if len(series) != 1:
-            raise ScanError(
-                "the folder does not hold one DICOM series",
-                expected="one series",
-                got=f"{len(series)} series",
-                remedy="Keep the one series that is this modality in the folder",
-            )
-        names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-        header = SimpleITK.ImageFileReader()
-        directions, origins = [], []
-        for name in names:
-            header.SetFileName(name)
-            header.ReadImageInformation()
-            _too_large(header.GetSize())
-            frames = header.GetSize()[2] if len(header.GetSize()) > 2 else 1
-            if frames > 1 and not header.HasMetaDataKey("0028|0030"):
-                # SimpleITK makes up a spacing of 1 mm for enhanced multi-frame files.
-                raise ScanError(
-                    "the geometry of a multi-frame DICOM file cannot be read",
-                    expected="one file per slice",
-                    remedy="Convert the series to NIfTI and put that in its place",
-                )
-            axes = len(header.GetSize())
-            directions.append(np.asarray(header.GetDirection(), dtype=float).reshape(axes, axes))
-            origins.append(np.asarray(header.GetOrigin(), dtype=float))
-        if len(names) > 1:
-            _check_slices(np.stack(directions), np.stack(origins))
-        if len(names) == 1:
-            return header.Execute()
-        reader = SimpleITK.ImageSeriesReader()
-        reader.SetFileNames(names)
-        image = reader.Execute()
-        if header.HasMetaDataKey("0028|0004"):
-            image.SetMetaData("0028|0004", header.GetMetaData("0028|0004"))
-        return image
-
-    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the array `(X, Y, Z)` and its metadata.
-
-        Raises:
-            ScanError: If the image has colours or more than three axes.
-        """
-        import SimpleITK
-
-        axes = img.GetDimension()
-        if img.GetNumberOfComponentsPerPixel() != 1 or axes > 3:
-            raise ScanError(
-                "the file holds more than one volume or colours",
-                expected="3 axes and one number per voxel",
-                got=f"{axes} axes, {img.GetNumberOfComponentsPerPixel()} numbers per voxel",
-                remedy="Split the series or save it as greyscale",
-            )
-        array = SimpleITK.GetArrayFromImage(img).T  # (X, Y, Z)
-        while array.ndim < 3:
-            array = array[..., None]
-        if img.HasMetaDataKey("0028|0004") and "MONOCHROME1" in img.GetMetaData("0028|0004"):
-            array = array.max() + array.min() - array.astype(np.float32)  # stored as a negative
-        lps = np.eye(4)
-        directions = np.asarray(img.GetDirection(), dtype=float).reshape(axes, axes)
-        lps[:axes, :axes] = directions * np.asarray(img.GetSpacing(), dtype=float)
-        lps[:axes, 3] = img.GetOrigin()
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
-        meta = {
-            "affine": affine,
-            "channels": "none",
-            FACTS: ScanFacts(array.shape, img.GetPixelIDTypeAsString(), _spacing(affine)),
-        }
-        return array, meta
-
-
-def _check_slices(directions: np.ndarray, origins: np.ndarray) -> None:
-    """Refuse slices that do not stack to a volume with right angles and even spacing.
-
-    Args:
-        directions: `(n, 3, 3)` direction cosines, a column per axis.
-        origins: `(n, 3)` positions of the first pixel, in mm.
-
-    Raises:
-        ScanError: If they do not; the volume read would look fine and be wrong.
-    """
-    again = "Export the whole series again"
-    if np.abs(directions - directions[0]).max() > 1e-3:
-        raise ScanError("slices of the DICOM series are not parallel", remedy=again)
-    normal = directions[0, :, 2]
-    along = origins @ normal
-    gaps = np.abs(np.diff(along))
-    if gaps.max() - gaps.min() > max(0.1, 0.1 * float(np.median(gaps))):
-        raise ScanError(
-            "slices of the DICOM series are missing, doubled or unevenly spaced",
-            expected="one distance between neighbouring slices",
-            got=f"distances from {gaps.min():.3g} to {gaps.max():.3g} mm",
-            remedy=again,
-        )
-    aside = origins - origins[0] - np.outer(along - along[0], normal)
-    drift_mm = float(np.linalg.norm(aside, axis=1).max())
-    if drift_mm > 1.0:
-        raise ScanError(
-            "slices of the DICOM series are shifted sideways (a tilted gantry)",
-            expected="slices stacked along their normal",
-            got=f"a drift of {drift_mm:.1f} mm",
-            remedy="Straighten the series with a DICOM converter and bring the NIfTI file",
-        )
-
-
 def _plain(image: torch.Tensor) -> torch.Tensor:
     """Return the values without what MONAI keeps beside them."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
-
-
-def _has_volume(affine: Any) -> bool:
-    """Return whether a voxel has a finite volume that is not 0."""
-    matrix = np.asarray(affine, dtype=float)
-    spacing = _spacing(matrix)
-    return bool(
-        np.isfinite(matrix).all()
-        and min(spacing) >= 1e-6
-        and abs(np.linalg.det(matrix[:3, :3] / np.asarray(spacing))) >= 1e-3
-    )
-
-
-def _spacing(affine: Any) -> tuple[float, ...]:
-    """Return the length of each voxel axis in mm, `(3,)`, of a 4 x 4 affine."""
-    matrix = np.asarray(affine, dtype=float)[:3, :3]
-    return tuple(float(s) for s in np.sqrt((matrix**2).sum(0)))
 
 
 class LoadScand(MapTransform):  # type: ignore[misc]
@@ -384,14 +206,19 @@ class LoadScand(MapTransform):  # type: ignore[misc]
 
     Args:
         channels: Channels of the modality.
+        rule: Which series of a DICOM folder is meant.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, rule: SeriesRule | None = None) -> None:
         super().__init__(keys=KEY)
         self.channels = channels
+        self.rule = rule
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Read the file at `data["image"]`, and what is worth knowing of it into `facts`.
+        """Read the file at `data["image"]`, and what is worth knowing of it.
+
+        That is `facts`, `files` (those it was read from), `identifiers` (of the patient, in the
+        header) and, for a volume, `field`.
 
         The image is `(C, *spatial)`. A picture, which has no place in the world, is a plain tensor:
         keeping track of an affine took longer than all the work on a small one.
@@ -400,18 +227,16 @@ class LoadScand(MapTransform):  # type: ignore[misc]
             ScanError: If it cannot be read.
         """
         path = Path(data[KEY])
-        reader: ImageReader
-        name = path.name.lower()
-        if path.is_dir() or name.endswith((".nrrd", ".nhdr", ".mha", ".mhd")):
-            reader = SimpleITKReader()
-        elif name.endswith(PICTURES):
-            reader = PictureReader(self.channels)
-        else:
-            reader = NiftiReader()
         try:
             if path.is_file() and path.stat().st_size == 0:
                 raise ScanError("the file is empty", remedy="Export or copy it again")
-            array, meta = reader.get_data(reader.read((str(path),)))
+            array, meta = self._read(path)
+        except PermissionError as error:
+            raise ScanError(
+                "the file cannot be opened",
+                got=type(error).__name__,
+                remedy="Check its permissions",
+            ) from error
         except UNREADABLE as error:
             raise ScanError(
                 "the file is damaged, cut short or not what its name says",
@@ -420,10 +245,42 @@ class LoadScand(MapTransform):  # type: ignore[misc]
             ) from error
         values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
         values = values[None] if meta["channels"] == "none" else values.movedim(-1, 0)
-        image = values
+        found = {
+            **data,
+            KEY: values,
+            FACTS: meta[FACTS],
+            FILES: meta.get(FILES, (path,)),
+            IDENTIFIERS: meta.get(IDENTIFIERS, ()),
+        }
         if "affine" in meta:
-            image = MetaTensor(values, affine=torch.from_numpy(meta["affine"]))
-        return {**data, KEY: image, FACTS: meta[FACTS]}
+            affine = meta["affine"]
+            found[KEY] = MetaTensor(values, affine=torch.from_numpy(affine))
+            found[FIELD] = FieldOfView(
+                tuple(int(n) for n in values.shape[1:]),
+                tuple(tuple(float(x) for x in row) for row in affine),
+            )
+        return found
+
+    def _read(self, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the array and what the reader says of it."""
+        name = path.name.lower()
+        if name.endswith(PICTURES) and path.is_file():
+            picture = PictureReader(self.channels)
+            return picture.get_data(picture.read((str(path),)))
+        if dicom.is_dicom(path):
+            scan = dicom.read(path, self.rule)
+        elif name.endswith(volumes.EXTENSIONS):
+            scan = volumes.read(path)
+        else:
+            nifti = NiftiReader()
+            return nifti.get_data(nifti.read((str(path),)))
+        return scan.values, {
+            "affine": scan.affine,
+            "channels": "none",
+            FACTS: scan.facts,
+            FILES: scan.files,
+            IDENTIFIERS: scan.identifiers,
+        }
 
 
 class CheckScand(MapTransform):  # type: ignore[misc]
@@ -474,7 +331,7 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 "a picture states no pixel size, and this modality declares spacing_mm",
                 remedy="Give the image as NIfTI or DICOM, or take spacing_mm out of cohort.yaml",
             )
-        if isinstance(image, MetaTensor) and not _has_volume(image.affine):
+        if isinstance(image, MetaTensor) and not has_volume(image.affine):
             raise ScanError(
                 "the header's geometry is broken: a voxel has no volume",
                 expected="a positive spacing along three different directions",
@@ -508,6 +365,9 @@ class CheckScand(MapTransform):  # type: ignore[misc]
 class PercentileRanged(MapTransform):  # type: ignore[misc]
     """Maps the 1st and 99th percentile of the stored values to 0 and 1 and clips beyond.
 
+    Where the two are equal (a mask of something small), minimum and maximum take their place, and
+    a warning says so.
+
     The same numbers as MONAI's `ScaleIntensityRangePercentilesd`, from one sort instead of two and
     without its bookkeeping, which for a small picture took longer than the work.
     """
@@ -520,14 +380,19 @@ class PercentileRanged(MapTransform):  # type: ignore[misc]
         image = data[KEY]
         values = _plain(image)
         low, high = percentile(values, (1, 99))
+        scaled = dict(data)
         if high == low:
-            warnings.warn("The percentiles of a scan are equal: not scaled.", stacklevel=2)
-            values = values - low
-        else:
-            values = ((values - low) / (high - low)).clamp(0, 1)
-        if isinstance(image, MetaTensor):
-            values = MetaTensor(values, affine=image.affine)
-        return {**data, KEY: values}
+            low, high = values.aminmax()
+            facts = data[FACTS]
+            warning = (
+                "98 % of its voxels have the same value; minimum and maximum were made 0 and 1."
+            )
+            scaled[FACTS] = replace(facts, warnings=(*facts.warnings, warning))
+        values = ((values - low) / (high - low)).clamp(0, 1)
+        scaled[KEY] = (
+            MetaTensor(values, affine=image.affine) if isinstance(image, MetaTensor) else values
+        )
+        return scaled
 
 
 class ToScreend(MapTransform):  # type: ignore[misc]
@@ -545,7 +410,7 @@ class ToScreend(MapTransform):  # type: ignore[misc]
             axis = max(a for a in range(3) if image.shape[1 + a] == 1)
             code = nib.aff2axcodes(np.asarray(image.affine, dtype=float))[axis]
             image = Orientation(axcodes=_SCREEN[code], labels=None)(image)
-            spacing = _spacing(image.affine)
+            spacing = spacing_of(image.affine)
             pixel_mm = (spacing[1], spacing[0])
             # (1, columns, rows, 1) -> (1, rows, columns)
             image = image.as_tensor()[..., 0].transpose(1, 2)
@@ -595,7 +460,7 @@ class FitFramed(MapTransform):  # type: ignore[misc]
 
 
 class CentredGridd(MapTransform):  # type: ignore[misc]
-    """Resamples a volume to an RAS+ grid centred on the scan's field of view.
+    """Resamples a volume to an RAS+ grid centred on a field of view.
 
     Along an axis that becomes coarser the scan is smoothed first, to a resolution (full width at
     half maximum) of the new spacing, so that a thin structure is blurred, not skipped.
@@ -616,25 +481,39 @@ class CentredGridd(MapTransform):  # type: ignore[misc]
         )
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the volume `(1, X, Y, Z)` on the grid; its affine is the grid's."""
+        """Return the volume `(1, X, Y, Z)` on the grid; its affine is the grid's.
+
+        The grid is that of `data["reference"]`; without one it is centred on the scan.
+
+        Raises:
+            ScanError: If scan and reference do not show the same place.
+        """
         image = data[KEY]
+        reference: Reference | None = data.get(REFERENCE)
+        facts = data[FACTS]
+        if reference is not None and (warning := beside(data[FIELD], reference)):
+            facts = replace(facts, warnings=(*facts.warnings, warning))
         values = image.as_tensor().float().numpy()
         affine = np.asarray(image.affine, dtype=float)
-        for axis, (new, old) in enumerate(zip(self.spacing_mm, _spacing(affine), strict=True)):
+        for axis, (new, old) in enumerate(zip(self.spacing_mm, spacing_of(affine), strict=True)):
             if new > 1.1 * old:
                 sigma = float(np.sqrt((new / old) ** 2 - 1) / 2.355)
                 values = gaussian_filter1d(values, sigma, axis=1 + axis, mode="nearest")
-        last = np.asarray(image.shape[1:]) - 1
-        centre = affine[:3, :3] @ (last / 2) + affine[:3, 3]
-        grid = np.diag([*self.spacing_mm, 1.0])
-        grid[:3, 3] = centre - self.spacing_mm * (self.size - 1) / 2
+        if reference is None:
+            last = np.asarray(image.shape[1:]) - 1
+            centre = affine[:3, :3] @ (last / 2) + affine[:3, 3]
+            grid = np.diag([*self.spacing_mm, 1.0])
+            grid[:3, 3] = centre - self.spacing_mm * (self.size - 1) / 2
+        else:
+            grid = np.asarray(reference.grid, dtype=float)
         floor = float(values.min()) if self.pad_minimum else 0.0
         out = self.resample(
             MetaTensor(torch.from_numpy(values - floor), affine=torch.from_numpy(affine)),
             dst_affine=torch.from_numpy(grid),
             spatial_size=[int(n) for n in self.size],
         )
-        return {**data, KEY: MetaTensor(out.as_tensor() + floor, affine=torch.from_numpy(grid))}
+        moved = MetaTensor(out.as_tensor() + floor, affine=torch.from_numpy(grid))
+        return {**data, KEY: moved, FACTS: facts}
 
 
 def pipeline(spec: ModalitySpec) -> Compose:
@@ -647,7 +526,7 @@ def pipeline(spec: ModalitySpec) -> Compose:
         spec: The modality.
     """
     channels, *size = spec.shape
-    steps: list[Any] = [LoadScand(channels), CheckScand(spec)]
+    steps: list[Any] = [LoadScand(channels, spec.dicom), CheckScand(spec)]
     if spec.intensity == "percentile":
         steps.append(PercentileRanged())
     if len(size) == 3:
@@ -662,20 +541,46 @@ def pipeline(spec: ModalitySpec) -> Compose:
     return Compose(steps)
 
 
-def read_scan(transforms: Compose, path: Path) -> tuple[MetaTensor, ScanFacts]:
-    """Return the scan at `path` on its modality's grid, float32 `(C, *spatial)`, and its facts.
+@dataclass(frozen=True)
+class GridScan:
+    """A scan on its modality's grid.
+
+    Attributes:
+        image: Float32 `(C, *spatial)`; of a volume the affine is that of the grid.
+        facts: What is worth knowing of the scan as stored.
+        field: Where a volume as stored lies; None for a picture.
+        files: The files it was read from.
+        identifiers: What its header calls the patient; see `ModalityValue.identifiers`.
+    """
+
+    image: MetaTensor
+    facts: ScanFacts
+    field: FieldOfView | None
+    files: tuple[Path, ...]
+    identifiers: tuple[str, ...]
+
+
+def read_scan(transforms: Compose, path: Path, reference: Reference | None = None) -> GridScan:
+    """Return the scan at `path` on its modality's grid.
 
     Args:
         transforms: What `pipeline` returned.
-        path: A file, or the folder of a DICOM series.
+        path: A file, or a folder of DICOM series.
+        reference: The scan whose grid it shall share; None = its own.
 
     Raises:
         ScanError: If the scan cannot be used.
     """
     try:
-        data = transforms({KEY: str(path)})
+        data = transforms({KEY: str(path), REFERENCE: reference})
         image = data[KEY]
-        return image if isinstance(image, MetaTensor) else MetaTensor(image), data[FACTS]
+        return GridScan(
+            image if isinstance(image, MetaTensor) else MetaTensor(image),
+            data[FACTS],
+            data.get(FIELD),
+            data[FILES],
+            data[IDENTIFIERS],
+        )
     except RuntimeError as error:
         # Compose wraps whatever a transform raises; look for our own exception inside.
         cause: BaseException | None = error

@@ -7,7 +7,9 @@ from monai.data import MetaTensor
 from monai.transforms import ResizeWithPadOrCrop, ScaleIntensityRangePercentiles
 from PIL import Image
 
+from dymo_med.modalities.scan import ScanFacts
 from dymo_med.modalities.transforms import (
+    FACTS,
     KEY,
     FitFramed,
     PercentileRanged,
@@ -28,11 +30,12 @@ def test_percentiles(shape):
     assert torch.equal(ours.affine, tracked.affine)
 
 
-def test_equal_percentiles_are_a_warning():
+def test_of_a_small_mask_minimum_and_maximum_are_taken_and_a_warning_says_so():
     mask = torch.zeros(1, 30, 30)
-    mask[0, 0, 0] = 1
-    with pytest.warns(UserWarning, match="not scaled"):
-        assert torch.equal(PercentileRanged()({KEY: mask})[KEY], mask)
+    mask[0, 0, 0] = 255
+    scaled = PercentileRanged()({KEY: mask, FACTS: ScanFacts((30, 30), "uint8")})
+    assert torch.equal(scaled[KEY], mask / 255)
+    assert "same value" in scaled[FACTS].warnings[0]
 
 
 @pytest.mark.parametrize("rows", [8, 9, 12, 13])
@@ -48,7 +51,7 @@ def test_a_picture_comes_out_as_monai_gives_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "m.png")
     spec = ModalitySpec("m", "image", "m.png", (3, 28, 28), (), "none")
-    image, facts = read_scan(pipeline(spec), tmp_path / "m.png")
-    assert isinstance(image, MetaTensor)
-    assert np.array_equal(image.as_tensor().numpy(), np.moveaxis(pixels, -1, 0))
-    assert facts.shown() == {"size": "28 x 28", "dtype": "RGB"}
+    scan = read_scan(pipeline(spec), tmp_path / "m.png")
+    assert isinstance(scan.image, MetaTensor)
+    assert np.array_equal(scan.image.as_tensor().numpy(), np.moveaxis(pixels, -1, 0))
+    assert scan.facts.shown() == {"size": "28 x 28", "dtype": "RGB"}

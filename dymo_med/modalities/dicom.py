@@ -1,0 +1,780 @@
+"""DICOM: find the series, choose one by declared rules, derive its geometry, read its pixels.
+
+Pixels are read by SimpleITK (GDCM), which knows the compressions. The geometry is derived here
+from the headers, because SimpleITK makes up a spacing of 1 mm for multi-frame files that state
+none, and takes one position for all frames of those that state it frame by frame. Where both
+state a geometry (one slice per file), they must agree.
+
+What GDCM does to the stored numbers (measured with SimpleITK 2.5, and covered by tests): it
+applies one rescale slope and intercept to a whole file - those shared by all frames, else those of
+the first frame, else those at the top of the header - and turns MONOCHROME1 round within the range
+of the stored bits. So slopes that differ from slice to slice come out right from one file per
+slice, and have to be put right here for multi-frame files.
+
+Volumes are stacks of parallel slices at even steps. A step that is not along the slices' normal
+(a tilted gantry) gives a sheared affine, which resampling to the grid straightens exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.uid import UID
+
+from dymo_med.modalities.scan import (
+    CORNER_MM,
+    Matrix,
+    ScanAbsent,
+    ScanError,
+    ScanFacts,
+    StoredScan,
+    apart_mm,
+    millimetres,
+    refuse_size,
+    spacing_of,
+    times,
+    to_ras,
+)
+from dymo_med.types import SeriesRule
+
+# pydicom's warnings quote the values of the header, which identify people.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+warnings.filterwarnings("ignore", module="pydicom")
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
+# Frames whose direction cosines differ by more than this belong to different stacks (about 1
+# degree); within a stack the tolerance is CORNER_MM.
+_OTHER_DIRECTION = 0.02
+_MOST_LISTED = 8
+_KEYWORDS = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "PatientID",
+    "Modality",
+    "SeriesDescription",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "NominalScannedPixelSpacing",
+    "SliceThickness",
+    "GridFrameOffsetVector",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+# What GDCM reads.
+_UNCOMPRESSED = (
+    "1.2.840.10008.1.2",  # implicit VR, little endian
+    "1.2.840.10008.1.2.1",  # explicit VR, little endian
+    "1.2.840.10008.1.2.1.99",  # the same, deflated
+    "1.2.840.10008.1.2.2",  # explicit VR, big endian
+)
+_COMPRESSIONS = (
+    "1.2.840.10008.1.2.5",  # RLE
+    "1.2.840.10008.1.2.4.50",  # JPEG baseline
+    "1.2.840.10008.1.2.4.51",  # JPEG extended
+    "1.2.840.10008.1.2.4.57",  # JPEG lossless
+    "1.2.840.10008.1.2.4.70",  # JPEG lossless, first order
+    "1.2.840.10008.1.2.4.80",  # JPEG-LS lossless
+    "1.2.840.10008.1.2.4.81",  # JPEG-LS near lossless
+    "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
+    "1.2.840.10008.1.2.4.91",  # JPEG 2000
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One slice of a DICOM file, as its header describes it.
+
+    Attributes:
+        file: Where it is.
+        index: Which frame of the file it is, from 0.
+        frames: How many frames the file has.
+        image: SOPInstanceUID of the file.
+        series: SeriesInstanceUID.
+        patient: PatientID, which identifies somebody.
+        modality: Modality tag ("MR").
+        description: SeriesDescription; may hold a name, and is only matched, never shown.
+        rows: Pixels along a column.
+        columns: Pixels along a row.
+        position: First pixel `(3,)` in mm, LPS.
+        orientation: Direction cosines `(6,)` of a row and of a column.
+        pixel_mm: Distance between rows and between columns.
+        thickness_mm: Stated thickness, 0 if none is.
+        rescale: Slope and intercept of this frame.
+        applied: Slope and intercept that GDCM applies to the whole file.
+        syntax: UID of the transfer syntax.
+        trouble: Why its pixels are no grey values; empty if they are.
+    """
+
+    file: Path
+    index: int
+    frames: int
+    image: str
+    series: str
+    patient: str
+    modality: str
+    description: str
+    rows: int
+    columns: int
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    pixel_mm: tuple[float, ...] | None
+    thickness_mm: float
+    rescale: tuple[float, float]
+    applied: tuple[float, float]
+    syntax: str
+    trouble: str
+
+
+def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
+    """Return the scan in a DICOM file, or the one series of a folder that the rule chooses.
+
+    Args:
+        path: A file, or a folder that is searched with its subfolders. Files that are not DICOM
+            and objects that are no images are passed over.
+        rule: Which series is meant; None = the folder holds only one.
+
+    Raises:
+        ScanAbsent: If no series fits a rule that says that the scan is missing then.
+        ScanError: If there is no series or several that fit, or its geometry cannot be derived,
+            or its pixels cannot be read.
+    """
+    there = list(_files(path))
+    frames = [frame for file in there for frame in _frames(file)]
+    if not frames:
+        raise ScanError(
+            "there is no DICOM image",
+            expected="the files of one DICOM series",
+            got=f"{len(there)} other files" if there else "an empty folder",
+            remedy="Put the files of the series here; if the scan was not made, remove the folder",
+        )
+    patients = {frame.patient for frame in frames if frame.patient}
+    if len(patients) > 1:
+        raise ScanError(
+            "the DICOM files belong to several patients",
+            expected="one PatientID",
+            got=f"{len(patients)} different ones",
+            remedy="Find out whose files these are, and keep those of this patient",
+        )
+    stack = _choose(_stacks(frames), rule)
+    if trouble := next((frame.trouble for frame in stack if frame.trouble), ""):
+        raise ScanError(
+            trouble,
+            expected="grey values",
+            got=_described(stack),
+            remedy="Bring the grey values as NIfTI, or a picture as PNG",
+        )
+    ordered, lps, stated = _geometry(stack)
+    values, dtype = _pixels(ordered)
+    affine = to_ras(lps)
+    facts = ScanFacts(values.shape, dtype, spacing_of(affine) if stated else None)
+    files = tuple(dict.fromkeys(frame.file for frame in ordered))
+    return StoredScan(values, affine, facts, files, tuple(patients))
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a patient directory's entry is read by this module."""
+    return path.is_dir() or path.suffix.lower() == ".dcm"
+
+
+# -- headers ---------------------------------------------------------------------------------------
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Yield a file, or all files of a folder and its subfolders but hidden ones, in order."""
+    if not path.is_dir():
+        yield path
+        return
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(path, onerror=refuse):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _frames(file: Path) -> tuple[Frame, ...]:
+    """Return the frames of a file; none if it is no DICOM image."""
+    status = file.stat()
+    return _frames_once(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8192)
+def _frames_once(file: Path, changed: int, size: int) -> tuple[Frame, ...]:
+    """Return the frames of a file in this state; several modalities may look at one study."""
+    header = _header(file)
+    if header is None:
+        return ()
+    try:
+        return tuple(_read_frames(file, header))
+    except ScanError:
+        raise
+    except Exception as error:  # values of any type may be in the place of any other
+        raise _damaged(file, error) from error
+
+
+def _header(file: Path) -> pydicom.Dataset | None:
+    """Return the header of a DICOM image; None for anything else.
+
+    Raises:
+        ScanError: If it claims to be DICOM and cannot be read.
+    """
+    with file.open("rb") as stream:
+        marked = stream.read(132)[128:] == b"DICM"
+    suffix = file.suffix.lower()
+    named = suffix in (".dcm", ".ima")
+    if not (marked or named or not suffix or suffix[1:].isdigit()):
+        return None
+    try:
+        header = pydicom.dcmread(
+            file, force=not marked, stop_before_pixels=True, specific_tags=list(_KEYWORDS)
+        )
+        kind = header.get("SOPClassUID")
+        image = bool(header.get("Rows")) and bool(header.get("Columns"))
+        claims = kind is not None and "Image Storage" in UID(str(kind)).name
+    except Exception as error:  # pydicom lets through whatever its converters raise
+        if marked or named:
+            raise _damaged(file, error) from error
+        return None
+    if image and (marked or kind is not None):
+        return header
+    if claims or (named and not marked):
+        raise _damaged(file)
+    return None
+
+
+def _damaged(file: Path, error: Exception | None = None) -> ScanError:
+    return ScanError(
+        "a DICOM file is damaged, cut short or not what its name says",
+        expected="a header with the rows, columns and numbers of an image",
+        got=f"{file.name}" + (f" ({type(error).__name__})" if error else ""),
+        remedy="Export or copy the series again",
+    )
+
+
+def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
+    """Yield the frames of an image: positions from its functional groups where it has them."""
+    count = int(header.get("NumberOfFrames") or 1)
+    refuse_size((header.Columns, header.Rows, count))
+    shared = (header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
+    per_frame = list(header.get("PerFrameFunctionalGroupsSequence") or [])
+    if per_frame and len(per_frame) != count:
+        raise ScanError(
+            "a multi-frame DICOM file does not describe each of its frames",
+            expected=f"{count} functional groups, one per frame",
+            got=str(len(per_frame)),
+            remedy="Export the series again",
+        )
+    position = _numbers(header, "ImagePositionPatient", 3)
+    orientation = _numbers(header, "ImageOrientationPatient", 6)
+    pixel_mm = next(
+        (
+            spacing
+            for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+            if (spacing := _numbers(header, keyword, 2))
+        ),
+        None,
+    )
+    top = _rescale(header)
+    of_shared = _rescale(_item(shared, "PixelValueTransformationSequence"))
+    of_frames = [_rescale(_item(own, "PixelValueTransformationSequence")) for own in per_frame]
+    first = of_frames[0] if of_frames else None
+    along = _offsets(header, count)
+    syntax = str(getattr(header, "file_meta", pydicom.Dataset()).get("TransferSyntaxUID") or "")
+    for index in range(count):
+        own = per_frame[index] if per_frame else pydicom.Dataset()
+        where = position if count == 1 else None
+        if where is None and along is not None and position and orientation:
+            normal = np.cross(orientation[:3], orientation[3:])
+            where = tuple(float(x) for x in np.asarray(position) + along[index] * normal)
+
+        def group(
+            sequence: str, keyword: str, length: int, own: Any = own
+        ) -> tuple[float, ...] | None:
+            found = _numbers(_item(own, sequence), keyword, length)
+            return found or _numbers(_item(shared, sequence), keyword, length)
+
+        thickness = group("PixelMeasuresSequence", "SliceThickness", 1)
+        yield Frame(
+            file=file,
+            index=index,
+            frames=count,
+            image=str(header.get("SOPInstanceUID") or ""),
+            series=str(header.get("SeriesInstanceUID") or ""),
+            patient=str(header.get("PatientID") or "").strip(),
+            modality=str(header.get("Modality") or "").strip().upper(),
+            description=str(header.get("SeriesDescription") or ""),
+            rows=int(header.Rows),
+            columns=int(header.Columns),
+            position=group("PlanePositionSequence", "ImagePositionPatient", 3) or where,
+            orientation=group("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+            or orientation,
+            pixel_mm=group("PixelMeasuresSequence", "PixelSpacing", 2) or pixel_mm,
+            thickness_mm=(thickness or _numbers(header, "SliceThickness", 1) or (0.0,))[0],
+            rescale=(of_frames[index] if of_frames else None) or of_shared or top or (1.0, 0.0),
+            applied=of_shared or first or top or (1.0, 0.0),
+            syntax=syntax,
+            trouble=_trouble(header),
+        )
+
+
+def _item(group: pydicom.Dataset, sequence: str) -> pydicom.Dataset:
+    """Return the one item of a functional group; an empty one if there is none."""
+    items = group.get(sequence)
+    return items[0] if items else pydicom.Dataset()
+
+
+def _numbers(header: pydicom.Dataset, keyword: str, length: int) -> tuple[float, ...] | None:
+    """Return the numbers of an element; None if it is absent or empty.
+
+    Raises:
+        ValueError: If there are more or fewer, or one is not finite.
+    """
+    value = header.get(keyword)
+    if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
+        return None
+    numbers = tuple(float(x) for x in (value if length > 1 else [value]))
+    if len(numbers) != length or not np.isfinite(numbers).all():
+        raise ValueError(keyword)
+    return numbers
+
+
+def _rescale(header: pydicom.Dataset) -> tuple[float, float] | None:
+    """Return slope and intercept, if one of them is stated.
+
+    Raises:
+        ScanError: If the slope is 0, which leaves nothing of the image.
+    """
+    slope = _numbers(header, "RescaleSlope", 1)
+    intercept = _numbers(header, "RescaleIntercept", 1)
+    if slope is None and intercept is None:
+        return None
+    if slope == (0.0,):
+        raise ScanError(
+            "a DICOM file states a rescale slope of 0",
+            expected="a number other than 0",
+            remedy="Export the series again",
+        )
+    return (slope or (1.0,))[0], (intercept or (0.0,))[0]
+
+
+def _offsets(header: pydicom.Dataset, count: int) -> tuple[float, ...] | None:
+    """Return how far the frames of a dose grid lie from the first one, along the normal."""
+    if count == 1:
+        return None
+    offsets = _numbers(header, "GridFrameOffsetVector", count)
+    return offsets if offsets is not None and offsets[0] == 0 else None
+
+
+def _trouble(header: pydicom.Dataset) -> str:
+    """Return why the pixels of an image are no grey values, or nothing."""
+    if int(header.get("SamplesPerPixel") or 1) != 1 or not str(
+        header.get("PhotometricInterpretation") or ""
+    ).startswith("MONOCHROME"):
+        return "the DICOM file holds colours, not grey values"
+    if int(header.get("BitsAllocated") or 0) == 1:
+        return "the DICOM file holds a mask of one bit per pixel, not a scan"
+    if header.get("ModalityLUTSequence"):
+        return "the DICOM file's values need its lookup table (Modality LUT), which is not read"
+    return ""
+
+
+# -- which series ----------------------------------------------------------------------------------
+
+
+def _stacks(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Return the frames by series, size and direction."""
+    stacks: list[list[Frame]] = []
+    kinds: dict[tuple[object, ...], list[list[Frame]]] = {}
+    for frame in frames:
+        alike = kinds.setdefault(
+            (frame.series, frame.rows, frame.columns, frame.orientation is None), []
+        )
+        for stack in alike:
+            if frame.orientation is None or _same_direction(frame, stack[0]):
+                stack.append(frame)
+                break
+        else:
+            alike.append([frame])
+            stacks.append(alike[-1])
+    return stacks
+
+
+def _same_direction(first: Frame, second: Frame) -> bool:
+    difference = np.subtract(first.orientation or (), second.orientation or ())
+    return bool(np.abs(difference).max() <= _OTHER_DIRECTION)
+
+
+def _choose(stacks: Sequence[list[Frame]], rule: SeriesRule | None) -> list[Frame]:
+    """Return the one stack that fits the rule.
+
+    Raises:
+        ScanAbsent: If none does, and the rule says that the scan is missing then.
+        ScanError: If there are several, or none.
+    """
+    fitting = [stack for stack in stacks if rule is None or _fits(stack, rule)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting and rule is not None:
+        if rule.absent == "missing":
+            raise ScanAbsent("no DICOM series fits the rules of this modality")
+        raise ScanError(
+            "no DICOM series fits the rules of this modality",
+            expected=_spelled(rule),
+            got=_listing(stacks, rule),
+            remedy="Bring the series that is meant, or correct `dicom` in cohort.yaml; where a"
+            " series that does not fit shall mean that the scan was not made, declare"
+            " `absent: missing`",
+        )
+    raise ScanError(
+        "several DICOM series could be this scan",
+        expected="one series" + (f" of {_spelled(rule)}" if rule else ""),
+        got=_listing(fitting, rule),
+        remedy="Keep the one that is meant, or tell them apart by `dicom` in cohort.yaml"
+        " (modality, description, slices)",
+    )
+
+
+def _fits(stack: Sequence[Frame], rule: SeriesRule) -> bool:
+    """Return whether a stack fits every declared rule."""
+    first = stack[0]
+    return (
+        (not rule.modality or first.modality == rule.modality.upper())
+        and _described_as(stack, rule)
+        and (rule.slices is None or rule.slices[0] <= len(stack) <= rule.slices[1])
+    )
+
+
+def _described_as(stack: Sequence[Frame], rule: SeriesRule) -> bool:
+    if not rule.description:
+        return True
+    return re.search(rule.description, stack[0].description, re.IGNORECASE) is not None
+
+
+def _spelled(rule: SeriesRule) -> str:
+    """Return the rules as a cohort file spells them."""
+    parts = []
+    if rule.modality:
+        parts.append(f"modality {rule.modality}")
+    if rule.description:
+        parts.append(f"a description like '{rule.description}'")
+    if rule.slices is not None:
+        parts.append(f"{rule.slices[0]} to {rule.slices[1]} slices")
+    return ", ".join(parts)
+
+
+def _listing(stacks: Sequence[Sequence[Frame]], rule: SeriesRule | None) -> str:
+    """Return what was found, without the descriptions: people write names into them."""
+    lines: list[str] = []
+    for stack in stacks[:_MOST_LISTED]:
+        text = _described(stack)
+        if rule is not None and rule.description:
+            text += f", description {'fits' if _described_as(stack, rule) else 'does not fit'}"
+        lines.append(f"({len(lines) + 1}) {text}")
+    if len(stacks) > _MOST_LISTED:
+        lines.append(f"and {len(stacks) - _MOST_LISTED} more")
+    series = len({stack[0].series for stack in stacks})
+    split = "" if series == len(stacks) else f" in {series} series, by size and direction"
+    return f"{len(stacks)} stacks of slices{split}: {'; '.join(lines)}"
+
+
+def _described(stack: Sequence[Frame]) -> str:
+    """Return what a stack is, for people, without anything that identifies somebody."""
+    first = stack[0]
+    modality = first.modality if re.fullmatch(r"[A-Z]{2,16}", first.modality) else "no modality"
+    slices = f"{len(stack)} slice{'s' if len(stack) > 1 else ''}"
+    text = f"{modality}, {slices} of {first.columns} x {first.rows}"
+    try:
+        _, affine, stated = _geometry(stack)
+    except ScanError:
+        return text + ", no even stack"
+    return f"{text}, {millimetres(spacing_of(affine))}" if stated else text
+
+
+# -- geometry --------------------------------------------------------------------------------------
+
+
+def _geometry(stack: Sequence[Frame]) -> tuple[list[Frame], Matrix, bool]:
+    """Return the frames in order, the affine in LPS, and whether the voxel size is stated.
+
+    Raises:
+        ScanError: If they are no stack of parallel slices at even steps.
+    """
+    first = stack[0]
+    located = [f for f in stack if f.position is not None and f.orientation is not None]
+    if len(located) < len(stack):
+        if len(stack) > 1:
+            multi = first.frames > 1
+            raise ScanError(
+                "the geometry of the DICOM "
+                + ("multi-frame file" if multi else "series")
+                + " cannot be derived",
+                expected="a position and a direction for every slice",
+                got=f"{len(stack) - len(located)} of {len(stack)} slices without",
+                remedy="Export the series again with its geometry"
+                + (", or as one file per slice" if multi else ""),
+            )
+        between_rows, between_columns = first.pixel_mm or (1.0, 1.0)
+        return list(stack), np.diag([between_columns, between_rows, 1.0, 1.0]), bool(first.pixel_mm)
+    if any(frame.pixel_mm is None or min(frame.pixel_mm) <= 0 for frame in stack):
+        raise ScanError(
+            "the DICOM series does not state its pixel size",
+            expected="PixelSpacing, two positive numbers",
+            remedy="Export the series again with its geometry",
+        )
+    planes = [_plane(frame) for frame in stack]
+    common, size = planes[0], (first.columns, first.rows, 1)
+    apart = max(_apart(plane, common, size) for plane in planes)
+    if apart > CORNER_MM:
+        raise ScanError(
+            "slices of the DICOM series are not parallel or of one pixel size",
+            expected=f"corners that lie alike within {CORNER_MM} mm",
+            got=f"{apart:.3g} mm between corners of two slices",
+            remedy="Export the whole series again",
+        )
+    affine = common.copy()
+    normal = np.cross(common[:3, 0], common[:3, 1])
+    normal /= np.linalg.norm(normal)
+    if len(stack) == 1:
+        affine[:3, 2] = normal * (first.thickness_mm if first.thickness_mm > 0 else 1.0)
+        return list(stack), affine, True
+    origins = np.array([frame.position for frame in stack])
+    along = origins @ normal
+    order = np.argsort(along, kind="stable")
+    _check_steps(origins[order], along[order], [stack[i] for i in order])
+    ordered = [stack[i] for i in order]
+    affine[:3, 3] = origins[order[0]]
+    affine[:3, 2] = (origins[order[-1]] - origins[order[0]]) / (len(stack) - 1)
+    return ordered, affine, True
+
+
+def _plane(frame: Frame) -> Matrix:
+    """Return the affine of a slice `(4, 4)` in LPS, its third column 0.
+
+    Raises:
+        ScanError: If its rows and columns are not at right angles.
+    """
+    row, column = np.reshape(frame.orientation or (), (2, 3))
+    between_rows, between_columns = frame.pixel_mm or (0.0, 0.0)
+    plane = np.zeros((4, 4))
+    plane[:3, 0], plane[:3, 1] = row * between_columns, column * between_rows
+    plane[:3, 3], plane[3, 3] = frame.position, 1.0
+    length = max(float(np.linalg.norm(row)), 1e-9)
+    straight = plane.copy()
+    straight[:3, 0] = row / length * between_columns
+    upright = column - (column @ row) / length**2 * row
+    straight[:3, 1] = upright / max(float(np.linalg.norm(upright)), 1e-9) * between_rows
+    apart = apart_mm(plane, straight, (frame.columns, frame.rows, 1))
+    if apart > CORNER_MM:
+        raise ScanError(
+            "the direction of a DICOM slice is broken",
+            expected="two directions of length 1 at right angles",
+            got=f"corners {apart:.3g} mm from where such directions put them",
+            remedy="Export the series again",
+        )
+    return straight
+
+
+def _apart(plane: Matrix, common: Matrix, size: tuple[int, ...]) -> float:
+    """Return how far apart the corners of two slices are, laid upon each other, in mm."""
+    moved = plane.copy()
+    moved[:3, 3] = common[:3, 3]
+    return apart_mm(moved, common, size)
+
+
+def _check_steps(origins: Matrix, along: Matrix, stack: Sequence[Frame]) -> None:
+    """Refuse slices that do not follow each other at even steps.
+
+    Args:
+        origins: First pixels `(n, 3)` in mm, in order along the normal.
+        along: `(n,)`, in mm along the normal.
+        stack: The slices, likewise.
+
+    Raises:
+        ScanError: If they do not; the volume read would look fine and be wrong.
+    """
+    again = "Export the whole series again"
+    n = len(stack)
+    gaps = np.diff(along)
+    span = float(along[-1] - along[0])
+    same = gaps <= max(1e-3, 0.02 * float(np.median(gaps)))
+    if same.any():
+        images = Counter((frame.image, frame.index) for frame in stack if frame.image)
+        copies = sum(count - 1 for count in images.values())
+        if copies:
+            raise ScanError(
+                "files of the DICOM series are there twice",
+                expected="every image once",
+                got=f"{copies} copies among {n} slices",
+                remedy="Remove the copies",
+            )
+        places = int((~same).sum()) + 1
+        sizes = np.diff(np.flatnonzero(np.concatenate([[True], ~same, [True]])))
+        if (sizes == sizes[0]).all():
+            raise ScanError(
+                "the DICOM series holds several volumes at the same positions (a time series,"
+                " several echoes or several weightings)",
+                expected="one volume",
+                got=f"{int(sizes[0])} slices at each of {places} positions",
+                remedy="Split the series and keep the one volume that is meant",
+            )
+        raise ScanError(
+            "slices of the DICOM series are doubled",
+            expected="one slice per position",
+            got=f"{n} slices at {places} positions",
+            remedy="Keep one slice per position, or export the series again",
+        )
+    even = origins[0] + np.outer(np.arange(n) / (n - 1), origins[-1] - origins[0])
+    off = float(np.linalg.norm(origins - even, axis=1).max())
+    usual = float(np.median(gaps))
+    if off <= CORNER_MM and gaps.max() <= 1.5 * usual:
+        return
+    multiples = gaps / usual
+    missing = int((np.rint(multiples) - 1).sum())
+    if missing and np.abs(multiples - np.rint(multiples)).max() < 0.1:
+        raise ScanError(
+            "slices of the DICOM series are missing",
+            expected=f"{n + missing} slices every {usual:.4g} mm over {span:.4g} mm",
+            got=f"{n} slices, {missing} missing in {int((multiples > 1.5).sum())} gaps",
+            remedy=again,
+        )
+    if gaps.max() - gaps.min() > max(CORNER_MM, 0.01 * usual):
+        raise ScanError(
+            "slices of the DICOM series are unevenly spaced",
+            expected="one distance between neighbouring slices",
+            got=f"distances from {gaps.min():.4g} to {gaps.max():.4g} mm",
+            remedy="Export the whole series again, or resample it to even slices",
+        )
+    raise ScanError(
+        "slices of the DICOM series do not follow a straight line",
+        expected=f"first pixels within {CORNER_MM} mm of it",
+        got=f"one {off:.3g} mm aside",
+        remedy=again,
+    )
+
+
+# -- pixels ----------------------------------------------------------------------------------------
+
+
+def _pixels(stack: Sequence[Frame]) -> tuple[np.ndarray, str]:
+    """Return the values `(X, Y, Z)` float32 of an ordered stack, and the type as read.
+
+    Raises:
+        ScanError: If a file cannot be read, or says something else than its header.
+    """
+    first = stack[0]
+    refuse_size((first.columns, first.rows, len(stack)))
+    volume = np.empty((len(stack), first.rows, first.columns), np.float32)
+    by_file: dict[Path, list[int]] = {}
+    for place, frame in enumerate(stack):
+        by_file.setdefault(frame.file, []).append(place)
+    dtype = ""
+    for places in by_file.values():
+        values = _file_values(stack[places[0]])
+        dtype = dtype or str(values.dtype)
+        for place in places:
+            frame = stack[place]
+            part = values[frame.index]
+            volume[place] = part if frame.rescale == frame.applied else _rescaled(part, frame)
+    return volume.T, dtype
+
+
+def _rescaled(values: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return the values of one frame with its own slope and intercept instead of the file's.
+
+    Raises:
+        ScanError: If what the file's were applied to was no whole number: then it was not this.
+    """
+    slope, intercept = frame.applied
+    stored = (values.astype(np.float64) - intercept) / slope
+    whole = np.rint(stored)
+    if np.abs(stored - whole).max() > 1e-3:
+        raise ScanError(
+            "the rescaling of a multi-frame DICOM file cannot be followed",
+            remedy="Export the series as one file per slice, or as NIfTI",
+        )
+    own_slope, own_intercept = frame.rescale
+    return np.asarray(whole * own_slope + own_intercept)
+
+
+def _file_values(frame: Frame) -> np.ndarray:
+    """Return what SimpleITK reads from a frame's file, `(frames, rows, columns)`.
+
+    Raises:
+        ScanError: If it cannot, or understands the header in another way.
+    """
+    import SimpleITK
+
+    SimpleITK.ProcessObject.GlobalWarningDisplayOff()
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(frame.file))
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:  # the one exception SimpleITK has
+        raise _unread(frame) from error
+    stated = (frame.columns, frame.rows, frame.frames)
+    size = tuple(image.GetSize()) + (1,) * (3 - image.GetDimension())
+    if size != stated or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ScanError(
+            "two readers disagree about the size of a DICOM file",
+            expected=f"{times(stated)} as its header says",
+            got=f"{times(size)}, {image.GetNumberOfComponentsPerPixel()} numbers per pixel",
+            remedy="Export the series again",
+        )
+    if frame.frames == 1 and frame.position and frame.orientation and frame.pixel_mm:
+        seen = np.zeros((4, 4))
+        directions = np.reshape(image.GetDirection(), (3, 3))
+        seen[:3, :2] = (directions * image.GetSpacing())[:, :2]
+        seen[:3, 3], seen[3, 3] = image.GetOrigin(), 1.0
+        apart = apart_mm(seen, _plane(frame), stated)
+        if apart > CORNER_MM:
+            raise ScanError(
+                "two readers disagree about the geometry of a DICOM file",
+                expected=f"the same corners within {CORNER_MM} mm",
+                got=f"corners {apart:.3g} mm apart",
+                remedy="Convert the series to NIfTI with a DICOM converter, and check it",
+            )
+    values: np.ndarray = SimpleITK.GetArrayFromImage(image)
+    return values.reshape(frame.frames, frame.rows, frame.columns)
+
+
+def _unread(frame: Frame) -> ScanError:
+    """Return why the pixels of a file could not be read."""
+    syntax = UID(frame.syntax)
+    name = syntax.name if frame.syntax else "no transfer syntax"
+    if frame.syntax and frame.syntax not in (*_UNCOMPRESSED, *_COMPRESSIONS):
+        return ScanError(
+            "the compression of the DICOM file is not read",
+            expected="an uncompressed series, RLE, JPEG, JPEG-LS or JPEG 2000",
+            got=name,
+            remedy="Export the series uncompressed (Explicit VR Little Endian)",
+        )
+    return ScanError(
+        "the pixels of a DICOM file are damaged or cut short",
+        got=f"{frame.file.name}, {name}",
+        remedy="Export or copy the series again",
+    )
