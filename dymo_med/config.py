@@ -50,6 +50,8 @@ class Schedule(Strict):
         patience: Stop after this many epochs without a better validation score.
         min_improvement: What counts as better.
         decay: `cosine` lowers the step size along half a cosine to near 0 in the last epoch.
+        parts: Parts that a batch is worked through in, one after the other; their gradients are
+            added up before the step. More parts need less memory.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 100
@@ -59,6 +61,7 @@ class Schedule(Strict):
     patience: Annotated[int, Field(ge=1)] = 20
     min_improvement: Annotated[float, Field(ge=0)] = 1e-4
     decay: Literal["none", "cosine"] = "none"
+    parts: Annotated[int, Field(ge=1)] = 1
 
     def step_size(self, epoch: int) -> float:
         """Return the step size of an epoch, counted from 0."""
@@ -85,11 +88,16 @@ class BackboneTraining(Schedule):
     """Training of the fusion backbone.
 
     Attributes:
-        subsets: K, distinct random subsets of modalities per batch.
+        subsets: K, distinct random subsets of modalities per batch, all if there are no more; 5
+            by default, with `gmd` 15 (all of four modalities).
         prototype_weight: Weight of the prototype loss.
         prototype_epoch: First epoch (from 0) in which the prototype loss counts.
         prototype_temperature: Its softmax temperature.
         augmentation: Random changes of training images.
+        gradient: `sum` minimises the mean loss over subsets of modalities; `gmd` projects the
+            gradients of the subsets' losses off each other where they disagree.
+        reduction: With `gmd`, how projected gradients of parameters shared by all modalities
+            are reduced.
     """
 
     subsets: Annotated[int, Field(ge=1)] = 5
@@ -97,6 +105,15 @@ class BackboneTraining(Schedule):
     prototype_epoch: Annotated[int, Field(ge=1)] = 3
     prototype_temperature: Annotated[float, Field(gt=0)] = 0.1
     augmentation: Augmentation = Augmentation()
+    gradient: Literal["sum", "gmd"] = "sum"
+    reduction: Literal["mean", "sum"] = "mean"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _subsets_of_gmd(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("gradient") == "gmd":
+            return {"subsets": 15, **data}
+        return data
 
 
 class Recipe(Strict):

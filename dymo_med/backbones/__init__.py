@@ -5,7 +5,7 @@ from __future__ import annotations
 from dymo_med.backbones.base import FusionBackbone
 from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.backbones.transformer import FusionTransformer
-from dymo_med.backbones.versions import EncodedVersions, encode_versions
+from dymo_med.backbones.versions import EncodedVersions, encode_observed, encode_versions
 from dymo_med.registry import Registry
 
 BACKBONES: Registry[FusionBackbone] = Registry("backbone", {"transformer": FusionTransformer})
@@ -16,5 +16,6 @@ __all__ = [
     "FusionBackbone",
     "FusionTransformer",
     "SharedUNet",
+    "encode_observed",
     "encode_versions",
 ]

@@ -49,3 +49,10 @@ class FusionBackbone(nn.Module, ABC):
             tokens: `(R, N, D)`, modalities side by side in canonical order.
             available: Bool `(R, N)`. What stands in an unavailable token changes nothing.
         """
+
+    @abstractmethod
+    def specific_modules(self) -> list[nn.Module]:
+        """Return the modules that hold each modality's own parameters.
+
+        No other modality's tokens depend on these, and every other parameter may serve several.
+        """

@@ -139,3 +139,7 @@ class FusionTransformer(FusionBackbone):
         if self.distance == "cosine":
             embedding = F.normalize(embedding, dim=-1)
         return FusionOutput(self.classifier(state), embedding)
+
+    def specific_modules(self) -> list[nn.Module]:
+        """See `FusionBackbone.specific_modules`."""
+        return [self.encoders, self.norms]

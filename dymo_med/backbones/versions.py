@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dymo_med.backbones.base import FusionBackbone
-from dymo_med.types import Batch, FusionOutput, Recovery
+from dymo_med.types import Batch, FusionOutput, Recovery, Tokens
 
 # Upper bound on token values gathered at once: 16 MB in float32, and some 20 times that inside
 # the blocks.
@@ -76,8 +76,35 @@ def encode_versions(
         A `Fuse` over these B records. What stands in `batch.values` where nothing was observed
         changes nothing.
     """
-    size = len(batch)
-    observed, observed_available, recovered = [], [], []
+    observed = encode_observed(backbone, batch)
+    recovered = []
+    if recovery is not None:
+        for m, spec in enumerate(backbone.specs):
+            version = observed[m].values
+            rows = recovery.candidates[:, m].nonzero().squeeze(1)
+            if len(rows):
+                proposal = backbone.encode(spec.name, recovery.values[spec.name][rows])
+                version = version.index_copy(0, rows, proposal.values)
+            recovered.append(version)
+    return EncodedVersions(
+        backbone,
+        torch.cat([tokens.values for tokens in observed], dim=1),
+        torch.cat([tokens.available for tokens in observed], dim=1),
+        torch.cat(recovered, dim=1) if recovered else None,
+    )
+
+
+def encode_observed(backbone: FusionBackbone, batch: Batch) -> list[Tokens]:
+    """Encode the observed version of each modality.
+
+    Args:
+        backbone: The network.
+        batch: B records. What stands in `batch.values` where nothing was observed changes nothing.
+
+    Returns:
+        M entries in canonical order, of B rows each; absent ones are zero and not available.
+    """
+    found = []
     for m, spec in enumerate(backbone.specs):
         present = batch.observed.available[:, m].nonzero().squeeze(1)
         values = batch.values[spec.name]
@@ -86,21 +113,13 @@ def encode_versions(
         tokens = backbone.encode(
             spec.name, values[present], None if fields is None else fields[present]
         )
-        version = _spread(tokens.values, present, size)
-        observed.append(version)
-        observed_available.append(_spread(tokens.available, present, size))
-        if recovery is not None:
-            rows = recovery.candidates[:, m].nonzero().squeeze(1)
-            if len(rows):
-                proposal = backbone.encode(spec.name, recovery.values[spec.name][rows])
-                version = version.index_copy(0, rows, proposal.values)
-            recovered.append(version)
-    return EncodedVersions(
-        backbone,
-        torch.cat(observed, dim=1),
-        torch.cat(observed_available, dim=1),
-        torch.cat(recovered, dim=1) if recovered else None,
-    )
+        found.append(
+            Tokens(
+                _spread(tokens.values, present, len(batch)),
+                _spread(tokens.available, present, len(batch)),
+            )
+        )
+    return found
 
 
 def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dymo_med.config import Schedule
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import write_bytes
+from dymo_med.training.gmd import Decoupling, ObjectiveGradients
 from dymo_med.types import Batch
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
@@ -58,7 +59,13 @@ class Step:
 
 
 class Objective(nn.Module):
-    """A network with its training loss and its validation score."""
+    """A network with its training loss and its validation score.
+
+    Attributes:
+        decoupling: How the gradients of several losses are merged; None = `forward` returns one.
+    """
+
+    decoupling: Decoupling | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare for an epoch, counted from 0."""
@@ -66,8 +73,14 @@ class Objective(nn.Module):
     def end_epoch(self) -> None:
         """Finish an epoch's training steps."""
 
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss of a batch, a scalar."""
+    def begin_batch(self, generator: torch.Generator) -> None:
+        """Draw what all parts of a batch have in common."""
+
+    def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
+        """Return the loss of a batch or of a part of it, a scalar.
+
+        With `decoupling`, one scalar per subset of modalities, as many for every batch.
+        """
         raise TypeError("An objective must define its loss.")
 
     def validate(self) -> dict[str, float]:
@@ -156,6 +169,8 @@ def train_stage(
     if checkpoint.exists():
         state, best = _restore(checkpoint, fingerprint, objective, optimizer)
     log.stages[name] = state.history
+    rule = objective.decoupling
+    gradients = None if rule is None else ObjectiveGradients(objective.parameters(), rule)
     while not state.finished:
         began = time.monotonic()
         generator = stream(seed, name, state.epoch)
@@ -167,14 +182,23 @@ def train_stage(
         total = 0.0
         for start in range(0, len(data), schedule.batch_size):
             index = order[start : start + schedule.batch_size]
-            batch = data.rows(index).to(fabric.device)
-            loss = module(Step(batch, weights[index].to(fabric.device), generator))
+            objective.begin_batch(generator)
             optimizer.zero_grad()
-            with _same_order(fabric.device):
-                fabric.backward(loss)
+            for part in index.tensor_split(min(schedule.parts, len(index))):
+                batch = data.rows(part).to(fabric.device)
+                loss = module(Step(batch, weights[part].to(fabric.device), generator))
+                share = len(part) / len(index)
+                with _same_order(fabric.device):
+                    if gradients is None:
+                        fabric.backward(loss * share)
+                    else:
+                        gradients.backward(loss, share, fabric.backward)
+                        loss = torch.stack([one.detach() for one in loss]).mean()
+                total += float(loss.detach()) * len(part)
+            if gradients is not None:
+                gradients.merge(generator)
             fabric.clip_gradients(module, optimizer, max_norm=5.0, error_if_nonfinite=True)
             optimizer.step()
-            total += float(loss.detach()) * len(index)
         objective.end_epoch()
         objective.eval()
         with torch.no_grad():

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
+from dymo_med.backbones import (
+    EncodedVersions,
+    FusionBackbone,
+    encode_observed,
+    encode_versions,
+)
 from dymo_med.config import Augmentation, BackboneTraining
 from dymo_med.imputers import Imputer
 from dymo_med.metrics import auroc
+from dymo_med.training.gmd import Decoupling
 from dymo_med.training.loop import Objective, Step, stream
 from dymo_med.training.losses import distinct_subsets, prototype_loss, within
-from dymo_med.types import Batch
+from dymo_med.types import Batch, FusionOutput
 
 # Validation looks at every subset up to this many, and at a fixed sample of this size beyond.
 _MOST_SUBSETS = 64
@@ -123,6 +129,8 @@ class FusionObjective(Objective):
     Each batch is encoded once; K distinct random subsets are then fused in one call. Prototypes
     are last epoch's class means of the embedding over all subsets and batches.
 
+    With gradient decoupling every subset's loss is an objective of its own instead (`gmd`).
+
     The score is minus the mean log-loss over validation subsets: a proper score, and steadier on
     a few dozen patients than the accuracy or AUROC the published code uses.
 
@@ -160,6 +168,10 @@ class FusionObjective(Objective):
         self._validation, self._weights = validation, weights
         self._subsets = sampled_subsets(len(backbone.specs), seed)
         self._epoch = 0
+        if settings.gradient == "gmd":
+            objectives = min(settings.subsets, 2 ** len(backbone.specs) - 1)
+            specific = [p for m in backbone.specific_modules() for p in m.parameters()]
+            self.decoupling = Decoupling(objectives, specific, settings.reduction)
         size: int = backbone.projection.out_features  # type: ignore[union-attr, assignment]
         # Buffers, so that a checkpoint holds last epoch's prototypes too.
         self.register_buffer("sums", torch.zeros(classes, size))
@@ -178,17 +190,56 @@ class FusionObjective(Objective):
         self.known.copy_(self.counts > 0)
         self.prototypes.copy_(self.sums / self.counts.clamp_min(1)[:, None])
 
-    def forward(self, step: Step) -> Tensor:
-        """Return the loss averaged over subsets and records."""
+    def begin_batch(self, generator: torch.Generator) -> None:
+        """Draw the subsets of the objectives."""
+        if self.decoupling is not None:
+            modalities = len(self.backbone.specs)
+            self._drawn = distinct_subsets(modalities, self.decoupling.objectives, generator)
+
+    def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
+        """Return the loss averaged over subsets and records, or over records for each subset."""
         s = self._settings
         batch = augment(step.batch, s.augmentation, step.generator)
+        if self.decoupling is not None:
+            return self._per_subset(batch, step.weights)
         available = batch.observed.available
         subsets = distinct_subsets(available.shape[1], s.subsets, step.generator)
         used = within(available, subsets.to(available.device)).flatten(0, 1)  # (K B, M)
         copies = len(subsets)
         rows = torch.arange(len(batch), device=used.device).repeat(copies)
         output = encode_versions(self.backbone, batch)(rows, used, torch.zeros_like(used))
-        labels = batch.labels.repeat(copies)
+        loss = self._loss(output, batch.labels.repeat(copies))
+        return (loss * step.weights.repeat(copies)).mean()
+
+    def _per_subset(self, batch: Batch, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss of each subset, averaged over records.
+
+        Records that have nothing of a subset count 0 in its loss. Each modality is encoded once;
+        only a subset's own modalities take part in its backward pass.
+        """
+        encoded = encode_observed(self.backbone, batch)
+        available = batch.observed.available
+        token_available = torch.cat([tokens.available for tokens in encoded], dim=1)
+        losses = []
+        for subset in self._drawn.to(available.device):
+            used = available & subset
+            rows = used.any(1).nonzero().squeeze(1)
+            if not len(rows):
+                losses.append(torch.zeros((), device=available.device))
+                continue
+            parts = [
+                tokens.values if inside else tokens.values.detach()
+                for tokens, inside in zip(encoded, subset.tolist(), strict=True)
+            ]
+            fuse = EncodedVersions(self.backbone, torch.cat(parts, dim=1), token_available, None)
+            output = fuse(rows, used[rows], torch.zeros_like(used[rows]))
+            loss = self._loss(output, batch.labels[rows]) * weights[rows]
+            losses.append(loss.sum() / len(batch))
+        return tuple(losses)
+
+    def _loss(self, output: FusionOutput, labels: Tensor) -> Tensor:
+        """Return the loss per row `(R,)`, and add the rows to this epoch's sums."""
+        s = self._settings
         loss = F.cross_entropy(output.logits, labels, reduction="none")
         with torch.no_grad():
             z = output.embedding.detach().to(self.sums.dtype)
@@ -203,7 +254,7 @@ class FusionObjective(Objective):
                 self.backbone.distance,
                 s.prototype_temperature,
             )
-        return (loss * step.weights.repeat(copies)).mean()
+        return loss
 
     def validate(self) -> dict[str, float]:
         """Return `score`, log-loss and, for two classes, AUROC over subsets."""

@@ -280,6 +280,28 @@ class TestBackbone:
         # The learned token of a blank cell stands for it but is, on purpose, never evidence.
         assert [n for n in without if not n.endswith(".blank")] == []
 
+    def test_specific_modules_serve_one_modality_and_the_rest_serves_all(self, name):
+        backbone = build(BACKBONES, name)
+        batch = make_batch()
+        reached = []
+        for m in range(len(SPECS)):
+            alone = torch.zeros_like(batch.observed.available)
+            alone[:, m] = True
+            mask = dataclasses.replace(batch.observed, available=batch.observed.available & alone)
+            rows = mask.available[:, m].nonzero().squeeze(1)
+            out = self.outputs(backbone, dataclasses.replace(batch, observed=mask).rows(rows))
+            gradients = torch.autograd.grad(
+                out.logits.square().sum() + out.embedding.square().sum(),
+                list(backbone.parameters()),
+                allow_unused=True,
+            )
+            reached.append([g is not None and bool(g.any()) for g in gradients])
+        times = torch.tensor(reached).sum(0).tolist()
+        specific = {id(p) for module in backbone.specific_modules() for p in module.parameters()}
+        for (key, p), n in zip(backbone.named_parameters(), times, strict=True):
+            if not key.endswith(".blank"):
+                assert (n == 1) if id(p) in specific else (n > 1), key
+
     def test_save_and_load_give_the_same_answer(self, name, tmp_path):
         backbone = build(BACKBONES, name)
         save_file(dict(backbone.state_dict()), tmp_path / "w.safetensors")

@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the same bundle, bit for bit."""
 
+import csv
 import json
 import os
 import signal
@@ -63,6 +64,31 @@ def test_resume_after_an_interruption_gives_the_same_bits(setting, tmp_path, sto
     assert (bundle / "checksums.json").read_text(encoding="utf-8") == checksums
     log = (out / "log.csv").read_text(encoding="utf-8").splitlines()
     assert len(log) == 1 + 4 + 6
+
+
+@pytest.mark.parametrize("settings", ["", "  subsets: 3\n  parts: 2\n  reduction: sum\n"])
+def test_decoupled_gradients_train_and_resume_with_the_same_bits(setting, tmp_path, settings):
+    recipe = tmp_path / "decoupled.yaml"
+    lines = [
+        line for line in RECIPE.splitlines() if "imputer" not in line and "subsets" not in line
+    ]
+    text = "\n".join(lines).replace("epochs: 6", "epochs: 3\n  gradient: gmd")
+    text = text.replace("prototype_epoch: 1", "prototype_epoch: 9")
+    recipe.write_text(f"{text}\n{settings}imputer: {{name: template}}\n")
+    whole = train(recipe, setting[1], tmp_path / "whole", device="cpu")
+    with (tmp_path / "whole" / "log.csv").open(encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+    def stop(*_):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(recipe, setting[1], tmp_path / "run", device="cpu", progress=stop)
+    again = train(recipe, setting[1], tmp_path / "run", device="cpu", resume=True)
+    one, two = (f / "checksums.json" for f in (whole, again))
+    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.slow
