@@ -11,13 +11,94 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Split = Literal["train", "validation", "calibration", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class CellRules:
+    """How a column's cells are written where that is more than a plain number or category.
+
+    Attributes:
+        header: Name of the column in the file; empty = the column's own.
+        units: Units besides the column's that a file may state; numbers in them are converted.
+            Where there is one, the file has to state a unit.
+        molar_mass: Of the substance in g/mol, for units of mass and of amount.
+        aliases: Pairs of a word in the file and the category it stands for.
+        missing: Words that mean "blank" in this column.
+        censored: What `<5` is: an error, the limit itself (5), or blank.
+        until: The cells hold dates, and the value is the time from there to this date: a column
+            of the same row, or a day as YYYY-MM-DD.
+        date_format: How dates are written, as for `strptime`; empty = YYYY-MM-DD.
+        loinc: LOINC codes of the observations that hold this column in a FHIR record.
+        fhir: Or the element of the patient that does, `gender` or `birthDate`.
+        pick: Which observation counts if several differ: none (an error), the latest, or the
+            earliest.
+    """
+
+    header: str = ""
+    units: tuple[str, ...] = ()
+    molar_mass: float | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    missing: tuple[str, ...] = ()
+    censored: Literal["error", "limit", "missing"] = "error"
+    until: str = ""
+    date_format: str = ""
+    loinc: tuple[str, ...] = ()
+    fhir: str = ""
+    pick: Literal["error", "latest", "earliest"] = "error"
+
+
+@dataclass(frozen=True)
+class FileRules:
+    """How a table's file is written where that is more than UTF-8 with one row.
+
+    Attributes:
+        format: `fhir` for a FHIR record; empty = what the extension says.
+        encoding: Of text without a byte-order mark; empty = UTF-8.
+        separator: Between cells of a CSV file; empty = the one that makes a header of the
+            declared columns.
+        decimal: The decimal sign of numbers in text.
+        shared: File inside the cohort's folder that holds a row for every record; read where the
+            patient directory has no file of its own.
+        record_column: Column that names the record of a row.
+        patient_column: Column that names the patient of a row.
+        statuses: FHIR observations of other status are no data; empty = final, amended and
+            corrected, and a preliminary one is an error.
+    """
+
+    format: str = ""
+    encoding: str = ""
+    separator: str = ""
+    decimal: str = "."
+    shared: str = ""
+    record_column: str = ""
+    patient_column: str = ""
+    statuses: tuple[str, ...] = ()
+
+
+RulesT = TypeVar("RulesT", CellRules, FileRules)
+
+
+def _told(rules: CellRules | FileRules | None) -> dict[str, Any]:
+    """Return what rules say beyond the default."""
+    if rules is None:
+        return {}
+    return {k: v for k, v in asdict(rules).items() if v != getattr(type(rules)(), k)}
+
+
+def _untold(kind: type[RulesT], data: Mapping[str, Any] | None) -> RulesT | None:
+    """Return the rules that `_told` described."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return kind(**{k: frozen(v) for k, v in data.items()}) if data else None
 
 
 @dataclass(frozen=True)
@@ -40,6 +121,7 @@ class Column:
         importance: How much the column tells about the target, as a share of what all columns of
             all tables tell (`training.train.fit_importances`); None before fitting and in
             bundles that were made without it.
+        rules: How its cells are written; None = plain numbers, or the categories themselves.
     """
 
     name: str
@@ -52,6 +134,7 @@ class Column:
     frequencies: tuple[float, ...] = ()
     percentiles: tuple[float, ...] = ()
     importance: float | None = None
+    rules: CellRules | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +191,7 @@ class ModalitySpec:
         grid: Where a volume's grid lies: `shared` = with the other volumes on a grid of this size
             and spacing, centred on their `reference` (the first that was observed, if none is
             called that); `own` = centred on the scan itself.
+        rules: How a table's file is written; None = UTF-8, one row.
     """
 
     name: str
@@ -120,6 +204,7 @@ class ModalitySpec:
     steps: Steps | None = None
     dicom: SeriesRule | None = None
     grid: Literal["shared", "reference", "own"] = "shared"
+    rules: FileRules | None = None
 
     @property
     def is_image(self) -> bool:
@@ -135,9 +220,15 @@ class ModalitySpec:
             del data["dicom"]
         if self.grid == "shared":
             del data["grid"]
-        for column in data["columns"]:
-            if column["importance"] is None:
+        parts: list[tuple[dict[str, Any], CellRules | FileRules | None]] = [(data, self.rules)]
+        for column, own in zip(data["columns"], self.columns, strict=True):
+            if own.importance is None:
                 del column["importance"]
+            parts.append((column, own.rules))
+        for part, rules in parts:
+            del part["rules"]
+            if told := _told(rules):
+                part["rules"] = told
         return data
 
     @classmethod
@@ -151,6 +242,7 @@ class ModalitySpec:
                     "values": tuple(column["values"]),
                     "frequencies": tuple(column["frequencies"]),
                     "percentiles": tuple(column["percentiles"]),
+                    "rules": _untold(CellRules, column.get("rules")),
                 }
             )
             for column in data["columns"]
@@ -171,6 +263,7 @@ class ModalitySpec:
             ),
             dicom=_series_rule(data.get("dicom")),
             grid=data.get("grid", "shared"),
+            rules=_untold(FileRules, data.get("rules")),
         )
 
 
@@ -210,6 +303,7 @@ class CohortRecord:
         folder: Patient directory of this record.
         label: Class index, or None where the target is not known.
         subgroups: Cells of the labels file that subgroups are made from, by subgroup.
+        root: Folder of the cohort.
     """
 
     record_id: str
@@ -217,6 +311,7 @@ class CohortRecord:
     folder: Path
     label: int | None = None
     subgroups: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
 
 
 @dataclass(frozen=True)

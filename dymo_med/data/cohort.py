@@ -323,7 +323,7 @@ def _read_records(
                         expected="a number, or blank",
                     )
                 )
-        records.append(CohortRecord(record_id, patient_id, folder, label, cells))
+        records.append(CohortRecord(record_id, patient_id, folder, label, cells, root))
     return tuple(records)
 
 

@@ -9,8 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.modalities import Modality, modality
+from dymo_med.modalities import Modality, Whose, modality
 from dymo_med.types import CohortRecord, ModalitySpec, ModalityValue, PatientRecord
+
+# A cohort's folder holds one of these, and patient directories at most so many levels below.
+_ROOT_FILES = ("cohort.yaml", "dataset_description.json")
+_DEEPEST = 3
 
 
 def read_record(
@@ -29,6 +33,7 @@ def read_record(
         label=entry.label,
         missing_values=missing_values,
         require_something=require_something,
+        root=entry.root,
     )
 
 
@@ -41,6 +46,7 @@ def read_patient(
     label: int | None = None,
     missing_values: Sequence[str] = (),
     require_something: bool = True,
+    root: Path | None = None,
 ) -> PatientRecord:
     """Read and preprocess what a patient directory holds.
 
@@ -52,6 +58,8 @@ def read_patient(
         label: Class index, if known.
         missing_values: Strings that mean "blank" in tables, besides the empty cell.
         require_something: Refuse a patient of whom nothing was observed.
+        root: Folder of the cohort, where tables with rows of all records are; if not given, the
+            nearest folder above that holds `cohort.yaml` or `dataset_description.json` (BIDS).
 
     Raises:
         PatientDataError: With every problem of every modality at once; also if the folder is
@@ -83,10 +91,11 @@ def read_patient(
         ) from error
     found: dict[ModalitySpec, ModalityValue] = {}
     wrong: dict[str, tuple[Problem, ...]] = {}
+    whose = Whose(record_id, patient_id, root or _root_above(folder))
     # References first: the grids of others are centred on them.
     for kind in sorted(_modalities(tuple(specs)), key=lambda kind: kind.spec.grid != "reference"):
         try:
-            value = kind.read_beside(found, folder, where, missing_values)
+            value = kind.read_beside(found, folder, where, missing_values, whose)
         except PatientDataError as error:
             wrong[kind.spec.name] = error.problems
             continue
@@ -134,6 +143,14 @@ def _strangers(values: Mapping[str, ModalityValue], where: str) -> list[Problem]
             remedy="Take out what is not this patient's, or correct the identifier in its header",
         )
     ]
+
+
+def _root_above(folder: Path) -> Path | None:
+    """Return the folder of the cohort that a patient directory is part of, if it is."""
+    for above in folder.resolve().parents[:_DEEPEST]:
+        if any((above / name).is_file() for name in _ROOT_FILES):
+            return above
+    return None
 
 
 @lru_cache(maxsize=4)

@@ -647,7 +647,7 @@ def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
 
 
 def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
-    """Return the bundle's modalities with the cohort's file names.
+    """Return the bundle's modalities, to be read from the cohort's files.
 
     Raises:
         BundleError: If the cohort is about something else; every difference at once.
@@ -679,7 +679,16 @@ def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
             )
     if problems:
         raise BundleError(*problems)
-    return tuple(replace(spec, file=theirs[spec.name].file) for spec in bundle.specs)
+    return tuple(_written_as(spec, theirs[spec.name]) for spec in bundle.specs)
+
+
+def _written_as(spec: ModalitySpec, other: ModalitySpec) -> ModalitySpec:
+    """Return a bundle's modality, to be read from files as a cohort says they are written."""
+    columns = tuple(
+        replace(own, rules=theirs.rules)
+        for own, theirs in zip(spec.columns, other.columns, strict=True)
+    )
+    return replace(spec, file=other.file, rules=other.rules, columns=columns)
 
 
 def _form(spec: ModalitySpec) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dymo_med.modalities.base import Modality
+from dymo_med.modalities.base import Modality, Whose
 from dymo_med.modalities.image import Image
 from dymo_med.modalities.table import Table
 from dymo_med.modalities.tokens import TokenSequence
@@ -23,4 +23,4 @@ def modality(spec: ModalitySpec) -> Modality:
     return MODALITIES[spec.kind](spec)
 
 
-__all__ = ["MODALITIES", "Modality", "modality"]
+__all__ = ["MODALITIES", "Modality", "Whose", "modality"]

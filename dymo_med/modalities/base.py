@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,7 +34,8 @@ def refuse_unknown(declared: Path, where: str) -> None:
     if not declared.parent.is_dir():
         return
     stem = declared.name.split(".")[0]
-    sidecars = {".json", ".txt"} - ({".json"} if declared.suffix in (".csv", ".json") else set())
+    tables = (".csv", ".tsv", ".json", ".parquet")
+    sidecars = {".json", ".txt"} - ({".json"} if declared.suffix in tables else set())
     found = sorted(
         path
         for path in declared.parent.iterdir()
@@ -74,6 +75,21 @@ def the_one(found: Sequence[Path], declared: Path, where: str, ambiguous: Proble
     return found[0] if found else None
 
 
+@dataclass(frozen=True)
+class Whose:
+    """Which record a reader looks for, where a file may hold those of others.
+
+    Attributes:
+        record_id: Id of the record.
+        patient_id: Id of the patient; None = not known.
+        root: Folder of the cohort; None = there is none.
+    """
+
+    record_id: str = ""
+    patient_id: str | None = None
+    root: Path | None = None
+
+
 class Modality(ABC):
     """All that depends on a modality's kind: read, fit, encode, decode, likelihood, write.
 
@@ -98,7 +114,11 @@ class Modality(ABC):
 
     @abstractmethod
     def read(
-        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+        self,
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read and preprocess this modality from a patient directory.
 
@@ -106,6 +126,7 @@ class Modality(ABC):
             folder: The patient directory.
             where: Who this is, for error messages ("Patient p017").
             missing_values: Strings that mean "blank" in tables, besides the empty cell.
+            whose: Which record this is, for files that hold rows of several.
 
         Returns:
             None if the modality is missing: no file, or a table row whose cells are all blank.
@@ -121,6 +142,7 @@ class Modality(ABC):
         folder: Path,
         where: str,
         missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read this modality of a record of which others were read before.
 
@@ -129,11 +151,12 @@ class Modality(ABC):
             folder: As for `read`, and so are the others.
             where: See there.
             missing_values: See there.
+            whose: See there.
 
         Raises:
             PatientDataError: As for `read`; also if it does not go together with the others.
         """
-        return self.read(folder, where, missing_values)
+        return self.read(folder, where, missing_values, whose)
 
     @abstractmethod
     def write(

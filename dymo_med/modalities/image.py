@@ -20,7 +20,7 @@ from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.modalities.base import Modality, the_one
+from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.types import FieldOfView, ModalitySpec, ModalityValue, SeriesRule, Source
 
 if TYPE_CHECKING:
@@ -211,7 +211,11 @@ class Image(Modality):
         return the_one(found, exact, where, ambiguous)
 
     def read(
-        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+        self,
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read the scan and put it on a grid of its own. See `Modality.read`."""
         return self.read_beside({}, folder, where, missing_values)
@@ -222,6 +226,7 @@ class Image(Modality):
         folder: Path,
         where: str,
         missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read the scan and put it on the grid that it shares. See `Modality.read_beside`."""
         path = self._find(folder, where)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -22,15 +21,16 @@ from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.modalities.base import Modality, the_one
+from dymo_med.modalities.base import Modality, Whose, the_one
+from dymo_med.modalities.cells import Cell, parse
 from dymo_med.modalities.image import plain_name
-from dymo_med.registry import nearest
-from dymo_med.types import Column, ModalitySpec, ModalityValue, Source
+from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
+from dymo_med.modalities.units import MOLAR_MASS, UnitError, convert, same_quantity
+from dymo_med.types import CellRules, Column, FileRules, ModalitySpec, ModalityValue, Source
 
-# Python's float() also takes "1_000", "nan" and "inf"; a table must not.
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_NOT_A_NUMBER = frozenset({"nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
-_LARGEST = torch.finfo(torch.float32).max
+# What a boolean column may hold, besides its categories no and yes.
+_NO = ("No", "NO", "false", "False", "FALSE", "0")
+_YES = ("Yes", "YES", "true", "True", "TRUE", "1")
 
 # Percentiles of fewer cells than this would list patients' values in the bundle.
 _FEWEST = 20
@@ -40,17 +40,41 @@ class ColumnEntry(Strict):
     """A column of a table in `cohort.yaml`.
 
     Attributes:
-        type: `continuous` or `categorical`.
-        unit: Unit of a continuous column.
+        type: `continuous`; `categorical`; `boolean`, categories no and yes; `date`, a day whose
+            distance to `until` is the value.
+        unit: Unit of the value.
         range: Lowest and highest plausible value in `unit`; outside it is an error.
         values: The categories of a categorical column. Quote words that YAML reads as true or
             false: `values: ["yes", "no"]`.
+        header: Name of the column in the file, if it is another.
+        units: Units besides `unit` that a file may state; numbers in them are converted.
+        molar_mass: Of the substance, in g/mol or by name (`glucose`), between units of mass and
+            of amount.
+        aliases: Per category, other words for it.
+        missing: Words and numbers that mean "blank" in this column.
+        censored: What `<5` is: an `error`, the `limit`, or `missing`.
+        until: Of a date: the column, or the day (YYYY-MM-DD), to which time is counted.
+        format: Of a date: how it is written, as for `strptime`; YYYY-MM-DD without.
+        loinc: LOINC code, or codes, of the FHIR observation that holds the column.
+        fhir: `gender` or `birthDate` of the FHIR patient instead.
+        pick: Which observation counts if several differ: `latest`, `earliest`, or an `error`.
     """
 
-    type: Literal["continuous", "categorical"]
+    type: Literal["continuous", "categorical", "boolean", "date"]
     unit: str = ""
     range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     values: list[str] | None = None
+    header: str = ""
+    units: list[str] = Field(default_factory=list)
+    molar_mass: float | str | None = None
+    aliases: dict[str, list[str]] = Field(default_factory=dict)
+    missing: list[str] = Field(default_factory=list)
+    censored: Literal["error", "limit", "missing"] = "error"
+    until: str = ""
+    format: str = ""
+    loinc: list[str] = Field(default_factory=list)
+    fhir: Literal["", "gender", "birthDate"] = ""
+    pick: Literal["error", "latest", "earliest"] = "error"
 
     @field_validator("values", mode="before")
     @classmethod
@@ -64,25 +88,148 @@ class ColumnEntry(Strict):
             raise ValueError('categories are text; quote them, for example values: ["0", "1"]')
         return values
 
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _words(cls, values: Any) -> Any:
+        return as_words(values)
+
+    @field_validator("aliases", mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if any(isinstance(name, bool) for name in values):
+            raise ValueError("quote the categories: YAML reads yes and no as booleans")
+        return {str(k): as_words(v if isinstance(v, list) else [v]) for k, v in values.items()}
+
+    @field_validator("loinc", mode="before")
+    @classmethod
+    def _one_code(cls, values: Any) -> Any:
+        return [values] if isinstance(values, str) else values
+
+    @field_validator("until", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        return value.isoformat() if type(value) is date else value
+
     @model_validator(mode="after")
     def _fits(self) -> ColumnEntry:
-        if self.type == "categorical":
-            if self.values is None:
-                raise ValueError("a categorical column needs values")
-            stripped = [v.strip() for v in self.values]
-            if len(set(stripped)) < 2 or len(set(stripped)) != len(stripped) or "" in stripped:
-                raise ValueError("values must be at least two distinct, non-empty categories")
-            if stripped != self.values:
-                raise ValueError("values must not begin or end with spaces")
-            if self.range is not None or self.unit:
-                raise ValueError("a categorical column has no range and no unit")
-        elif self.values is not None:
-            raise ValueError("a continuous column has no values")
+        if self.type in ("categorical", "boolean"):
+            self._fits_categories()
+        elif self.values is not None or self.aliases:
+            raise ValueError(f"a {self.type} column has no values and no aliases")
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError("range must be [lowest, highest]")
         if self.range is not None and not all(map(math.isfinite, self.range)):
             raise ValueError("range must be two finite numbers")
+        if self.type == "date":
+            if not self.until:
+                raise ValueError(
+                    "a date column needs until: the column, or the day, to which time is counted"
+                )
+            if not same_quantity(self.unit or "years", "days"):
+                raise ValueError("the unit of a date column is years, months, weeks or days")
+        elif self.until or self.format:
+            raise ValueError("until and format belong to a column of type date")
+        if self.type != "continuous" and (
+            self.units or self.molar_mass is not None or self.censored != "error"
+        ):
+            raise ValueError("units, molar_mass and censored belong to a continuous column")
+        self._fits_units()
+        if any(word != word.strip() or not word for word in self.missing):
+            raise ValueError("words under missing must not be empty, or begin or end with spaces")
+        if self.loinc and self.fhir:
+            raise ValueError("give either loinc or fhir")
+        if any(not re.fullmatch(r"[0-9]{1,7}-[0-9]", code) for code in self.loinc):
+            raise ValueError("a LOINC code is digits, a hyphen and a check digit: '2345-7'")
         return self
+
+    def _fits_categories(self) -> None:
+        if self.type == "boolean" and (self.values is not None or self.aliases):
+            raise ValueError("a boolean column is no or yes; for other words declare categories")
+        if self.type == "categorical" and self.values is None:
+            raise ValueError("a categorical column needs values")
+        values = self.values if self.values is not None else ["no", "yes"]
+        stripped = [v.strip() for v in values]
+        if len(set(stripped)) < 2 or len(set(stripped)) != len(stripped) or "" in stripped:
+            raise ValueError("values must be at least two distinct, non-empty categories")
+        if stripped != values:
+            raise ValueError("values must not begin or end with spaces")
+        if self.range is not None or self.unit:
+            raise ValueError(f"a {self.type} column has no range and no unit")
+        unknown = set(self.aliases) - set(values)
+        if unknown:
+            raise ValueError(f"aliases of what is no category: {', '.join(sorted(unknown))}")
+        words = [*values, *(word for group in self.aliases.values() for word in group)]
+        words += self.missing
+        if len(set(words)) < len(words) or any(word != word.strip() or not word for word in words):
+            raise ValueError(
+                "a word stands for one category, or for blank; none is empty or begins or ends"
+                " with spaces"
+            )
+
+    def _fits_units(self) -> None:
+        if isinstance(self.molar_mass, str) and self.molar_mass not in MOLAR_MASS:
+            raise ValueError(
+                "molar_mass is a number in g/mol, or a known substance: "
+                f"{', '.join(sorted(MOLAR_MASS))}"
+            )
+        mass = self.grams_per_mole
+        if mass is not None and not (math.isfinite(mass) and mass > 0):
+            raise ValueError("molar_mass must be positive")
+        if self.units and not self.unit:
+            raise ValueError("units besides none: declare unit too, the one numbers are kept in")
+        for other in self.units:
+            try:
+                convert(1.0, other, self.unit, mass)
+            except UnitError as error:
+                raise ValueError(f"units: {error}") from None
+
+    @property
+    def grams_per_mole(self) -> float | None:
+        """The molar mass as a number."""
+        return MOLAR_MASS[self.molar_mass] if isinstance(self.molar_mass, str) else self.molar_mass
+
+    def column(self, name: str) -> Column:
+        """Return the column of this entry."""
+        aliases = [(word, k) for k, words in self.aliases.items() for word in words]
+        if self.type == "boolean":
+            aliases = [(word, "no") for word in _NO] + [(word, "yes") for word in _YES]
+        rules = CellRules(
+            header=self.header,
+            units=tuple(self.units),
+            molar_mass=self.grams_per_mole,
+            aliases=tuple(aliases),
+            missing=tuple(self.missing),
+            censored=self.censored,
+            until=self.until,
+            date_format=self.format,
+            loinc=tuple(self.loinc),
+            fhir=self.fhir,
+            pick=self.pick,
+        )
+        values = ("no", "yes") if self.type == "boolean" else tuple(self.values or ())
+        return Column(
+            name=name,
+            type="categorical" if values else "continuous",
+            unit=self.unit or ("years" if self.type == "date" else ""),
+            range=(self.range[0], self.range[1]) if self.range is not None else None,
+            values=values,
+            rules=rules if rules != CellRules() else None,
+        )
+
+
+def as_words(values: Any) -> Any:
+    """Return a list from YAML with its numbers as text; booleans are refused.
+
+    Raises:
+        ValueError: If one is a boolean: which word was meant is not known any more.
+    """
+    if not isinstance(values, list):
+        return values
+    if any(isinstance(v, bool) for v in values):
+        raise ValueError("YAML reads yes, no, on, off, true and false as booleans; quote them")
+    return [str(v) if isinstance(v, int | float) else v for v in values]
 
 
 class TableEntry(Strict):
@@ -90,30 +237,82 @@ class TableEntry(Strict):
 
     Attributes:
         kind: `table`.
-        file: CSV or JSON file inside the patient directory; several tables may share one.
+        file: File inside the patient directory, CSV, TSV, JSON or Parquet; several tables may
+            share one. A FHIR record is a JSON or NDJSON file or a folder of them.
         columns: Columns in canonical order.
+        format: `fhir` for a FHIR record; otherwise the extension says.
+        shared: File in the cohort's folder with a row for every record; `file` is then its name.
+        record_column: Column that names the record of a row, for files with several.
+        patient_column: Column that names the patient of a row.
+        encoding: Of text files that are not UTF-8 and have no byte-order mark.
+        separator: Between cells, where the header does not tell.
+        decimal: The decimal sign, `.` or `,`.
+        statuses: FHIR observations of other status are no data.
     """
 
     kind: Literal["table"]
-    file: str
+    file: str = ""
     columns: Annotated[dict[str, ColumnEntry], Field(min_length=1)]
+    format: Literal["", "fhir"] = ""
+    shared: str = ""
+    record_column: str = ""
+    patient_column: str = ""
+    encoding: str = ""
+    separator: Literal["", ",", ";", "\t", "tab"] = ""
+    decimal: Literal[".", ","] = "."
+    statuses: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _fits(self) -> TableEntry:
-        plain_name(self.file)
-        if not self.file.lower().endswith((".csv", ".json")):
-            raise ValueError("file must end in .csv or .json")
+        if self.shared:
+            plain_name(self.shared)
+            if not (self.record_column or self.patient_column):
+                raise ValueError(
+                    "a shared table needs record_column or patient_column: the column that tells"
+                    " whose a row is"
+                )
+        elif not self.file:
+            raise ValueError("a table needs file")
+        plain_name(self.path)
+        known = (".json", ".ndjson") if self.format == "fhir" else EXTENSIONS
+        for name in filter(None, (self.path, self.shared)):
+            if not name.lower().endswith(known):
+                raise ValueError(f"file must end in {', '.join(known[:-1])} or {known[-1]}")
+        if self.encoding and self.encoding not in ENCODINGS:
+            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}")
         if any(not name or name != name.strip() for name in self.columns):
             raise ValueError("column names must not be empty, or begin or end with spaces")
+        if self.format == "fhir":
+            if self.shared or self.record_column or self.patient_column:
+                raise ValueError("a FHIR record belongs to one patient directory")
+            lost = [n for n, c in self.columns.items() if not (c.loinc or c.fhir)]
+            if lost:
+                raise ValueError(f"columns of a FHIR record need loinc or fhir: {', '.join(lost)}")
+        elif any(c.loinc or c.fhir for c in self.columns.values()) or self.statuses:
+            raise ValueError("loinc, fhir and statuses need format: fhir")
+        elif any(c.pick != "error" for c in self.columns.values()):
+            raise ValueError("pick needs format: fhir")
         return self
 
+    @property
+    def path(self) -> str:
+        """Name of the file inside the patient directory."""
+        return self.file or Path(self.shared).name
 
-@dataclass(frozen=True)
-class _Row:
-    """The one row of a table file: stripped text by header, and where the cells are."""
-
-    cells: Mapping[str, str]
-    place: str
+    @property
+    def rules(self) -> FileRules | None:
+        """How the file is written."""
+        rules = FileRules(
+            format=self.format,
+            encoding=self.encoding,
+            separator="\t" if self.separator == "tab" else self.separator,
+            decimal=self.decimal,
+            shared=self.shared,
+            record_column=self.record_column,
+            patient_column=self.patient_column,
+            statuses=tuple(self.statuses),
+        )
+        return rules if rules != FileRules() else None
 
 
 class Table(Modality):
@@ -135,94 +334,90 @@ class Table(Modality):
             starts.append(size)
             size += 2 if column.type == "continuous" else len(column.values)
         self._starts = tuple(starts)
+        self._rules = spec.rules or FileRules()
 
     @classmethod
     def spec_from_entry(cls, name: str, entry: BaseModel) -> ModalitySpec:
         """Return the spec of a validated `cohort.yaml` entry."""
         entry = cast("TableEntry", entry)
-        columns = tuple(
-            Column(
-                name=column_name,
-                type=column.type,
-                unit=column.unit,
-                range=(column.range[0], column.range[1]) if column.range is not None else None,
-                values=tuple(column.values or ()),
-            )
-            for column_name, column in entry.columns.items()
-        )
+        columns = tuple(column.column(n) for n, column in entry.columns.items())
         return ModalitySpec(
-            name=name, kind="table", file=entry.file, shape=(len(columns),), columns=columns
+            name=name,
+            kind="table",
+            file=entry.path,
+            shape=(len(columns),),
+            columns=columns,
+            rules=entry.rules,
         )
 
     # -- files ---------------------------------------------------------------------------------
 
-    def _find(self, folder: Path, where: str) -> Path | None:
-        """Return the table's file, CSV or JSON."""
+    def _find(self, folder: Path, where: str, whose: Whose) -> tuple[Path | None, bool]:
+        """Return the table's file, and whether it is that of the whole cohort."""
         declared = folder / self.spec.file
-        found = [
-            path
-            for path in (declared.with_suffix(".csv"), declared.with_suffix(".json"), declared)
-            if path.exists()
-        ]
-        found = list(dict.fromkeys(found))
+        shared = None
+        if self._rules.shared and whose.root is not None:
+            shared = whose.root / self._rules.shared
+        if self._rules.format == "fhir":
+            names = [declared.with_suffix(s) for s in (".json", ".ndjson", "")]
+        else:
+            names = [declared.with_suffix(s) for s in EXTENSIONS]
+        found = [p for p in dict.fromkeys((*names, declared)) if p.exists() and p != shared]
+        if shared is not None and shared.exists():
+            found.append(shared)
         ambiguous = Problem(
             where,
             "two files hold the same table",
-            expected=f"one of {declared.stem}.csv and {declared.stem}.json",
+            expected=f"one of {', '.join(p.name for p in names)}",
         )
-        return the_one(found, declared, where, ambiguous)
+        path = the_one(found, declared, where, ambiguous)
+        return path, path is not None and path == shared
 
     def read(
-        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+        self,
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read the row. See `Modality.read`.
 
         A column that the file does not have is blank; columns of the file that are not declared
         are left alone.
         """
-        path = self._find(folder, where)
+        whose = whose or Whose()
+        path, shared = self._find(folder, where, whose)
         if path is None:
             return None
-        try:
-            content = path.read_bytes()
-            text = content.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PatientDataError(
-                Problem(
-                    f"{where}: {path.name}",
-                    "the file cannot be read as text",
-                    expected="UTF-8 text",
-                    got=type(error).__name__,
-                    remedy="Save the table as CSV in UTF-8",
-                )
-            ) from error
         at = f"{where}: {path.name}"
-        row = _json_row(text, at) if path.suffix == ".json" else _csv_row(text, at)
-        blank = {"", *(value.strip() for value in missing_values)}
+        columns = self.spec.columns
+        headers = [(c.rules.header if c.rules is not None else "") or c.name for c in columns]
+        wanted = {*headers, *(c.rules.until for c in columns if c.rules is not None)} - {""}
+        row = read_row(path, self._rules, frozenset(wanted), at, whose, shared=shared)
+        if row is None:
+            return None
         values = torch.zeros(self.spec.shape, dtype=torch.float32)
         filled = torch.zeros(self.spec.shape, dtype=torch.bool)
         problems: list[Problem] = []
-        declared = {column.name for column in self.spec.columns}
-        alike = {header.lower(): header for header in row.cells if header not in declared}
-        for i, column in enumerate(self.spec.columns):
-            other = alike.get(column.name.lower())
-            if column.name not in row.cells and other is not None:
+        alike = {header.lower(): header for header in row.cells if header not in wanted}
+        for i, (column, header) in enumerate(zip(columns, headers, strict=True)):
+            other = alike.get(header.lower())
+            if header not in row.cells and other is not None:
                 problems.append(
                     Problem(
                         f"{at}, column {other}",
                         "the name differs from a declared column's in capital letters",
-                        expected=column.name,
+                        expected=header,
                         remedy="Rename the column",
                     )
                 )
                 continue
-            cell = row.cells.get(column.name, "")
-            if cell in blank:
-                continue
-            value = _parse(cell, column, f"{row.place}, column {column.name}")
+            cell = row.cells.get(header, Cell(""))
+            place = cell.place or f"{row.place}, column {header}"
+            value = parse(cell, column, row.cells, place, self._rules.decimal, missing_values)
             if isinstance(value, Problem):
                 problems.append(value)
-            else:
+            elif value is not None:
                 values[i] = value
                 filled[i] = True
         if problems:
@@ -232,8 +427,8 @@ class Table(Modality):
         return ModalityValue(
             values=values,
             source=Source(
-                file=path.relative_to(folder).as_posix(),
-                sha256=sha256(content).hexdigest(),
+                file=self._rules.shared if shared else path.relative_to(folder).as_posix(),
+                sha256=row.sha256,
                 facts={"cells": f"{int(filled.sum())} of {len(filled)} filled"},
             ),
             observed_fields=filled,
@@ -397,155 +592,3 @@ class Table(Modality):
                 cell = index.to(parameters.dtype)
             cells.append(cell)
         return torch.stack(cells, dim=1)
-
-
-def _parse(cell: str, column: Column, where: str) -> float | Problem:
-    """Return a cell's number or category index, or what is wrong with it."""
-    if column.type == "categorical":
-        if cell in column.values:
-            return float(column.values.index(cell))
-        return Problem(
-            where,
-            "the cell holds an unknown category",
-            expected=" or ".join(column.values),
-            remedy=f"{nearest(cell, list(column.values))}. Leave the cell blank if it was not"
-            " recorded",
-        )
-    unit = f" {column.unit}" if column.unit else ""
-    if column.range is None:
-        expected = f"a number{' in' if unit else ''}{unit}"
-    else:
-        expected = f"a number from {column.range[0]:g} to {column.range[1]:g}{unit}"
-    if not _NUMBER.fullmatch(cell):
-        not_a_number = cell.lower() in _NOT_A_NUMBER
-        return Problem(
-            where,
-            "the cell does not hold a finite number"
-            if not_a_number
-            else "the cell is not a number",
-            expected=expected,
-            remedy="Leave the cell blank if it was not measured"
-            if not_a_number
-            else "Write the number with a decimal point, without unit or sign of comparison, or"
-            " list the word under missing_values in cohort.yaml",
-        )
-    value = float(cell)
-    low, high = column.range if column.range is not None else (-_LARGEST, _LARGEST)
-    if not low <= value <= high:
-        return Problem(
-            where,
-            "the number is outside the declared range",
-            expected=expected,
-            remedy="Check the value and its unit, or widen the range in cohort.yaml",
-        )
-    return value
-
-
-def _csv_row(text: str, where: str) -> _Row:
-    """Return the one data row of a CSV file.
-
-    Raises:
-        PatientDataError: If it is not a header and one row of as many cells.
-    """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells) or len(cells) > 1:
-                rows.append((reader.line_num, [cell.strip() for cell in cells]))
-    except csv.Error as error:
-        raise PatientDataError(
-            Problem(
-                f"{where}, line {reader.line_num}",
-                "the file is not valid CSV",
-                remedy="Check the quotes",
-            )
-        ) from error
-    one_row = "a header line and one row of values"
-    if len(rows) != 2:
-        got = f"{max(0, len(rows) - 1)} rows of values" if rows else "an empty file"
-        remedy = (
-            "Keep the row of this visit" if len(rows) > 2 else "Write the row, or remove the file"
-        )
-        raise PatientDataError(
-            Problem(where, "the table does not have one row", one_row, got, remedy)
-        )
-    (_, header), (line, cells) = rows
-    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-        raise PatientDataError(
-            Problem(
-                f"{where}, line 1",
-                "the columns are not separated by commas",
-                remedy="Save the table as comma-separated values",
-            )
-        )
-    repeated = sorted({name for name in header if name and header.count(name) > 1})
-    if repeated:
-        raise PatientDataError(
-            *(Problem(f"{where}, line 1, column {n}", "the header occurs twice") for n in repeated)
-        )
-    if len(cells) != len(header):
-        raise PatientDataError(
-            Problem(
-                f"{where}, line {line}",
-                "the row does not have one cell per header",
-                expected=f"{len(header)} cells",
-                got=f"{len(cells)} cells",
-                remedy="Quote cells that contain a comma",
-            )
-        )
-    return _Row(dict(zip(header, cells, strict=True)), f"{where}, line {line}")
-
-
-def _json_row(text: str, where: str) -> _Row:
-    """Return the one object of a JSON file.
-
-    Raises:
-        PatientDataError: If it is not one object, or a list of one, of plain values.
-    """
-    repeated: list[str] = []
-
-    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name.strip() for name, _ in pairs]
-        repeated.extend(name for name in names if names.count(name) > 1)
-        return dict(zip(names, (value for _, value in pairs), strict=True))
-
-    try:
-        # Numbers stay text: they are parsed by the column's own rules.
-        data = json.loads(
-            text, object_pairs_hook=as_object, parse_int=str, parse_float=str, parse_constant=str
-        )
-    except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise PatientDataError(
-            Problem(
-                f"{where}{line}", "the file is not valid JSON", remedy="Check commas and quotes"
-            )
-        ) from error
-    if isinstance(data, list) and len(data) == 1:
-        data = data[0]
-    if not isinstance(data, dict):
-        got = f"a list of {len(data)}" if isinstance(data, list) else "something else"
-        raise PatientDataError(
-            Problem(
-                where,
-                "the table does not have one row",
-                expected="one object of column: value",
-                got=got,
-                remedy="Keep the row of this visit",
-            )
-        )
-    problems = [Problem(f"{where}, column {n}", "the name occurs twice") for n in set(repeated)]
-    cells = {}
-    for name, value in data.items():
-        if isinstance(value, dict | list):
-            problems.append(
-                Problem(f"{where}, column {name}", "the cell holds a list or an object")
-            )
-        elif isinstance(value, bool):
-            cells[name] = str(value).lower()
-        else:
-            cells[name] = "" if value is None else str(value).strip()
-    if problems:
-        raise PatientDataError(*problems)
-    return _Row(cells, where)

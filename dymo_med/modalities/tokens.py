@@ -24,7 +24,7 @@ from dymo_med.blocks import Encoder, StepDecoder, StepEncoder
 from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.modalities.base import Modality, the_one
+from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.modalities.image import SYNTHETIC, plain_name
 from dymo_med.types import ModalitySpec, ModalityValue, Source, Steps
 
@@ -123,7 +123,11 @@ class TokenSequence(Modality):
         return the_one(found, declared, where, ambiguous)
 
     def read(
-        self, folder: Path, where: str, missing_values: Sequence[str] = ()
+        self,
+        folder: Path,
+        where: str,
+        missing_values: Sequence[str] = (),
+        whose: Whose | None = None,
     ) -> ModalityValue | None:
         """Read the sequence and bring it to L steps. See `Modality.read`."""
         path = self._find(folder, where)

@@ -139,9 +139,9 @@ FILES = {
     "double header": ("ldh,ldh\n100,200\n", "header occurs twice"),
     "more cells": ("ldh,sex\n100,F,3\n", "one cell per header"),
     "fewer cells": ("ldh,sex\n100\n", "one cell per header"),
-    "semicolons": ("ldh;sex\n100;F\n", "not separated by commas"),
+    "other columns with semicolons": ("a;b\n100;F\n", "no declared column is found"),
     "open quote": ('ldh,sex\n100,"F\n', "not valid CSV"),
-    "not text": (b"\xff\xfe\x00l\x00d", "cannot be read as text"),
+    "not text": (b"ldh\n\xff\xfe100", "cannot be read as text"),
 }
 
 
@@ -324,7 +324,9 @@ def test_wrong_columns_are_refused(name):
         TableEntry.model_validate({**ENTRY, "columns": {"x": column}})
 
 
-@pytest.mark.parametrize("change", [{"file": "ehr.xlsx"}, {"file": "../ehr.csv"}, {"columns": {}}])
+@pytest.mark.parametrize(
+    "change", [{"file": "ehr.xlsx"}, {"file": "../ehr.csv"}, {"columns": {}}, {"file": ""}]
+)
 def test_wrong_tables_are_refused(change):
     with pytest.raises(ValueError):
         TableEntry.model_validate({**ENTRY, **change})

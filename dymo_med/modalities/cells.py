@@ -1,0 +1,314 @@
+"""Cells of a table: from what a file says to a number, a category or nothing."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+
+import torch
+
+from dymo_med.errors import Problem
+from dymo_med.modalities.units import UnitError, convert, same, suspects
+from dymo_med.registry import nearest
+from dymo_med.types import CellRules, Column
+
+# Python's float() also takes "1_000", "nan" and "inf"; a table must not.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_COMMA_NUMBER = re.compile(r"[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?", re.ASCII)
+_GROUPED = re.compile(r"[+-]?\d{1,3}([., '’\u00a0\u202f]\d{3})+([.,]\d+)?", re.ASCII)
+_CENSORED = re.compile(r"(?:[<>]=?|[≤≥])\s*(.+)")
+_NOT_A_NUMBER = frozenset({"nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
+_DATE = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ]\d\d:\d\d\S*)?", re.ASCII)
+_LARGEST = torch.finfo(torch.float32).max
+_DEFAULT = CellRules()
+
+# Words and numbers that often mean "not recorded". Never taken for it unless declared; only the
+# remedy knows them.
+_BLANK_WORDS = frozenset(
+    {
+        *("n/a", "na", "#n/a", "n.a.", "n.d.", "nd", "nan", "null", "none", "nil", "unk"),
+        *("?", "??", "-", "--", "---", ".", "..", "*", "unknown", "missing", "pending"),
+        *("not done", "not recorded", "not measured", "not available", "unavailable"),
+        *("#div/0!", "#value!", "#ref!", "#null!", "#num!", "#name?"),
+    }
+)
+_BLANK_NUMBERS = frozenset({-99.0, -999.0, -9999.0, -99999.0})
+
+_DECLARE = (
+    "if it means that nothing was recorded, list it under missing_values, or under this column's"
+    " missing, in cohort.yaml"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a file holds in one cell.
+
+    Attributes:
+        text: Stripped.
+        unit: The unit that the file states beside the number; empty = none.
+        typed: The file's format itself says that this is a number (JSON, Parquet), so that the
+            decimal sign is a point whatever the table's is.
+        also: Other codes of the same category.
+        place: Where, if that is not the row and the column.
+    """
+
+    text: str
+    unit: str = ""
+    typed: bool = False
+    also: tuple[str, ...] = ()
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record's row of a table.
+
+    Attributes:
+        cells: By header.
+        place: Where the row is, for messages.
+        sha256: Hash of the file, or of the row where the file holds rows of others too.
+        identifiers: What the file calls the patient.
+    """
+
+    cells: Mapping[str, Cell]
+    place: str
+    sha256: str
+    identifiers: tuple[str, ...] = ()
+
+
+def is_blank(cell: Cell, column: Column, blank: Collection[str]) -> bool:
+    """Return whether a cell holds nothing, or a word declared to mean that.
+
+    Args:
+        cell: From the file.
+        column: What it is a cell of.
+        blank: Words that mean "blank" in all columns.
+    """
+    if not cell.text:
+        return True
+    words = {"", *(w.strip() for w in (*blank, *(column.rules or _DEFAULT).missing))}
+    if cell.text in words:
+        return True
+    if column.type == "categorical" or not _NUMBER.fullmatch(cell.text):
+        return False
+    # A code written as another number: -999 as -999.0.
+    return any(_NUMBER.fullmatch(w) and float(w) == float(cell.text) for w in words)
+
+
+def parse(
+    cell: Cell,
+    column: Column,
+    cells: Mapping[str, Cell],
+    where: str,
+    decimal: str = ".",
+    blank: Collection[str] = (),
+) -> float | Problem | None:
+    """Return a cell's number or category index, None for a blank cell, or what is wrong with it.
+
+    Args:
+        cell: What the file holds.
+        column: What it is a cell of.
+        cells: The whole row, for dates that count from one column to another.
+        where: Where the cell is, for the message.
+        decimal: The table's decimal sign.
+        blank: Words that mean "blank" in all columns.
+    """
+    if is_blank(cell, column, blank):
+        return None
+    rules = column.rules or _DEFAULT
+    if column.type == "categorical":
+        return _category(cell, column, where)
+    if rules.until:
+        return _time_span(cell, column, rules, cells, where, blank)
+    text = cell.text
+    censored = _CENSORED.fullmatch(text)
+    if censored is not None and rules.censored != "error":
+        if rules.censored == "missing":
+            return None
+        text = censored[1]
+    sign = "." if cell.typed else decimal
+    if not (_NUMBER if sign == "." else _COMMA_NUMBER).fullmatch(text):
+        return _no_number(text, column, sign, where, censored is not None)
+    value = float(text.replace(",", "."))
+    if column.range is None and value in _BLANK_NUMBERS:
+        return Problem(
+            where,
+            "the number often stands for 'not measured', and the cohort does not say what it is",
+            remedy="Give the column a range if it is a measurement; " + _DECLARE,
+        )
+    converted = _convert(value, cell.unit, column, rules, where)
+    return converted if isinstance(converted, Problem) else _within(converted, column, where)
+
+
+def _category(cell: Cell, column: Column, where: str) -> float | Problem:
+    """Return the index of a category, by its name or one of its aliases."""
+    aliases = dict((column.rules or _DEFAULT).aliases)
+    texts = [aliases.get(text, text) for text in (cell.text, *cell.also)]
+    found = {text for text in texts if text in column.values}
+    if len(found) == 1:
+        return float(column.values.index(found.pop()))
+    what = "the cell holds several categories" if found else "the cell holds an unknown category"
+    hint = nearest(cell.text, list(column.values))
+    if cell.text.lower() in _BLANK_WORDS or _is_code(cell.text):
+        hint = _DECLARE[0].upper() + _DECLARE[1:]
+    return Problem(
+        where,
+        what,
+        expected=" or ".join(column.values),
+        remedy=f"{hint}. Leave the cell blank if it was not recorded; other words for a category"
+        " go under aliases in cohort.yaml",
+    )
+
+
+def _is_code(text: str) -> bool:
+    return bool(_NUMBER.fullmatch(text)) and float(text) in _BLANK_NUMBERS
+
+
+def _expected(column: Column) -> str:
+    unit = f" {column.unit}" if column.unit else ""
+    if column.range is None:
+        return f"a number{' in' if unit else ''}{unit}"
+    return f"a number from {column.range[0]:g} to {column.range[1]:g}{unit}"
+
+
+def _no_number(text: str, column: Column, sign: str, where: str, censored: bool) -> Problem:
+    """Return what is wrong with text that is no number, and what to do about it."""
+    what = "the cell is not a number"
+    if text.lower() in _NOT_A_NUMBER:
+        what = "the cell does not hold a finite number"
+        remedy = f"Leave the cell blank if it was not measured, or {_DECLARE}"
+    elif text.lower() in _BLANK_WORDS:
+        remedy = _DECLARE[0].upper() + _DECLARE[1:]
+    elif censored:
+        remedy = (
+            "Say in cohort.yaml what a limit means in this column, censored: limit or"
+            " censored: missing"
+        )
+    elif _GROUPED.fullmatch(text) and not _COMMA_NUMBER.fullmatch(text):
+        remedy = (
+            "Write numbers without thousands separators, with the decimal sign that the table"
+            f" declares ('{sign}')"
+        )
+    elif sign == "." and _COMMA_NUMBER.fullmatch(text):
+        remedy = (
+            "If the comma is the decimal sign, say so in cohort.yaml: decimal: ',' for this table;"
+            " if it separates thousands, take it out"
+        )
+    elif sign == "," and _NUMBER.fullmatch(text):
+        remedy = (
+            "The table declares a decimal comma; write one, or take decimal: out of cohort.yaml"
+        )
+    else:
+        remedy = (
+            "Write the number alone; a unit belongs into the header, as in [mmol/L], or into a"
+            f" column of its own; and {_DECLARE}"
+        )
+    return Problem(where, what, expected=_expected(column), remedy=remedy)
+
+
+def _convert(
+    value: float, unit: str, column: Column, rules: CellRules, where: str
+) -> float | Problem:
+    """Return a number in the column's unit."""
+    accepted = [column.unit, *rules.units]
+    if not unit:
+        if not rules.units:
+            return value
+        return Problem(
+            where,
+            "the file does not say in which unit the number is",
+            expected=" or ".join(accepted),
+            remedy="Put the unit into the header, as in [mmol/L], or into a column"
+            f" {rules.header or column.name}_unit",
+        )
+    if column.unit and same(unit, column.unit):
+        return value
+    if not any(same(unit, other) for other in rules.units):
+        return Problem(
+            where,
+            "the number is in a unit that is not declared",
+            expected=" or ".join(accepted) if column.unit else "a number without unit",
+            remedy="Convert it, or list the file's unit under units of this column in cohort.yaml",
+        )
+    try:
+        return convert(value, unit, column.unit, rules.molar_mass)
+    except UnitError as error:
+        return Problem(where, str(error), remedy="See units and molar_mass in cohort.yaml")
+
+
+def _within(value: float, column: Column, where: str) -> float | Problem:
+    low, high = column.range if column.range is not None else (-_LARGEST, _LARGEST)
+    if low <= value <= high and math.isfinite(value):
+        return value
+    remedy = "Check the value and its unit, or widen the range in cohort.yaml"
+    if column.range is not None and column.unit:
+        molar_mass = (column.rules or _DEFAULT).molar_mass
+        others = suspects(value, column.unit, column.range, molar_mass)
+        if others:
+            remedy = (
+                f"It would be within the range if it were in {' or '.join(others)}: check the unit"
+            )
+    if value in _BLANK_NUMBERS:
+        remedy = f"{remedy}; {_DECLARE}"
+    return Problem(
+        where, "the number is outside the declared range", expected=_expected(column), remedy=remedy
+    )
+
+
+def _time_span(
+    cell: Cell,
+    column: Column,
+    rules: CellRules,
+    cells: Mapping[str, Cell],
+    where: str,
+    blank: Collection[str],
+) -> float | Problem | None:
+    """Return the time from a cell's date to the reference date, in the column's unit.
+
+    A year is 365.25 days and a month a twelfth of it, as in UCUM.
+    """
+    ends = []
+    fixed = _DATE.fullmatch(rules.until)
+    reference = Cell(rules.until) if fixed else cells.get(rules.until, Cell(""))
+    if not reference.text or reference.text in {w.strip() for w in (*blank, *rules.missing)}:
+        return None
+    for text, written, name in (
+        (cell.text, rules.date_format, ""),
+        (reference.text, "" if fixed else rules.date_format, f" ({rules.until})"),
+    ):
+        day = _day(text, written)
+        if day is None:
+            known = text.lower() in _BLANK_WORDS
+            return Problem(
+                where + name,
+                "the cell is not a date",
+                expected=f"a day written as {written}" if written else "a day as YYYY-MM-DD",
+                remedy=_DECLARE[0].upper() + _DECLARE[1:]
+                if known
+                else "Write whole dates, or declare how they are written: format: '%d.%m.%Y'",
+            )
+        ends.append(day)
+    days = (ends[1] - ends[0]).days
+    if days < 0:
+        return Problem(
+            where,
+            "the date lies after the date up to which time is counted",
+            expected=f"a day up to that of {rules.until}",
+            remedy="Check which of the two is wrong",
+        )
+    return _within(convert(float(days), "days", column.unit), column, where)
+
+
+def _day(text: str, written: str) -> date | None:
+    """Return a day from text; None if it is none."""
+    try:
+        if written:
+            return datetime.strptime(text, written).date()
+        found = _DATE.fullmatch(text)
+        return date.fromisoformat(found[1]) if found else None
+    except ValueError:
+        return None

@@ -1,0 +1,716 @@
+"""Files of tables: from CSV, TSV, JSON and Parquet to the row of one record.
+
+Nothing is guessed. Text is UTF-8, or UTF-16 with a byte-order mark, unless the cohort declares
+another encoding; cells are separated by what is declared, or by the one sign that makes a header of
+the declared columns. Nothing in a file is evaluated: no pickle, no schema metadata.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dymo_med.errors import PatientDataError, Problem
+from dymo_med.modalities.base import Whose
+from dymo_med.modalities.cells import Cell, Row
+from dymo_med.types import FileRules
+
+EXTENSIONS = (".csv", ".tsv", ".json", ".parquet")
+ENCODINGS = (
+    *("utf-8", "utf-16", "windows-1250", "windows-1251", "windows-1252", "windows-1253"),
+    *("iso-8859-1", "iso-8859-2", "iso-8859-15", "macintosh", "cp437", "cp850"),
+    *("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr"),
+)
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+# Bounds of what is read into memory: a table of a million patients fits, a bomb does not.
+LARGEST_BYTES = 256 * 2**20
+MOST_ROWS = 2_000_000
+MOST_HEADERS = 20_000
+
+_WITH_UNIT = re.compile(r"(.+?)\s*\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]")
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+class _Number(str):
+    """Text of a number whose format says that it is one."""
+
+    __slots__ = ()
+
+
+class _Nested:
+    """A list or an object where a cell is expected."""
+
+
+_Raw = str | Cell | _Nested
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All rows of a file.
+
+    Attributes:
+        header: Names of the columns, stripped, without units.
+        rows: Number of each row, and its cells.
+        sha256: Of the file.
+        noun: What the rows' numbers count: "line" or "row".
+        units: Units that stand in the header, by name.
+        index: Places in `rows` by the cells of the key columns.
+    """
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[int, Sequence[_Raw]]]
+    sha256: str
+    noun: str
+    units: Mapping[str, str] = field(default_factory=dict)
+    index: Mapping[tuple[str, ...], Sequence[int]] = field(default_factory=dict)
+
+
+def read_row(
+    path: Path, rules: FileRules, wanted: frozenset[str], where: str, whose: Whose, *, shared: bool
+) -> Row | None:
+    """Return the row of one record.
+
+    Args:
+        path: The file.
+        rules: How it is written.
+        wanted: Headers that matter; others are left alone.
+        where: Who this is, and which file, for messages.
+        whose: Which record, where the file holds rows of several.
+        shared: Whether the file is that of the whole cohort.
+
+    Returns:
+        None if a shared file has no row for the record.
+
+    Raises:
+        PatientDataError: If the file cannot be read, or holds not one row of the record.
+    """
+    keys = {}
+    if rules.record_column:
+        keys[rules.record_column] = whose.record_id
+    if rules.patient_column:
+        keys[rules.patient_column] = whose.patient_id or whose.record_id
+    if not keys:
+        return _only_row(_grid(path, rules, wanted, where), wanted, where)
+    wanted |= frozenset(keys)
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise _unreadable(where, error) from error
+    grid = _indexed(path, (stat.st_mtime_ns, stat.st_size), rules, wanted, tuple(keys))
+    if not isinstance(grid, _Grid):
+        raise PatientDataError(*grid)
+    one = len(grid.rows) == 1 and not shared
+    if one and (
+        any(column not in grid.header for column in keys)
+        or (whose.patient_id is None and not rules.record_column)
+    ):
+        return _only_row(grid, wanted, where)
+    absent = [column for column in keys if column not in grid.header]
+    if absent:
+        raise PatientDataError(
+            Problem(
+                path.name,
+                "the column that tells whose a row is, is not there",
+                expected=f"a column {', '.join(absent)}",
+                remedy="Add it, or correct record_column and patient_column in cohort.yaml",
+            )
+        )
+    found = grid.index.get(tuple(keys.values()), ())
+    if not found and shared:
+        return None
+    if len(found) != 1:
+        raise PatientDataError(
+            Problem(
+                where,
+                f"the table has {len(found)} rows of this record"
+                if found
+                else "the table has rows of other records only",
+                expected=f"one row with its {' and '.join(keys)}",
+                got=" and ".join(f"{grid.noun} {grid.rows[i][0]}" for i in found[:5]),
+                remedy="Keep the right one"
+                if found
+                else "Check whose table this is: it may be another patient's",
+            )
+        )
+    return _row(grid, found[0], wanted, where, whole=one)
+
+
+@lru_cache(maxsize=8)
+def _indexed(
+    path: Path,
+    stamp: tuple[int, int],
+    rules: FileRules,
+    wanted: frozenset[str],
+    keys: tuple[str, ...],
+) -> _Grid | tuple[Problem, ...]:
+    """Return a file's rows with an index, or what is wrong; remembered while the file is as it was.
+
+    Args:
+        path: The file.
+        stamp: Time of its last change, and size.
+        rules: How it is written.
+        wanted: Headers that matter.
+        keys: Columns of the index.
+    """
+    try:
+        grid = _grid(path, rules, wanted, path.name)
+    except PatientDataError as error:
+        return error.problems
+    if any(grid.header.count(key) != 1 for key in keys):
+        return grid
+    places = [grid.header.index(key) for key in keys]
+    index: dict[tuple[str, ...], list[int]] = {}
+    for number, (line, cells) in enumerate(grid.rows):
+        if len(cells) <= max(places):
+            return (_uneven(f"{path.name}, {grid.noun} {line}", len(grid.header), len(cells)),)
+        key = tuple(_as_cell(cells[place]).text for place in places)
+        if not all(key):
+            return (
+                Problem(
+                    f"{path.name}, {grid.noun} {line}",
+                    "the row does not say whose it is",
+                    expected=f"a value under {', '.join(keys)}",
+                    remedy="Fill it in, or take the row out",
+                ),
+            )
+        index.setdefault(key, []).append(number)
+    return replace(grid, index=index)
+
+
+def _uneven(where: str, expected: int, got: int) -> Problem:
+    return Problem(
+        where,
+        "the row does not have one cell per header",
+        expected=f"{expected} cells",
+        got=f"{got} cells",
+        remedy="Quote cells that contain the separator",
+    )
+
+
+def _as_cell(value: _Raw) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    if isinstance(value, _Nested):
+        return Cell("(nested)")
+    if not isinstance(value, _Number):
+        return Cell(value)
+    # Tables pass through programs that make 1 into 1.0; as a category both are the same code.
+    whole = re.fullmatch(r"([+-]?\d+)\.0+", value)
+    return Cell(str(value), typed=True, also=(whole[1],) if whole else ())
+
+
+def _only_row(grid: _Grid, wanted: frozenset[str], where: str) -> Row:
+    """Return the row of a file that holds no other.
+
+    Raises:
+        PatientDataError: If it holds none, or several.
+    """
+    if len(grid.rows) != 1:
+        many = len(grid.rows) > 1
+        raise PatientDataError(
+            Problem(
+                where,
+                "the table does not have one row",
+                expected="a header line and one row of values"
+                if grid.noun == "line"
+                else "one row of values",
+                got=f"{len(grid.rows)} rows of values" if grid.header else "an empty file",
+                remedy="Keep the row of this visit, or say in cohort.yaml which column tells whose"
+                " a row is (record_column, patient_column)"
+                if many
+                else "Write the row, or remove the file",
+            )
+        )
+    return _row(grid, 0, wanted, where, whole=True)
+
+
+def _row(grid: _Grid, number: int, wanted: frozenset[str], where: str, *, whole: bool) -> Row:
+    """Return one row of a grid.
+
+    Raises:
+        PatientDataError: If it does not fit the header, or a cell is none.
+    """
+    line, values = grid.rows[number]
+    place = where if grid.noun == "row" and whole else f"{where}, {grid.noun} {line}"
+    if len(values) != len(grid.header):
+        raise PatientDataError(_uneven(place, len(grid.header), len(values)))
+    cells: dict[str, Cell] = {}
+    problems = []
+    for name, value in zip(grid.header, values, strict=True):
+        if isinstance(value, _Nested):
+            if name in wanted:
+                problems.append(
+                    Problem(
+                        f"{place}, column {name}",
+                        "the cell holds a list or an object",
+                        expected='a value, or {"value": …, "unit": …}',
+                    )
+                )
+            continue
+        cells[name] = _as_cell(value)
+    if problems:
+        raise PatientDataError(*problems)
+    for name in wanted & cells.keys():
+        stated = {grid.units.get(name, ""), cells[name].unit}
+        beside = f"{name}_unit"
+        if beside in cells and beside not in wanted:
+            stated.add(cells[beside].text)
+        stated.discard("")
+        if len(stated) > 1 and cells[name].text:
+            problems.append(
+                Problem(
+                    f"{place}, column {name}",
+                    "the file states two units for one number",
+                    expected="one unit, in the header or beside the number",
+                )
+            )
+        cells[name] = replace(cells[name], unit=min(stated, default=""))
+    if problems:
+        raise PatientDataError(*problems)
+    digest = grid.sha256
+    if not whole:
+        digest = sha256(
+            repr([(n, str(_as_cell(v))) for n, v in zip(grid.header, values, strict=True)]).encode()
+        ).hexdigest()
+    return Row(cells, place, digest)
+
+
+def _unreadable(where: str, error: Exception) -> PatientDataError:
+    return PatientDataError(
+        Problem(
+            where,
+            "the file cannot be opened",
+            got=type(error).__name__,
+            remedy="Check that it is a file and its permissions",
+        )
+    )
+
+
+def content(path: Path, where: str) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        PatientDataError: If it is no plain file, cannot be read, or is larger than any table.
+    """
+    try:
+        if not path.is_file():
+            raise PatientDataError(
+                Problem(where, "is not a plain file", remedy="Put the table's file in its place")
+            )
+        if path.stat().st_size > LARGEST_BYTES:
+            raise PatientDataError(
+                Problem(
+                    where,
+                    "the file is too large for a table",
+                    expected=f"at most {LARGEST_BYTES >> 20} MB",
+                    remedy="Keep the rows and columns that are needed",
+                )
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(where, error) from error
+
+
+def decode(data: bytes, encoding: str, where: str) -> str:
+    """Return a text file's text.
+
+    Args:
+        data: Its bytes. A byte-order mark says UTF-8 or UTF-16 and is believed.
+        encoding: What the cohort declares for files without one; empty = UTF-8.
+        where: Which file, for the message.
+
+    Raises:
+        PatientDataError: If the bytes are no such text; the line is named.
+    """
+    marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    declared = encoding or "utf-8"
+    if marked is not None and encoding and not marked.startswith(encoding):
+        raise PatientDataError(
+            Problem(
+                where,
+                "the byte-order mark says another encoding than the cohort",
+                expected=encoding,
+                got=marked.removesuffix("-sig"),
+                remedy="Take encoding out of cohort.yaml; a marked file needs none",
+            )
+        )
+    if encoding == "utf-16" and marked is None:
+        raise PatientDataError(
+            Problem(where, "UTF-16 needs a byte-order mark", remedy="Save the table as UTF-8")
+        )
+    try:
+        text = data.decode(marked or declared)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1 if marked != "utf-16" else 1
+        raise PatientDataError(
+            Problem(
+                f"{where}, line {line}",
+                f"the file cannot be read as text in {(marked or declared).removesuffix('-sig')}",
+                expected="one encoding from the first line to the last",
+                remedy="Save the table as UTF-8, or name its encoding in cohort.yaml"
+                " (encoding: windows-1252); if only some lines differ, mend those",
+            )
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise PatientDataError(
+            Problem(
+                f"{where}, line {line}",
+                "the file holds NUL bytes, which no text does",
+                remedy="Copy it again, or save it as UTF-8 (UTF-16 needs a byte-order mark)",
+            )
+        )
+    if marked is None and not declared.startswith("utf") and not data.isascii():
+        for number, part in enumerate(data.split(b"\n"), start=1):
+            if not part.isascii() and _is_utf8(part):
+                raise PatientDataError(
+                    Problem(
+                        f"{where}, line {number}",
+                        f"the line is in UTF-8, though the cohort declares {declared}",
+                        remedy="Save the table in one encoding, UTF-8 for choice",
+                    )
+                )
+    return text
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _grid(path: Path, rules: FileRules, wanted: frozenset[str], where: str) -> _Grid:
+    """Return all rows of a file."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet(path, wanted, where)
+    data = content(path, where)
+    text, digest = decode(data, rules.encoding, where), sha256(data).hexdigest()
+    if kind == ".json":
+        return _json(text, digest, where)
+    return _csv(text, digest, rules.separator or ("\t" if kind == ".tsv" else ""), wanted, where)
+
+
+def _repeated(names: Sequence[str], where: str) -> list[Problem]:
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    return [
+        Problem(
+            f"{where}, column {name}",
+            "the header occurs twice",
+            remedy="Keep one of the two, or rename the other",
+        )
+        for name in twice
+    ]
+
+
+def _named(raw: Sequence[str], wanted: frozenset[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return headers without the units that stand beside wanted names, and these units."""
+    names, units = [], {}
+    for text in raw:
+        found = _WITH_UNIT.fullmatch(text)
+        if text not in wanted and found is not None and found[1] in wanted:
+            units[found[1]] = found[2].strip()
+            text = found[1]
+        names.append(text)
+    return tuple(names), units
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def _lines(text: str, separator: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """Return the lines of a CSV file that hold something, with their numbers.
+
+    Raises:
+        PatientDataError: If its quotes do not match, or a cell is longer than 131072 characters.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells) or len(cells) > 1:
+                yield reader.line_num, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise PatientDataError(
+            Problem(
+                f"{where}, line {reader.line_num}",
+                "the file is not valid CSV",
+                remedy="Check the quotes",
+            )
+        ) from error
+
+
+def _separator(text: str, wanted: frozenset[str], where: str) -> str:
+    """Return the one separator that makes a header of the declared columns.
+
+    Raises:
+        PatientDataError: If two do, or there are none but a sign that looks like one.
+    """
+    headers = {}
+    first_error: PatientDataError | None = None
+    for sign in SEPARATORS:
+        try:
+            headers[sign] = next(_lines(text, sign, where), (1, []))[1]
+        except PatientDataError as error:
+            first_error = first_error or error
+    if not headers and first_error is not None:
+        raise first_error
+    counts = {
+        sign: len(wanted.intersection(_named(header, wanted)[0]))
+        for sign, header in headers.items()
+    }
+    best = [sign for sign in headers if counts[sign] == max(counts.values())]
+    if max(counts.values()) == 0:
+        header = headers.get(",", [])
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+            raise PatientDataError(
+                Problem(
+                    f"{where}, line 1",
+                    "no declared column is found, whatever separates the cells",
+                    expected="the names of the columns in the first line",
+                    remedy="Check the header; a separator can be declared in cohort.yaml",
+                )
+            )
+        return ","
+    if len({tuple(headers[sign]) for sign in best}) > 1:
+        raise PatientDataError(
+            Problem(
+                f"{where}, line 1",
+                "it is not clear what separates the cells",
+                expected="one separator throughout",
+                got=" or ".join(SEPARATORS[sign] for sign in best),
+                remedy="Declare it in cohort.yaml, for example separator: ';'",
+            )
+        )
+    return best[0]
+
+
+def _csv(text: str, digest: str, separator: str, wanted: frozenset[str], where: str) -> _Grid:
+    """Return the rows of comma-separated values (or other separators).
+
+    Raises:
+        PatientDataError: If it is none.
+    """
+    lines = _lines(text, separator or _separator(text, wanted, where), where)
+    raw = next(lines, (1, []))[1]
+    header, units = _named(raw, wanted)
+    problems = _repeated(header, f"{where}, line 1") if len(header) <= MOST_HEADERS else []
+    if len(header) > MOST_HEADERS:
+        problems = [
+            Problem(
+                f"{where}, line 1",
+                "the table has too many columns",
+                expected=f"at most {MOST_HEADERS}",
+                got=str(len(header)),
+            )
+        ]
+    if problems:
+        raise PatientDataError(*problems)
+    rows = []
+    for line, cells in lines:
+        rows.append((line, tuple(cells)))
+        if len(rows) > MOST_ROWS:
+            raise PatientDataError(_too_many(where))
+    return _Grid(header, rows, digest, "line", units)
+
+
+def _too_many(where: str) -> Problem:
+    return Problem(
+        where,
+        "the table has too many rows",
+        expected=f"at most {MOST_ROWS}",
+        remedy="Keep the rows of this cohort",
+    )
+
+
+# -- JSON ------------------------------------------------------------------------------------------
+
+
+def load_json(text: str, where: str) -> Any:
+    """Return what a JSON file holds; numbers stay text, to be parsed by the columns' own rules.
+
+    Raises:
+        PatientDataError: If it is not JSON, or an object has a name twice.
+    """
+    repeated: list[str] = []
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name.strip() for name, _ in pairs]
+        if len(set(names)) < len(names):
+            repeated.extend(name for name in set(names) if names.count(name) > 1)
+        return dict(zip(names, (value for _, value in pairs), strict=True))
+
+    try:
+        data = json.loads(
+            text,
+            object_pairs_hook=as_object,
+            parse_int=_Number,
+            parse_float=_Number,
+            parse_constant=_Number,
+        )
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise PatientDataError(
+            Problem(
+                f"{where}{line}", "the file is not valid JSON", remedy="Check commas and quotes"
+            )
+        ) from error
+    if repeated:
+        raise PatientDataError(
+            *(
+                Problem(f"{where}, column {n}", "the name occurs twice", remedy="Keep one of them")
+                for n in sorted(set(repeated))
+            )
+        )
+    return data
+
+
+def scalar(value: Any) -> _Raw:
+    """Return a JSON value as a cell: `{"value": 5, "unit": "mmol/L"}` is one with its unit."""
+    if isinstance(value, dict) and "value" in value and set(value) <= {"value", "unit"}:
+        inner, unit = scalar(value["value"]), scalar(value.get("unit"))
+        if isinstance(inner, str) and type(unit) is str:
+            return replace(_as_cell(inner), unit=unit)
+        return _Nested()
+    if isinstance(value, dict | list):
+        return _Nested()
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, _Number):
+        return value
+    return "" if value is None else str(value).strip()
+
+
+def _json(text: str, digest: str, where: str) -> _Grid:
+    """Return the objects of a JSON file, one or a list of them.
+
+    Raises:
+        PatientDataError: If it holds something else.
+    """
+    data = load_json(text, where)
+    records = data if isinstance(data, list) else [data]
+    if not all(isinstance(record, dict) for record in records):
+        raise PatientDataError(
+            Problem(
+                where,
+                "the table does not have one row",
+                expected="one object of column: value, or a list of such objects",
+                remedy="Keep the row of this visit",
+            )
+        )
+    header = tuple(dict.fromkeys(name for record in records for name in record))
+    rows = [
+        (number, tuple(scalar(record.get(name)) for name in header))
+        for number, record in enumerate(records, start=1)
+    ]
+    return _Grid(header, rows, digest, "row")
+
+
+# -- Parquet ---------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
+    """Return the rows of a Parquet file: its plain columns, nothing evaluated.
+
+    Raises:
+        PatientDataError: If it is damaged, too large, or a wanted column holds more than numbers,
+            text, dates and booleans.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    data = content(path, where)
+    broken = Problem(
+        where,
+        "the file is not valid Parquet",
+        remedy="Write it again, or save the table as CSV in UTF-8",
+    )
+    try:
+        file = parquet.ParquetFile(
+            pa.BufferReader(data),
+            thrift_string_size_limit=LARGEST_BYTES,
+            thrift_container_size_limit=10 * MOST_HEADERS,
+        )
+        schema, metadata = file.schema_arrow, file.metadata
+        raw = [str(name) for name in schema.names]
+        if metadata.num_rows > MOST_ROWS:
+            raise PatientDataError(_too_many(where))
+        header, units = _named([name.strip() for name in raw], wanted)
+        problems = _repeated(header, where)
+        keep = [
+            i
+            for i, name in enumerate(header)
+            if name in wanted or (name.endswith("_unit") and name[:-5] in wanted)
+        ]
+        problems += [
+            Problem(
+                f"{where}, column {header[i]}",
+                "the column holds something else than numbers, text, dates or booleans",
+                got=str(schema.types[i]).split("<")[0].split("(")[0],
+                remedy="Write it as plain values",
+            )
+            for i in keep
+            if not _plain(pa, schema.types[i])
+        ]
+        sizes = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        if sizes > 4 * LARGEST_BYTES:
+            problems.append(Problem(where, "the file is too large for a table when unpacked"))
+        if problems:
+            raise PatientDataError(*problems)
+        table = file.read(columns=[raw[i] for i in keep], use_threads=False)
+        if table.num_columns != len(keep) or table.num_rows != metadata.num_rows:
+            raise PatientDataError(broken)
+        columns = [[_plain_text(v) for v in column.to_pylist()] for column in table.columns]
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise PatientDataError(broken) from error
+    rows = (
+        list(enumerate(zip(*columns, strict=True), start=1))
+        if columns
+        else [(number, ()) for number in range(1, metadata.num_rows + 1)]
+    )
+    return _Grid(tuple(header[i] for i in keep), rows, sha256(data).hexdigest(), "row", units)
+
+
+def _plain(pa: Any, kind: Any) -> bool:
+    """Return whether a column's type is one that a cell may have."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain(pa, kind.value_type)
+    return any(
+        check(kind)
+        for check in (
+            types.is_integer,
+            types.is_floating,
+            types.is_decimal,
+            types.is_boolean,
+            types.is_string,
+            types.is_large_string,
+            types.is_date,
+            types.is_timestamp,
+            types.is_null,
+        )
+    )
+
+
+def _plain_text(value: Any) -> _Raw:
+    """Return a Parquet value as a cell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, date):  # a datetime is one too
+        return value.isoformat()
+    return _Number(value)
