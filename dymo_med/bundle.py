@@ -44,6 +44,7 @@ from dymo_med.types import (
     ModalitySpec,
     Performance,
     PerformanceRow,
+    Scale,
     SubsetStatistics,
     Task,
 )
@@ -195,7 +196,10 @@ class ModelBundle:
             write_json(work / "configs" / "inference.json", self._inference())
             write_json(work / "configs" / "selectors.json", self._selectors())
             if self.conformal is not None:
-                write_json(work / "configs" / "conformal.json", asdict(self.conformal))
+                kept = asdict(self.conformal)
+                if not kept["errors"]:  # of a classification
+                    del kept["errors"]
+                write_json(work / "configs" / "conformal.json", kept)
             if self.performance is not None:
                 write_json(work / "configs" / "performance.json", asdict(self.performance))
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
@@ -237,11 +241,15 @@ class ModelBundle:
                 },
                 "outputs": outputs,
             },
-            "target": asdict(self.task),
+            "target": self._target(),
             "modalities": [spec.to_dict() for spec in self.specs],
             "missing_values": list(self.missing_values),
             "provenance": dict(self.provenance),
         }
+
+    def _target(self) -> dict[str, Any]:
+        """Return what is predicted; what does not apply to the task has no key."""
+        return {k: v for k, v in asdict(self.task).items() if v is not None}
 
     def _inference(self) -> dict[str, Any]:
         return {
@@ -293,11 +301,20 @@ class ModelBundle:
         rates = ", ".join(
             f"{c} {r:.1%}" for c, r in zip(self.task.classes, self.base_rates, strict=True)
         )
+        scale = self.task.scale
+        judged = ("MAE", "mae") if scale is not None else ("log-loss", "log_loss")
         selectors = "\n".join(
-            f"| {name} | {r['log_loss']:.3f} | {r['accuracy']:.1%} | {r['spoilt']:.1%} |"
+            f"| {name} | {r[judged[1]]:.3f} | {r['accuracy']:.1%} | {r['spoilt']:.1%} |"
             f" {r['rescued']:.1%} |"
             for name, r in self.choice.results.items()
         )
+        predicts = ", ".join(self.task.classes)
+        if scale is not None:
+            unit = f" {scale.unit}" if scale.unit else ""
+            predicts = (
+                f"a number from {scale.low:g} to {scale.high:g}{unit}, as the mean over bands"
+                f" around {predicts}, which below count as classes"
+            )
         comparators = "".join(
             f"| {name} | {c.validation['log_loss']:.3f} | {c.temperature:.3f} |\n"
             for name, c in self.comparators.items()
@@ -316,7 +333,7 @@ validation split over subsets of modalities, before calibration:
 
 Decision support for research. Not a medical device, not for diagnosis.
 
-- Predicts `{self.task.target}`: {", ".join(self.task.classes)}.
+- Predicts `{self.task.target}`: {predicts}.
 - Trained on cohort `{p["cohort"]}`; class shares among training patients: {rates}.
 - Imputer `{self.imputer_entry["name"]}`, backbone `{self.backbone_entry["name"]}`, temperature
   {self.temperature:.3f}.
@@ -334,7 +351,7 @@ Selectors on the calibration split ({self.choice.patients} patients, modalities 
 each selector fitted on other patients than it is scored on; spoilt and put right: against
 measurements alone):
 
-| selector | log-loss | accuracy | spoilt | put right |
+| selector | {judged[0]} | accuracy | spoilt | put right |
 |---|---|---|---|---|
 {selectors}
 {comparators}
@@ -389,6 +406,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             metadata["target"]["type"],
             metadata["target"]["target"],
             tuple(metadata["target"]["classes"]),
+            _scale(metadata["target"].get("scale")),
         )
         specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
         for spec in specs:
@@ -413,7 +431,11 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         if (path / "configs" / "conformal.json").is_file():
             kept = json.loads((path / "configs" / "conformal.json").read_text(encoding="utf-8"))
             conformal = Conformal(
-                tuple(kept["patterns"]), {k: tuple(v) for k, v in kept["scores"].items()}
+                tuple(kept["patterns"]),
+                *(
+                    {k: tuple(v) for k, v in kept.get(part, {}).items()}
+                    for part in ("scores", "errors")
+                ),
             )
         # Random initial weights are overwritten at once; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
@@ -458,6 +480,14 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             )
         ) from error
     return bundle
+
+
+def _scale(stored: Mapping[str, Any] | None) -> Scale | None:
+    """Return the scale of a regression."""
+    if stored is None:
+        return None
+    centers = tuple(float(c) for c in stored["centers"])
+    return Scale(float(stored["low"]), float(stored["high"]), centers, str(stored["unit"]))
 
 
 def _entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:

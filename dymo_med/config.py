@@ -151,11 +151,45 @@ class Recipe(Strict):
 
 
 class TaskEntry(Strict):
-    """`task:` of a cohort description."""
+    """`task:` of a cohort description.
 
-    type: Literal["classification"]
+    Attributes:
+        type: `classification` (with `classes`) or `regression` (with `range`).
+        target: Column of the labels file.
+        classes: Its values.
+        range: Lowest and highest value of a regression's target.
+        bands: How many bands a regression's networks think in, evenly spread, or the bands'
+            centres.
+        unit: Of a regression's target, for people.
+    """
+
+    type: Literal["classification", "regression"]
     target: str
-    classes: Annotated[list[str], Field(min_length=2)]
+    classes: list[str] = []
+    range: list[Annotated[float, Field(allow_inf_nan=False)]] = []
+    bands: Annotated[int, Field(ge=2, le=50)] | list[float] = 7
+    unit: str = ""
+
+    @model_validator(mode="after")
+    def _whole(self) -> TaskEntry:
+        own = {"classification": ("classes",), "regression": ("range", "bands", "unit")}
+        for kind, keys in own.items():
+            for key in keys:
+                if kind == self.type and not getattr(self, key) and key != "unit":
+                    raise ValueError(f"a task of type {kind} needs the key {key}")
+                if kind != self.type and key in self.model_fields_set:
+                    raise ValueError(f"a task of type {self.type} has no key {key}")
+        if self.type == "classification" and len(self.classes) < 2:
+            raise ValueError("classes must have at least two entries")
+        if self.type == "regression":
+            if len(self.range) != 2 or not self.range[0] < self.range[1]:
+                raise ValueError("range must be [lowest, highest]")
+            bands = self.bands
+            if isinstance(bands, list) and (
+                len(bands) < 2 or bands != sorted(set(bands)) or [bands[0], bands[-1]] != self.range
+            ):
+                raise ValueError("bands must rise from the lowest value of range to the highest")
+        return self
 
 
 class SubgroupEntry(Strict):

@@ -11,11 +11,14 @@ these are too few, with those who lack as many modalities; where these are too f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dymo_med.types import Scale
 
 COVERAGE = 0.9
 # With fewer scores than this no class could ever be ruled out; with twice as many a set leaves out
@@ -24,6 +27,8 @@ _FEWEST = 2 * math.ceil(COVERAGE / (1 - COVERAGE)) + 1
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Positions = NDArray[np.intp]
+Bins = NDArray[Any] | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,23 @@ class Sets:
 
 
 @dataclass(frozen=True)
+class Intervals:
+    """Intervals around the numbers of n patients.
+
+    Attributes:
+        low: `(n,)`.
+        high: `(n,)`.
+        group: With whom each was compared: `pattern`, `count` or `all`.
+        calibrated_on: `(n,)` how many calibration cases those are.
+    """
+
+    low: Floats
+    high: Floats
+    group: tuple[str, ...]
+    calibrated_on: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Conformal:
     """What calibration patients say of how sure is sure enough.
 
@@ -49,6 +71,7 @@ class Conformal:
         patterns: Per calibration case the observed modalities, joined by `+`.
         scores: By selector, per case: 1 - the probability of the true class, answered by a
             selector that was fitted on other patients.
+        errors: Of a regression likewise: how far its number was from the truth.
 
     References:
         Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005 (Mondrian conformal
@@ -57,6 +80,7 @@ class Conformal:
 
     patterns: tuple[str, ...]
     scores: Mapping[str, tuple[float, ...]]
+    errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def sets(self, method: str, probabilities: Floats, patterns: Sequence[str]) -> Sets:
         """Return prediction sets at `COVERAGE`.
@@ -75,37 +99,89 @@ class Conformal:
         from crepes import ConformalClassifier
 
         scores = np.array(self.scores[method])
-        n = len(patterns)
         alphas = 1 - probabilities
         members = np.ones(probabilities.shape, dtype=bool)
-        group = ["all"] * n
-        size = np.full(n, len(scores), dtype=np.int64)
-        open_ = np.ones(n, dtype=bool)
+        groups = _Groups(self.patterns, patterns)
+        for rows, alike, theirs, own in groups:
+            fitted = ConformalClassifier().fit(scores[alike], bins=theirs)
+            members[rows] = fitted.predict_set(
+                alphas[rows], bins=own, confidence=COVERAGE, smoothing=False
+            )
+        members[np.arange(len(patterns)), probabilities.argmax(1)] = True
+        return Sets(members, tuple(groups.group), groups.size)
+
+    def intervals(
+        self, method: str, values: Floats, patterns: Sequence[str], scale: Scale
+    ) -> Intervals:
+        """Return intervals at `COVERAGE` around a regression's numbers.
+
+        An interval is as wide as errors of patients with the same missing pattern were, or of
+        those that stand in for them; it ends where the scale does.
+
+        Args:
+            method: A selector with errors.
+            values: `(n,)`, its answers.
+            patterns: n patterns, spelt as `self.patterns`.
+            scale: Of the regression.
+
+        Raises:
+            KeyError: If there are no errors of that selector.
+
+        References:
+            Papadopoulos et al., Inductive Confidence Machines for Regression, ECML 2002.
+        """
+        from crepes import ConformalRegressor
+
+        errors = np.array(self.errors[method])
+        ends = np.tile([scale.low, scale.high], (len(patterns), 1))
+        groups = _Groups(self.patterns, patterns)
+        for rows, alike, theirs, own in groups:
+            fitted = ConformalRegressor().fit(errors[alike], bins=theirs)
+            ends[rows] = fitted.predict_int(
+                values[rows], bins=own, confidence=COVERAGE, y_min=scale.low, y_max=scale.high
+            )
+        return Intervals(ends[:, 0], ends[:, 1], tuple(groups.group), groups.size)
+
+
+class _Groups:
+    """With which calibration cases each patient is compared: pattern, else count, else all.
+
+    Args:
+        calibration: Patterns of the calibration cases.
+        patterns: n patterns.
+
+    Attributes:
+        group: With whom each was compared, once iterated over.
+        size: `(n,)` how many calibration cases those are.
+    """
+
+    def __init__(self, calibration: Sequence[str], patterns: Sequence[str]) -> None:
+        self._calibration, self._patterns = calibration, patterns
+        self.group = ["all"] * len(patterns)
+        self.size = np.full(len(patterns), len(calibration), dtype=np.int64)
+
+    def __iter__(self) -> Iterator[tuple[Positions, Bools, Bins, Bins]]:
+        """Yield positions of patients, bool: the cases like them, and the bins of both."""
+        open_ = np.ones(len(self._patterns), dtype=bool)
         for name, level in (("pattern", str), ("count", _count)):
-            theirs, own = (np.array([level(p) for p in ps]) for ps in (self.patterns, patterns))
+            theirs, own = (
+                np.array([level(p) for p in ps]) for ps in (self._calibration, self._patterns)
+            )
             names, counts = np.unique(theirs, return_counts=True)
             known = dict(zip(names.tolist(), counts.tolist(), strict=True))
             many = np.array([known.get(x, 0) for x in own.tolist()], dtype=np.int64)
             rows = (open_ & (many >= _FEWEST)).nonzero()[0]
             if len(rows):
                 enough = np.isin(theirs, own[rows])
-                fitted = ConformalClassifier().fit(scores[enough], bins=theirs[enough])
-                members[rows] = fitted.predict_set(
-                    alphas[rows], bins=own[rows], confidence=COVERAGE, smoothing=False
-                )
+                yield rows, enough, theirs[enough], own[rows]
             for i in rows:
-                group[i] = name
-            size[rows] = many[rows]
+                self.group[i] = name
+            self.size[rows] = many[rows]
             open_[rows] = False
         rows = open_.nonzero()[0]
-        if len(rows) and len(scores):
-            members[rows] = (
-                ConformalClassifier()
-                .fit(scores)
-                .predict_set(alphas[rows], confidence=COVERAGE, smoothing=False)
-            )
-        members[np.arange(n), probabilities.argmax(1)] = True
-        return Sets(members, tuple(group), size)
+        if len(rows) and len(self._calibration):
+            everybody = np.ones(len(self._calibration), dtype=bool)
+            yield rows, everybody, None, None
 
 
 def _count(pattern: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -275,20 +276,103 @@ def _series_rule(data: Mapping[str, Any] | None) -> SeriesRule | None:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The number that a regression predicts, and the bands that its networks think in.
+
+    A network says how likely each band is, and the answer is the mean of the bands' centres by
+    these probabilities. In training a true value belongs to the two bands it lies between, in
+    proportion to how near it is to their centres, so that the mean is the value itself. With bands
+    in the place of classes, whatever is defined on classes (prototypes, rewards, prediction sets,
+    explanations) is defined on a number as well.
+
+    Attributes:
+        low: Lowest value there is.
+        high: Highest value there is.
+        centers: Of K bands, ascending, from `low` to `high`. A value belongs to the nearest.
+        unit: For people; empty if none.
+
+    References:
+        Imani and White, Improving Regression Performance with Distributional Losses, ICML 2018;
+        Schrittwieser et al., Mastering Atari, Go, Chess and Shogi by Planning with a Learned
+        Model, Nature 588, 2020 (a value as shares of its two neighbours).
+
+    Example:
+        >>> scale = Scale(-1.0, 1.0, (-1.0, 0.0, 1.0))
+        >>> scale.shares(torch.tensor([0.25])).tolist(), scale.band(0.25)
+        ([[0.0, 0.75, 0.25]], 1)
+        >>> scale.value(torch.tensor([0.0, 0.75, 0.25])).item()
+        0.25
+    """
+
+    low: float
+    high: float
+    centers: tuple[float, ...]
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in pairwise(self.centers))
+        ends = len(self.centers) >= 2 and (self.centers[0], self.centers[-1])
+        if not rising or ends != (self.low, self.high):
+            raise ValueError("The bands' centres must rise from the lowest value to the highest.")
+        if len(set(self.names)) != len(self.centers):
+            raise ValueError("The bands' centres are too close to each other to have names.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """K names of bands: their centres."""
+        return tuple(f"{center:g}" for center in self.centers)
+
+    def band(self, value: float) -> int:
+        """Return the index of the nearest centre, the lower one on a tie."""
+        return min(range(len(self.centers)), key=lambda k: abs(value - self.centers[k]))
+
+    def shares(self, values: Tensor) -> Tensor:
+        """Return what part of each value belongs to each band.
+
+        Args:
+            values: `(n,)`, NaN = not known.
+
+        Returns:
+            Float32 `(n, K)`; rows add up to 1, or are 0 where the value is not known.
+        """
+        centers = torch.tensor(self.centers, dtype=torch.float64)
+        known = ~values.isnan()
+        inside = values.double().where(known, self.low).clamp(self.low, self.high)
+        right = torch.searchsorted(centers, inside, right=True).clamp(1, len(centers) - 1)
+        step = centers[right] - centers[right - 1]
+        share = (inside - centers[right - 1]) / step
+        found = torch.zeros(len(values), len(centers), dtype=torch.float64)
+        found.scatter_(1, right[:, None] - 1, 1 - share[:, None])
+        found.scatter_(1, right[:, None], share[:, None])
+        return (found * known[:, None]).float()
+
+    def value(self, shares: Tensor) -> Tensor:
+        """Return the mean of the bands' centres: `(...)` from probabilities `(..., K)`."""
+        return shares @ torch.tensor(self.centers, dtype=shares.dtype, device=shares.device)
+
+
+@dataclass(frozen=True)
 class Task:
     """What is predicted.
 
     Attributes:
-        type: Only `classification` so far.
+        type: `classification` or `regression`.
         target: Column of `labels.csv`.
-        classes: Class names in canonical order. For two classes the last is the positive one.
+        classes: Class names in canonical order. For two classes the last is the positive one. Of a
+            regression, the names of its bands.
+        scale: The number that a regression predicts.
     """
 
-    type: Literal["classification"]
+    type: Literal["classification", "regression"]
     target: str
     classes: tuple[str, ...]
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
+        if (self.type == "regression") != (self.scale is not None):
+            raise ValueError("A regression has a scale, and nothing else has one.")
+        if self.scale is not None and self.scale.names != self.classes:
+            raise ValueError("The classes of a regression are its bands.")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"A task needs at least two distinct classes, got {self.classes}.")
 
@@ -302,6 +386,7 @@ class CohortRecord:
         patient_id: Whose visit this is; splits go by patient.
         folder: Patient directory of this record.
         label: Class index, or None where the target is not known.
+        value: The number of a regression, or None; `label` is its band.
         subgroups: Cells of the labels file that subgroups are made from, by subgroup.
         root: Folder of the cohort.
     """
@@ -312,6 +397,7 @@ class CohortRecord:
     label: int | None = None
     subgroups: Mapping[str, str] = field(default_factory=dict)
     root: Path | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -423,12 +509,14 @@ class PatientRecord:
         patient_id: Id of the patient.
         modalities: Observed modalities by name.
         label: Class index, or None.
+        value: The number of a regression, or None; `label` is its band.
     """
 
     record_id: str
     patient_id: str
     modalities: Mapping[str, ModalityValue]
     label: int | None = None
+    value: float | None = None
 
     @property
     def identifier(self) -> str | None:
@@ -503,6 +591,8 @@ class Batch:
         observed_fields: Per table modality bool `(B, F)`, True = the cell was filled; all False
             where the table is missing.
         labels: Int64 `(B,)`, -1 = not known.
+        shares: Of a regression in training, what part of each true value belongs to each band
+            `(B, K)`, 0 where it is not known (`Scale.shares`); else None.
     """
 
     record_ids: tuple[str, ...]
@@ -511,10 +601,16 @@ class Batch:
     observed: ModalityMask
     observed_fields: Mapping[str, Tensor]
     labels: Tensor
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
         return len(self.record_ids)
+
+    @property
+    def truth(self) -> Tensor:
+        """What a cross entropy is asked to match: `labels`, or the shares of a regression."""
+        return self.labels if self.shares is None else self.shares
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch with every tensor on `device`."""
@@ -524,6 +620,7 @@ class Batch:
             observed=replace(self.observed, available=self.observed.available.to(device)),
             observed_fields={k: v.to(device) for k, v in self.observed_fields.items()},
             labels=self.labels.to(device),
+            shares=None if self.shares is None else self.shares.to(device),
         )
 
     def rows(self, index: Tensor) -> Batch:
@@ -536,6 +633,7 @@ class Batch:
             observed=replace(self.observed, available=self.observed.available[index]),
             observed_fields={k: v[index] for k, v in self.observed_fields.items()},
             labels=self.labels[index],
+            shares=None if self.shares is None else self.shares[index],
         )
 
     def partly_filled(self) -> Tensor:

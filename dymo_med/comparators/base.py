@@ -53,7 +53,7 @@ class Comparator(nn.Module, ABC):
             batch: B records.
             generator: CPU generator behind every random number.
         """
-        return F.cross_entropy(self(batch), batch.labels, reduction="none", ignore_index=-1)
+        return F.cross_entropy(self(batch), batch.truth, reduction="none", ignore_index=-1)
 
     def under(self, batch: Batch, used: Tensor) -> Tensor:
         """Return the logits `(S, B, K)` that it would give with only some modalities left.

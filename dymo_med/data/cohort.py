@@ -22,6 +22,7 @@ from dymo_med.types import (
     CohortRecord,
     ModalitySpec,
     PatientRecord,
+    Scale,
     Split,
     Subgroup,
     Task,
@@ -61,26 +62,47 @@ def read_cohort(path: Path) -> Cohort:
     entry = document.parse(CohortFile)
     problems: list[Problem] = []
     specs = _read_specs(document, entry, problems)
-    classes = tuple(entry.task.classes)
-    if len(set(classes)) != len(classes):
+    if len(set(entry.task.classes)) != len(entry.task.classes):
         where = document.where(("task", "classes"))
-        problems.append(Problem(where, "a class occurs twice"))
+        raise ConfigError(*problems, Problem(where, "a class occurs twice"))
+    task = _task(document, entry)
     blank = {"", *(value.strip() for value in entry.missing_values)}
     subgroups = _read_subgroups(document, entry, specs, problems)
-    records = _read_records(file.parent, entry, subgroups, blank, problems)
+    records = _read_records(file.parent, entry, task, subgroups, blank, problems)
     splits = _read_splits(file.parent / entry.splits, records, problems)
     if problems:
         raise ConfigError(*problems)
     return Cohort(
         name=entry.name,
         root=file.parent,
-        task=Task(entry.task.type, entry.task.target, classes),
+        task=task,
         specs=specs,
         records=records,
         splits=splits,
         missing_values=tuple(entry.missing_values),
         subgroups=subgroups,
     )
+
+
+def _task(document: Document, entry: CohortFile) -> Task:
+    """Return what is predicted.
+
+    Raises:
+        ConfigError: If bands cannot be told apart.
+    """
+    task = entry.task
+    if task.type == "classification":
+        return Task(task.type, task.target, tuple(task.classes))
+    low, high = task.range
+    centers = task.bands
+    if isinstance(centers, int):
+        # Exact at both ends, and free of rounding where the step is a short number.
+        centers = [low + (high - low) * k / (centers - 1) for k in range(centers)]
+    try:
+        scale = Scale(low, high, tuple(centers), task.unit)
+    except ValueError as error:
+        raise ConfigError(Problem(document.where(("task", "bands")), str(error)[:-1])) from None
+    return Task(task.type, task.target, scale.names, scale)
 
 
 def level(
@@ -249,13 +271,13 @@ def _read_specs(
 def _read_records(
     root: Path,
     entry: CohortFile,
+    task: Task,
     subgroups: Sequence[Subgroup],
     blank: set[str],
     problems: list[Problem],
 ) -> tuple[CohortRecord, ...]:
     """Return the rows of the labels file as records, in file order."""
     path = root / entry.labels
-    classes = entry.task.classes
     records: list[CohortRecord] = []
     seen: dict[str, int] = {}
     from_labels = [s for s in subgroups if s.modality is None]
@@ -288,20 +310,14 @@ def _read_records(
             )
             continue
         seen[record_id] = line.number
-        label = None
-        target = line.cells[entry.task.target]
+        label = value = None
+        target = line.cells[task.target]
         if target not in blank:
-            if target not in classes:
-                problems.append(
-                    Problem(
-                        f"{where} {entry.task.target}",
-                        "the class is not known",
-                        expected=" or ".join(classes),
-                        remedy=f"{nearest(target, classes)}. Leave it blank if it is not known",
-                    )
-                )
+            found = _answer(target, task, f"{where} {task.target}")
+            if isinstance(found, Problem):
+                problems.append(found)
                 continue
-            label = classes.index(target)
+            label, value = found
         folder = root / entry.patients / record_id
         if not folder.is_dir():
             problems.append(
@@ -323,8 +339,31 @@ def _read_records(
                         expected="a number, or blank",
                     )
                 )
-        records.append(CohortRecord(record_id, patient_id, folder, label, cells, root))
+        records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
     return tuple(records)
+
+
+def _answer(text: str, task: Task, where: str) -> tuple[int, float | None] | Problem:
+    """Return the class of a target's cell, and its number, or what is wrong with it."""
+    if task.scale is None:
+        if text in task.classes:
+            return task.classes.index(text), None
+        return Problem(
+            where,
+            "the class is not known",
+            expected=" or ".join(task.classes),
+            remedy=f"{nearest(text, list(task.classes))}. Leave it blank if it is not known",
+        )
+    scale = task.scale
+    expected = f"a number from {scale.low:g} to {scale.high:g} {scale.unit}".rstrip()
+    if not _is_number(text):
+        remedy = "Leave it blank if it is not known"
+        return Problem(where, "the cell is not a number", expected, remedy=remedy)
+    value = float(text)
+    if not scale.low <= value <= scale.high:
+        remedy = "Check the value, or widen range in cohort.yaml"
+        return Problem(where, "the number is outside the declared range", expected, remedy=remedy)
+    return scale.band(value), value
 
 
 def _is_number(text: str) -> bool:

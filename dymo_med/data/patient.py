@@ -25,7 +25,7 @@ def read_record(
     require_something: bool = True,
 ) -> PatientRecord:
     """Read one record of a cohort; see `read_patient`."""
-    return read_patient(
+    record = read_patient(
         entry.folder,
         specs,
         record_id=entry.record_id,
@@ -35,6 +35,7 @@ def read_record(
         require_something=require_something,
         root=entry.root,
     )
+    return replace(record, value=entry.value)
 
 
 def read_patient(

@@ -27,6 +27,7 @@ class Cases:
         labels: Int64 `(B,)`.
         weights: Float `(B,)`; the cases of a patient add up to 1.
         temperature: Probabilities are softmax(logits / temperature).
+        shares: Of a regression, what part of each true value belongs to each band `(B, K)`.
     """
 
     fuse: Fuse
@@ -35,6 +36,7 @@ class Cases:
     labels: Tensor
     weights: Tensor
     temperature: float
+    shares: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -54,6 +56,7 @@ class Cases:
             candidates=self.candidates[index],
             labels=self.labels[index],
             weights=self.weights[index],
+            shares=None if self.shares is None else self.shares[index],
         )
 
 

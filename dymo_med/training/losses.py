@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dymo_med.types import Scale
+
 # Up to this many modalities all subsets are numbered; beyond it they are drawn by coin flips.
 _NUMBER_UP_TO = 16
 
@@ -48,6 +50,28 @@ def within(available: Tensor, subsets: Tensor) -> Tensor:
     """
     cut = subsets[:, None] & available[None]
     return torch.where(cut.any(-1, keepdim=True), cut, available[None].expand_as(cut))
+
+
+def answer_loss(logits: Tensor, truth: Tensor, scale: Scale | None) -> Tensor:
+    """Return the loss of the answer per row.
+
+    Of a classification the cross entropy; of a regression that of the bands' shares, plus the
+    absolute error of the answer in steps between neighbouring bands (their mean distance).
+
+    Args:
+        logits: `(R, K)`.
+        truth: Int64 `(R,)`, or the shares of a regression `(R, K)` (`Batch.truth`); all known.
+        scale: Of a regression.
+
+    Returns:
+        `(R,)`.
+    """
+    loss = F.cross_entropy(logits, truth, reduction="none")
+    if scale is None:
+        return loss
+    step = (scale.high - scale.low) / (len(scale.centers) - 1)
+    error = scale.value(logits.softmax(-1)) - scale.value(truth)
+    return loss + error.abs() / step
 
 
 def prototype_loss(

@@ -15,7 +15,15 @@ from dymo_med.conformal import Conformal
 from dymo_med.imputers import Imputer
 from dymo_med.selection import SELECTORS, Cases, Selector
 from dymo_med.training.loop import stream
-from dymo_med.types import Batch, Choice, Fuse, FusionOutput, ModalityMask, SubsetStatistics
+from dymo_med.types import (
+    Batch,
+    Choice,
+    Fuse,
+    FusionOutput,
+    ModalityMask,
+    Scale,
+    SubsetStatistics,
+)
 
 _CHUNK = 64
 _FOLDS = 5
@@ -112,6 +120,7 @@ def calibration_cases(
         .repeat(repeats + 1)
         .to(device),
         temperature,
+        None if batch.shares is None else batch.shares.repeat(repeats + 1, 1).to(device),
     )
     return cases, list(batch.patient_ids) * (repeats + 1)
 
@@ -238,12 +247,13 @@ def held_out(
     return {n: (z.double().cpu() / cases.temperature).log_softmax(-1) for n, z in logits.items()}
 
 
-def conformal(answers: Mapping[str, Tensor], cases: Cases) -> Conformal:
-    """Return what prediction sets are calibrated on.
+def conformal(answers: Mapping[str, Tensor], cases: Cases, scale: Scale | None = None) -> Conformal:
+    """Return what prediction sets, and a regression's intervals, are calibrated on.
 
     Args:
         answers: What `held_out` returned.
         cases: The same cases.
+        scale: Of a regression.
     """
     labels = cases.labels.cpu()
     rows = torch.arange(len(labels))
@@ -254,20 +264,46 @@ def conformal(answers: Mapping[str, Tensor], cases: Cases) -> Conformal:
             for row in cases.observed.available.tolist()
         ),
         {n: tuple((1 - p[rows, labels].exp()).tolist()) for n, p in answers.items()},
+        {n: tuple(e.tolist()) for n, e in absolute_errors(answers, cases, scale).items()},
     )
 
 
-def choose(answers: Mapping[str, Tensor], cases: Cases, patients: Sequence[str]) -> Choice:
+def absolute_errors(
+    answers: Mapping[str, Tensor], cases: Cases, scale: Scale | None
+) -> dict[str, Tensor]:
+    """Return how far each selector's number is from the truth `(B,)`; nothing without a scale.
+
+    Args:
+        answers: What `held_out` returned.
+        cases: The same cases.
+        scale: Of a regression.
+    """
+    if scale is None or cases.shares is None:
+        return {}
+    truth = scale.value(cases.shares.double().cpu())
+    return {name: (scale.value(p.exp()) - truth).abs() for name, p in answers.items()}
+
+
+def choose(
+    answers: Mapping[str, Tensor],
+    cases: Cases,
+    patients: Sequence[str],
+    scale: Scale | None = None,
+) -> Choice:
     """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
 
     A selector is eligible if, cross-fitted by patient, it is no less accurate than
     `observed_only`, and its log-loss is lower by more than one standard error over patients, of
     whom there must be ten. Nothing eligible: `observed_only`.
 
+    Of a regression the mean absolute error takes the place of the log-loss, and nothing else is
+    asked.
+
     Args:
         answers: What `held_out` returned.
         cases: The same cases.
         patients: Whose case each is.
+        scale: Of a regression.
     """
     labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
@@ -277,7 +313,10 @@ def choose(answers: Mapping[str, Tensor], cases: Cases, patients: Sequence[str])
     for name, p in answers.items():
         losses[name] = F.nll_loss(p, labels, reduction="none")
         right[name] = (p.argmax(-1) == labels).double()
-    base_loss, base_right = losses["observed_only"], right["observed_only"]
+    errors = absolute_errors(answers, cases, scale)
+    key, called = ("mae", "mean absolute error") if errors else ("log_loss", "log-loss")
+    judged = errors or losses
+    base_loss, base_right = judged["observed_only"], right["observed_only"]
     results, eligible = {}, {}
     for name in answers:
         results[name] = {
@@ -286,28 +325,32 @@ def choose(answers: Mapping[str, Tensor], cases: Cases, patients: Sequence[str])
             "spoilt": float((weights * base_right * (1 - right[name])).sum() / total),
             "rescued": float((weights * (1 - base_right) * right[name]).sum() / total),
         }
+        if errors:
+            results[name]["mae"] = float((weights * errors[name]).sum() / total)
         gain = torch.zeros(n, dtype=torch.float64)
-        gain.index_add_(0, who, weights * (base_loss - losses[name]))
+        gain.index_add_(0, who, weights * (base_loss - judged[name]))
         share = torch.zeros_like(gain).index_add_(0, who, weights)
         mean = gain.sum() / total
         # Standard error of a ratio of sums over patients.
         error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
         sure = n >= _FEWEST and bool(mean > error)
-        if sure and results[name]["accuracy"] >= results["observed_only"]["accuracy"]:
-            eligible[name] = results[name]["log_loss"]
-    base = results["observed_only"]["log_loss"]
+        accurate = results[name]["accuracy"] >= results["observed_only"]["accuracy"]
+        if sure and (accurate or errors):
+            eligible[name] = results[name][key]
+    base = results["observed_only"][key]
     if n < _FEWEST:
         why = f"Measurements alone: {n} held-back patients are too few to tell selectors apart."
         return Choice("observed_only", why, results, n)
     if not eligible:
         why = (
-            f"Measurements alone (log-loss {base:.3f} on {n} held-back patients): no selector was"
-            " both clearly better and no less accurate."
+            f"Measurements alone ({called} {base:.3f} on {n} held-back patients): no selector was"
+            f" {'clearly better' if errors else 'both clearly better and no less accurate'}."
         )
         return Choice("observed_only", why, results, n)
     best = min(eligible, key=lambda name: eligible[name])
     why = (
-        f"Lowest log-loss on {n} held-back patients ({eligible[best]:.3f}; measurements alone"
-        f" {base:.3f}) among selectors clearly better than those and no less accurate."
+        f"Lowest {called} on {n} held-back patients ({eligible[best]:.3f}; measurements alone"
+        f" {base:.3f}) among selectors clearly better than those"
+        f"{'' if errors else ' and no less accurate'}."
     )
     return Choice(best, why, results, n)

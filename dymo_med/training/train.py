@@ -46,7 +46,7 @@ from dymo_med.training.selectors import (
     fit_all,
     held_out,
 )
-from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Split
+from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Scale, Split
 
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
 
@@ -103,6 +103,7 @@ def train(
     records = _read(described, reading)
     for split in _FITTED_ON:
         _require_labels(described, split, [r.label for r in records[split]])
+    scale = described.task.scale
     names = [spec.name for spec in described.specs]
     seen = Counter(n for r in records["train"] for n in r.modalities)
     never = [n for n in names if not seen[n]]
@@ -115,7 +116,10 @@ def train(
             )
         )
     fingerprint = _fingerprint(plan, described, records)
-    data = {split: collate(records[split], described.specs) for split in _FITTED_ON}
+    data = {
+        split: _with_shares(collate(records[split], described.specs), records[split], scale)
+        for split in _FITTED_ON
+    }
     specs = fit_importances(fit_specs(described.specs, data["train"]), data["train"])
 
     fabric = (
@@ -170,6 +174,7 @@ def train(
         _weights(labelled["validation"]),
         fabric.device,
         plan.seed,
+        scale,
     )
     run_stage(
         "backbone",
@@ -207,9 +212,11 @@ def train(
             sampled_subsets(len(specs), plan.seed),
         )
         rows = rows.cpu()
-        temperature = fit_temperature(
-            logits.cpu(), held_back.labels[rows], _weights(held_back)[rows]
-        )
+        temperature = 1.0  # of a regression: another would move the answers themselves
+        if scale is None:
+            temperature = fit_temperature(
+                logits.cpu(), held_back.labels[rows], _weights(held_back)[rows]
+            )
         cases, patients = calibration_cases(
             imputer,
             backbone,
@@ -222,8 +229,8 @@ def train(
         asked = plan.selector
         selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
         answers = held_out(selectors, cases, statistics, patients)
-        choice = choose(answers, cases, patients)
-        prediction_sets = conformal(answers, cases)
+        choice = choose(answers, cases, patients, scale)
+        prediction_sets = conformal(answers, cases, scale)
         if asked is not None:
             choice = replace(choice, name=asked.name, why="The recipe asked for it.")
         tested = performance(answers, cases, patients, choice.name)
@@ -367,14 +374,34 @@ def _read(
     return records
 
 
+def _with_shares(batch: Batch, records: Sequence[PatientRecord], scale: Scale | None) -> Batch:
+    """Return the batch with what a regression is trained on."""
+    if scale is None:
+        return batch
+    nan = float("nan")
+    values = [nan if r.value is None else r.value for r in records]
+    return replace(batch, shares=scale.shares(torch.tensor(values, dtype=torch.float64)))
+
+
 def _require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) -> None:
-    """Check that every class occurs in a split.
+    """Check that every class occurs in a split; of a regression's bands, in training alone.
 
     Raises:
         ConfigError: If one does not.
     """
     counts = Counter(labels)
     absent = [c for k, c in enumerate(cohort.task.classes) if not counts[k]]
+    if cohort.task.scale is not None:
+        if absent and split == "train":
+            raise ConfigError(
+                Problem(
+                    f"Cohort {cohort.name}",
+                    f"no labelled training record is nearest to {', '.join(absent)}",
+                    expected="a record for each of the bands of the target",
+                    remedy="List other centres under bands in cohort.yaml, or fewer",
+                )
+            )
+        absent = [] if len(absent) < len(cohort.task.classes) else absent
     if absent:
         raise ConfigError(
             Problem(

@@ -1,0 +1,211 @@
+"""A number as the target: from labels to a bundle, a prediction and an evaluation."""
+
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dymo_med.bundle import load_bundle
+from dymo_med.config import Document, TaskEntry
+from dymo_med.conformal import Conformal
+from dymo_med.data.cohort import read_cohort
+from dymo_med.errors import ConfigError
+from dymo_med.training.losses import answer_loss
+from dymo_med.training.objectives import regression_figures
+from dymo_med.types import Scale, Task
+
+SCALE = Scale(-3.0, 3.0, (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+SPLITS = ["train"] * 40 + ["validation"] * 10 + ["calibration"] * 24 + ["test"] * 14
+COHORT = {
+    "name": "speeches",
+    "task": {"type": "regression", "target": "sentiment", "range": [-3, 3], "bands": 7},
+    "modalities": {
+        "text": {"kind": "tokens", "file": "text.npy", "length": 4, "features": 6},
+        "audio": {"kind": "tokens", "file": "audio.npy", "length": 4, "features": 5},
+        "about": {
+            "kind": "table",
+            "file": "about.csv",
+            "columns": {"age": {"type": "continuous", "range": [0, 120]}},
+        },
+    },
+}
+RECIPE = {
+    "name": "speeches",
+    "imputer": {"name": "mopoe", "latent": 4, "dim": 8, "hidden": 8},
+    "backbone": {"name": "transformer", "dim": 16, "heads": 2, "layers": 1, "projection": 6},
+    "comparators": [{"name": "moddrop", "dim": 16, "heads": 2, "hidden": 16}],
+    "imputer_training": {"epochs": 5, "batch_size": 20, "learning_rate": 0.005},
+    "backbone_training": {"epochs": 25, "batch_size": 20, "learning_rate": 0.01, "subsets": 3},
+}
+
+
+def write_cohort(folder):
+    """Write a cohort in which every modality says the target, each with its own noise."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    (folder / "cohort.yaml").write_text(yaml.safe_dump(COHORT, sort_keys=False))
+    labels, splits = ["patient_id,sentiment"], ["patient_id,split"]
+    for number, split in enumerate(SPLITS):
+        name = f"v{number:02d}"
+        splits.append(f"{name},{split}")
+        value = round(float(rng.uniform(-3, 3)), 1)
+        labels.append(f"{name},{'' if number == 20 else value}")
+        at = folder / "patients" / name
+        at.mkdir(parents=True)
+        steps = int(rng.integers(3, 9))
+        for file, features, noise in (("text", 6, 0.3), ("audio", 5, 1.0)):
+            if number % 4 == 1 and file == "audio":
+                continue
+            signal = value * np.linspace(-1, 1, features)
+            noisy = signal + rng.normal(0, noise, (steps, features))
+            np.save(at / f"{file}.npy", noisy.astype(np.float32))
+        if number % 5:
+            (at / "about.csv").write_text(f"age\n{50 + 8 * value + rng.normal(0, 10):.0f}\n")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    (folder / "splits.csv").write_text("\n".join(splits) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speeches(tmp_path_factory):
+    return write_cohort(tmp_path_factory.mktemp("speeches") / "cohort")
+
+
+@pytest.fixture(scope="module")
+def trained(speeches, tmp_path_factory):
+    from dymo_med.training.train import train
+
+    folder = tmp_path_factory.mktemp("regression")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    return load_bundle(train(recipe, speeches, folder / "run", device="cpu"), "cpu")
+
+
+# --- Scale ----------------------------------------------------------------------------------------
+
+
+def test_shares_have_the_value_as_their_mean():
+    scale = Scale(0.0, 100.0, (0.0, 1.0, 10.0, 100.0))
+    values = torch.tensor([0.0, 0.25, 1.0, 5.5, 99.0, 100.0, torch.nan], dtype=torch.float64)
+    shares = scale.shares(values)
+    assert torch.allclose(scale.value(shares.double())[:-1], values[:-1], atol=1e-4)
+    assert torch.allclose(shares[:-1].sum(1), torch.ones(6)) and not bool(shares[-1].any())
+    assert bool(((shares > 0).sum(1) <= 2).all()) and bool((shares >= 0).all())
+
+
+def test_a_value_belongs_to_the_nearest_band():
+    assert [SCALE.band(v) for v in (-3.0, -2.51, -2.49, 0.4, 0.5, 3.0)] == [0, 0, 1, 3, 3, 6]
+    assert SCALE.names == ("-3", "-2", "-1", "0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("centers", [(0.0,), (0.0, 2.0, 1.0), (0.0, 0.5), (0.0, 1e-9, 1.0)][:3])
+def test_wrong_bands_are_refused(centers):
+    with pytest.raises(ValueError, match="must rise"):
+        Scale(0.0, 1.0, centers)
+
+
+def test_a_task_has_a_scale_if_and_only_if_it_is_a_regression():
+    with pytest.raises(ValueError, match="has a scale"):
+        Task("regression", "y", SCALE.names)
+    with pytest.raises(ValueError, match="has a scale"):
+        Task("classification", "y", SCALE.names, scale=SCALE)
+    with pytest.raises(ValueError, match="are its bands"):
+        Task("regression", "y", ("a", "b"), scale=SCALE)
+
+
+def test_the_loss_is_least_at_the_truth_and_counts_the_error():
+    truth = SCALE.shares(torch.tensor([0.25]))
+    right = truth.clamp_min(1e-6).log()
+    far = SCALE.shares(torch.tensor([-2.0])).clamp_min(1e-6).log()
+    least = float(answer_loss(right, truth, SCALE))
+    assert least == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), abs=1e-3)
+    entropy_part = float(torch.nn.functional.cross_entropy(far, truth))
+    assert float(answer_loss(far, truth, SCALE)) == pytest.approx(entropy_part + 2.25, abs=1e-3)
+    assert regression_figures(far, truth, torch.ones(1), SCALE)["score"] == pytest.approx(
+        -2.25, abs=1e-3
+    )
+
+
+# --- Cohort ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "pattern"),
+    [
+        ({"type": "regression", "target": "y"}, "needs the key range"),
+        ({"type": "regression", "target": "y", "range": [3, -3]}, "lowest, highest"),
+        ({"type": "regression", "target": "y", "range": [0, 1], "classes": ["a"]}, "has no key"),
+        ({"type": "classification", "target": "y", "classes": ["a", "b"], "unit": "m"}, "no key"),
+        ({"type": "classification", "target": "y", "classes": ["a"]}, "at least two"),
+        ({"type": "regression", "target": "y", "range": [0, 2], "bands": [0, 1]}, "must rise"),
+    ],
+)
+def test_wrong_tasks_are_refused(tmp_path, task, pattern):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(task))
+    with pytest.raises(ConfigError, match=pattern):
+        Document(path).parse(TaskEntry)
+
+
+def test_labels_are_numbers_within_the_range(speeches, tmp_path):
+    cohort = read_cohort(speeches)
+    assert cohort.task.scale == SCALE and cohort.task.classes == SCALE.names
+    labelled = [r for r in cohort.records if r.label is not None]
+    assert len(labelled) == len(SPLITS) - 1
+    assert all(SCALE.band(r.value) == r.label for r in labelled)
+    other = write_cohort(tmp_path / "bad")
+    lines = (other / "labels.csv").read_text().splitlines()
+    lines[1:4] = ["v00,12.75", "v01,great", "v02,nan"]
+    (other / "labels.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError) as caught:
+        read_cohort(other)
+    text = str(caught.value)
+    assert text.count("Expected a number from -3 to 3.") == 3
+    assert "labels.csv:2 sentiment: the number is outside the declared range" in text
+    assert "12.75" not in text and "great" not in text
+
+
+def test_a_band_without_a_training_record_is_refused(speeches, tmp_path):
+    from dymo_med.training.train import train
+
+    other = tmp_path / "cohort"
+    other.mkdir()
+    (other / "patients").symlink_to(speeches / "patients")
+    for name in ("labels.csv", "splits.csv"):
+        (other / name).write_text((speeches / name).read_text())
+    task = {**COHORT["task"], "range": [-30, 30]}
+    (other / "cohort.yaml").write_text(yaml.safe_dump({**COHORT, "task": task}))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    with pytest.raises(ConfigError, match="no labelled training record is nearest to -30, -20"):
+        train(recipe, other, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+# --- Bundle ---------------------------------------------------------------------------------------
+
+
+def test_a_bundle_keeps_the_scale(trained):
+    assert trained.task.scale == SCALE and trained.temperature == 1.0
+    assert set(trained.conformal.errors) == set(trained.selectors)
+    assert all(r["mae"] < 1.5 for r in trained.choice.results.values())
+    assert "mean absolute error" in trained.choice.why or "too few" in trained.choice.why
+
+
+def test_intervals_cover_and_end_where_the_scale_does():
+    rng = np.random.default_rng(0)
+    errors = tuple(np.abs(rng.normal(0, 0.5, 400)).tolist())
+    wide = tuple((3 * np.array(errors[:100])).tolist())
+    conformal = Conformal(("a",) * 400 + ("b",) * 100, {}, {"m": (*errors, *wide)})
+    values = rng.uniform(-1, 1, 3000)
+    truth = values + rng.normal(0, 0.5, 3000)
+    found = conformal.intervals("m", values, ["a"] * 3000, SCALE)
+    assert np.mean((found.low <= truth) & (truth <= found.high)) == pytest.approx(0.9, abs=0.03)
+    assert set(found.group) == {"pattern"} and set(found.calibrated_on.tolist()) == {400}
+    both = conformal.intervals("m", np.array([0.0, 0.0, 2.9]), ["a", "b", "c"], SCALE)
+    width = both.high - both.low
+    assert width[1] == pytest.approx(3 * width[0], rel=0.3)
+    assert both.group == ("pattern", "pattern", "count") and both.high[2] == 3.0
+    with pytest.raises(KeyError):
+        conformal.intervals("other", values, ["a"] * 3000, SCALE)
