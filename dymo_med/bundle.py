@@ -312,8 +312,8 @@ class ModelBundle:
         if scale is not None:
             unit = f" {scale.unit}" if scale.unit else ""
             predicts = (
-                f"a number from {scale.low:g} to {scale.high:g}{unit}, as the mean over bands"
-                f" around {predicts}, which below count as classes"
+                f"a number from {scale.low:g} to {scale.high:g}{unit}, as the mean over these"
+                f" bands, which below count as classes: {predicts}"
             )
         comparators = "".join(
             f"| {name} | {c.validation['log_loss']:.3f} | {c.temperature:.3f} |\n"

@@ -328,6 +328,12 @@ def predict(
         f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
     )
     reporter.say(f"{prediction.record_id}: {shares}")
+    number = prediction.value
+    if number is not None:
+        ends = ""
+        if number.low is not None and number.high is not None:
+            ends = f" ({number.coverage:.0%} interval {number.low:.4g} to {number.high:.4g})"
+        reporter.say(f"value: {number.value:.4g} {number.unit}".rstrip() + ends)
     for word in ("observed", "trusted", "rejected", "absent"):
         names = getattr(prediction, word)
         if names:

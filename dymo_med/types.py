@@ -319,8 +319,8 @@ class Scale:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """K names of bands: their centres."""
-        return tuple(f"{center:g}" for center in self.centers)
+        """K names of bands, by their centres ("near 2 mmHg")."""
+        return tuple(f"near {center:g} {self.unit}".rstrip() for center in self.centers)
 
     def band(self, value: float) -> int:
         """Return the index of the nearest centre, the lower one on a tie."""
@@ -963,6 +963,33 @@ class WeightedSubset:
 
 
 @dataclass(frozen=True)
+class Value:
+    """The number that a regression answers.
+
+    Attributes:
+        value: Mean of the bands' centres by the answer's probabilities.
+        low: Lower end of the interval; None where the bundle cannot tell.
+        high: Upper end likewise.
+        coverage: Share of patients whose true value such intervals hold.
+        compared_with: Whose errors the interval rests on: `pattern`, `count` or `all`.
+        calibrated_on: How many cases these are.
+        unit: For people; empty if none.
+        centers: Of the K bands.
+        alternatives: Answers of the other methods by name.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    coverage: float
+    compared_with: Literal["pattern", "count", "all"]
+    calibrated_on: int
+    unit: str
+    centers: tuple[float, ...]
+    alternatives: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The answer for one record, and what it rests on.
 
@@ -989,6 +1016,7 @@ class Prediction:
         base_rates: K class shares among training patients: the starting point of Shapley values.
         subsets: What the answer was averaged over, heaviest first; empty where it comes from
             `observed` and `trusted` alone.
+        value: The number of a regression, of which `classes` are the bands; else None.
     """
 
     record_id: str
@@ -1012,6 +1040,7 @@ class Prediction:
     seed: int
     base_rates: tuple[float, ...] = ()
     subsets: tuple[WeightedSubset, ...] = ()
+    value: Value | None = None
 
     @property
     def trust(self) -> dict[str, float]:

@@ -267,6 +267,7 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
         inside = file.prediction_set.classes
         if file.classes[chosen] not in inside or not set(inside) <= set(file.classes):
             yield "prediction_set", "it does not hold the answer, or holds an unknown class"
+    yield from _number(file)
     if file.performance is not None:
         few = file.performance.pattern_patients < 30
         if few != file.performance.tested_fewer_than_30:
@@ -294,6 +295,28 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
     if status != (file.status, file.status_reasons):
         yield "status", "it does not follow from the rest"
     yield from _attributions(file)
+
+
+def _number(file: PredictionFile) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the number of a regression."""
+    found = file.value
+    if found is None:
+        return
+    if len(found.centers) != len(file.classes):
+        yield "value", "there are not as many centres as bands"
+        return
+    answers = {**file.alternatives, file.method: file.probabilities}
+    said = {**found.alternatives, file.method: found.value}
+    if set(said) != set(answers):
+        yield "value", "its methods are not those of the probabilities"
+        return
+    for method, p in answers.items():
+        mean = sum(c * share for c, share in zip(found.centers, p, strict=True))
+        if not _near(mean, said[method], _NETWORK):
+            yield "value", f"that of {method} is not the mean of the bands' centres"
+    ends = (found.low, found.high)
+    if None not in ends and not ends[0] <= found.value <= ends[1]:  # type: ignore[operator]
+        yield "value", "it is not within its interval"
 
 
 def _acquire(file: PredictionFile, acquire: AcquirePart) -> Iterator[tuple[str, str]]:

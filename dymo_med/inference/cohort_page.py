@@ -87,7 +87,12 @@ def write_pages(
     page = environment().get_template("cohort.html.j2")
     tables = {}
     if recovery is not None:
-        for name in ("answers", "images", "cells"):  # their rows name the scenario first
+        for name in (
+            "answers",
+            "images",
+            "sequences",
+            "cells",
+        ):  # their rows name the scenario first
             tables[name] = _grouped(recovery[name]["rows"], lambda row: str(row["names"][0]))
     html = page.render(shown, drawn=drawn, recovery=recovery, recovery_rows=tables)
     write_text(out / "index.html", html)

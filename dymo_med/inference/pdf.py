@@ -186,7 +186,12 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
     text, answer = words(), shown["answer"]
     number = percent(shown["probability"])
     left = [_p(text["answer"]["question"].format(target=file.target), _TITLE)]
-    if answer["abstained"]:
+    value = shown["number"]
+    if value is not None:
+        if answer["abstained"]:
+            left.append(_p(answer["statement"], _LEAD))
+        left += [_p(value["big"], _BIG), _p(value["interval"], _LEAD)]
+    elif answer["abstained"]:
         second = text["answer"]["number_second"]
         left += [
             _p(answer["statement"], _BIG),
@@ -195,7 +200,9 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
         ]
     else:
         left += [_p(number, _BIG), _p(answer["statement"], _LEAD)]
-    left += [_p(answer["frequency"]), _p(answer["rests"])]
+    if value is None:
+        left.append(_p(answer["frequency"]))
+    left.append(_p(answer["rests"]))
     if answer["shares"]:
         left.append(_p(answer["shares"]))
     dots = Drawing(100, 100)
@@ -211,7 +218,7 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
                 strokeWidth=0.7,
             )
         )
-    side = [dots, Spacer(1, 3), _p(text["answer"]["caption"], _SMALL)]
+    side = [dots, Spacer(1, 3), _p(text["answer"]["caption"], _SMALL)] if value is None else []
     grid = Table([[left, side]], colWidths=[_WIDTH - 115, 115])
     grid.setStyle(
         TableStyle(
@@ -224,14 +231,19 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
         )
     )
     rows = []
-    for i, (name, value) in enumerate(answer["bars"]):
-        said = percent(value)
-        if answer["possible"] is not None and file.prediction_set is not None:
+    for name, share in answer["bars"]:
+        said = percent(share)
+        if value is None and answer["possible"] is not None and file.prediction_set is not None:
             coverage = percent(file.prediction_set.coverage)
             key = "in_set" if name in answer["possible"] else "out_of_set"
             said += f", {text['answer'][key].format(coverage=coverage)}"
-        rows.append((name, _track(0, value, _MEASURED if i == 0 else _OTHER), said))
+        best = name == shown["chosen"]
+        rows.append((name, _track(0, share, _MEASURED if best else _OTHER), said))
     flow: Flow = [grid, _bars(rows)]
+    if value is not None:
+        flow.insert(1, _p(value["bands"], _SMALL))
+        flow.append(_p(f"{text['number']['title']}. {value['basis'] or value['interval']}"))
+        return flow
     if answer["base"]:
         flow.append(_p(answer["base"], _SMALL))
     flow.append(_p(f"{text['answer']['set_title']}. {' '.join(answer['set'])}"))

@@ -71,6 +71,7 @@ from dymo_med.types import (
     SelectionStep,
     SelectionTrace,
     Source,
+    Value,
     WeightedSubset,
 )
 
@@ -397,6 +398,33 @@ def assemble(
         seed=seed,
         base_rates=bundle.base_rates,
         subsets=weighted_subsets(trace, row),
+        value=_value(bundle, answers, row),
+    )
+
+
+def _value(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
+    """Return the number of a regression with its interval; None without a scale."""
+    scale, conformal = bundle.task.scale, bundle.conformal
+    if scale is None:
+        return None
+    values = {m: float(scale.value(p[row])) for m, p in answers.probabilities.items()}
+    own = values.pop(answers.method)
+    found = None
+    if conformal is not None and answers.method in conformal.errors:
+        pattern = "+".join(answers.batch.observed.of(row))
+        found = conformal.intervals(answers.method, np.array([own]), [pattern], scale)
+    return Value(
+        value=own,
+        low=None if found is None else float(found.low[0]),
+        high=None if found is None else float(found.high[0]),
+        coverage=COVERAGE,
+        compared_with=cast(
+            Literal["pattern", "count", "all"], "all" if found is None else found.group[0]
+        ),
+        calibrated_on=0 if found is None else int(found.calibrated_on[0]),
+        unit=scale.unit,
+        centers=scale.centers,
+        alternatives=values,
     )
 
 

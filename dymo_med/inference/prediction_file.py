@@ -330,8 +330,26 @@ class ExhibitsPart(Part):
     convergence: ConvergencePart | None
 
 
+class ValuePart(Part):
+    """The number that a regression answers, of which `classes` are the bands.
+
+    `value` is the mean of `centers` by `probabilities`. `low` to `high` hold the true value of
+    `coverage` of patients; null where the bundle cannot tell. `alternatives`: other methods.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    coverage: Probability
+    compared_with: Literal["pattern", "count", "all"]
+    calibrated_on: Annotated[int, Field(ge=0)]
+    unit: str
+    centers: tuple[float, ...]
+    alternatives: dict[str, float]
+
+
 class PredictionFile(Part):
-    """`prediction.json`, version 3."""
+    """`prediction.json`, version 3; `value` is there if the task is a regression."""
 
     schema_version: Literal[3]
     record_id: str
@@ -373,6 +391,7 @@ class PredictionFile(Part):
     versions: dict[str, str]
     command: str | None
     exhibits: ExhibitsPart
+    value: ValuePart | None = None
     content_sha256: Sha256
 
     @property
@@ -405,8 +424,14 @@ class PredictionFile(Part):
 
     def to_text(self) -> str:
         """Return the file's text; the same prediction gives the same bytes."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file's content; a classification has no key `value`."""
         data = self.model_dump(mode="json")
-        return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.value is None:
+            del data["value"]
+        return data
 
 
 def content_sha256(file: PredictionFile) -> str:
@@ -414,7 +439,8 @@ def content_sha256(file: PredictionFile) -> str:
 
     It shows damage and edits. It is no signature: whoever edits can hash again.
     """
-    data = file.model_dump(mode="json", exclude={"content_sha256"})
+    data = file.to_dict()
+    del data["content_sha256"]
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from math import exp
+from math import exp, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dymo_med.inference.prediction_file import (
     PredictionFile,
     ScanPart,
     StepPart,
+    ValuePart,
 )
 
 _TOP_CELLS = 8
@@ -148,6 +149,7 @@ def view(file: PredictionFile) -> dict[str, Any]:
     chosen = file.chosen
     return {
         "p": file,
+        "number": _number(file),
         "x": file.exhibits,
         "chosen": file.classes[chosen],
         "probability": file.probabilities[chosen],
@@ -170,6 +172,41 @@ def view(file: PredictionFile) -> dict[str, Any]:
         "performance": _performance(file),
         "acquire": _acquire(file, chosen),
         "limits": _limits(file),
+    }
+
+
+def _decimal(value: float, found: ValuePart) -> str:
+    """Return a regression's number for people, to a hundredth of the scale or so."""
+    size = found.centers[-1] - found.centers[0]
+    digits = max(0, 2 - floor(log10(size)))
+    text = f"{value:.{digits}f}"
+    return (text.removeprefix("-") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
+
+
+def _number(file: PredictionFile) -> dict[str, Any] | None:
+    """Return what the page says of a regression's number."""
+    found = file.value
+    if found is None:
+        return None
+    text, unit = words()["number"], f" {found.unit}" if found.unit else ""
+    sentence, basis = text["no_interval"], ""
+    if found.low is not None and found.high is not None:
+        sentence = text["interval"].format(
+            coverage=percent(found.coverage),
+            low=_decimal(found.low, found),
+            high=_decimal(found.high, found),
+            unit=unit,
+        )
+        basis = text["basis"].format(
+            coverage=percent(found.coverage),
+            n=found.calibrated_on,
+            among=words()["level"][found.compared_with],
+        )
+    return {
+        "big": _decimal(found.value, found) + unit,
+        "interval": sentence,
+        "basis": basis,
+        "bands": text["bands"],
     }
 
 
@@ -251,7 +288,9 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         if prediction.subsets
         else "",
         "bars": [
-            (prediction.classes[k], prediction.probabilities[k]) for k in order[:_MOST_CLASSES]
+            (prediction.classes[k], prediction.probabilities[k])
+            # Bands of a number stand in their own order, all of them.
+            for k in (order[:_MOST_CLASSES] if prediction.value is None else sorted(order))
         ],
     }
 
@@ -305,6 +344,15 @@ def _had(prediction: PredictionFile) -> list[dict[str, str]]:
     return rows
 
 
+def _says(prediction: PredictionFile, method: str, name: str, flip: bool) -> str:
+    """Return what a method says: its class, or its number."""
+    found = prediction.value
+    if found is None:
+        return str(words()["change"]["flip" if flip else "says"].format_map({"class": name}))
+    value = found.value if method == prediction.method else found.alternatives[method]
+    return str(words()["number"]["says"].format(value=_decimal(value, found)))
+
+
 def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     """Return the methods side by side: the same network, given more and more."""
     text = words()["change"]
@@ -324,9 +372,7 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
                 "label": label,
                 "own": own,
                 "probability": p[chosen],
-                "says": text["says" if says == prediction.classes[chosen] else "flip"].format_map(
-                    {"class": says}
-                ),
+                "says": _says(prediction, method, says, says != prediction.classes[chosen]),
                 "flip": says != prediction.classes[chosen],
                 "draws": _drawn(prediction, method, chosen),
             }

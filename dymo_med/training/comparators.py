@@ -146,9 +146,12 @@ def train_comparators(
             comparator, labelled["validation"], weights["validation"], device, plan.seed
         )
         logits, rows = _logits(comparator, labelled["calibration"], device, plan.seed)
-        temperature = fit_temperature(
-            logits, labelled["calibration"].labels[rows], weights["calibration"][rows]
-        )
+        held_back = labelled["calibration"]
+        temperature = 1.0  # of a regression: another would move the answers themselves
+        if held_back.shares is None:
+            temperature = fit_temperature(
+                logits, held_back.labels[rows], weights["calibration"][rows]
+            )
         found[entry.name] = FittedComparator(
             comparator,
             options.model_dump(),

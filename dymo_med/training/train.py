@@ -396,8 +396,8 @@ def _require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) 
             raise ConfigError(
                 Problem(
                     f"Cohort {cohort.name}",
-                    f"no labelled training record is nearest to {', '.join(absent)}",
-                    expected="a record for each of the bands of the target",
+                    f"no labelled training record is {', '.join(absent)}",
+                    expected="a record that is nearest to each of the bands' centres",
                     remedy="List other centres under bands in cohort.yaml, or fewer",
                 )
             )
