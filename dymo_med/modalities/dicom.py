@@ -9,7 +9,7 @@ What GDCM does to the stored numbers (measured with SimpleITK 2.5, and covered b
 applies one rescale slope and intercept to a whole file - those shared by all frames, else those of
 the first frame, else those at the top of the header - and turns MONOCHROME1 round within the range
 of the stored bits. So slopes that differ from slice to slice come out right from one file per
-slice, and have to be put right here for multi-frame files.
+slice, and have to be put right here for multi-frame files and for dose grids.
 
 Volumes are stacks of parallel slices at even steps. A step that is not along the slices' normal
 (a tilted gantry) gives a sheared affine, which resampling to the grid straightens exactly.
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRBigEndian, MediaStorageDirectoryStorage
 
 from dymo_med.modalities.scan import (
     CORNER_MM,
@@ -79,6 +79,7 @@ _KEYWORDS = (
     "GridFrameOffsetVector",
     "RescaleSlope",
     "RescaleIntercept",
+    "DoseGridScaling",
     "ModalityLUTSequence",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
@@ -163,10 +164,16 @@ def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
     """
     there = list(_files(path))
     frames = [frame for file in there for frame in _frames(file)]
+    if not frames and path.is_file():
+        raise ScanError(
+            "the DICOM file holds no image",
+            expected="an object with rows, columns and pixels",
+            remedy="Put the scan itself in its place",
+        )
     if not frames:
         raise ScanError(
-            "there is no DICOM image",
-            expected="the files of one DICOM series",
+            "there is no DICOM image in the folder",
+            expected="the files of one DICOM series, here or in subfolders",
             got=f"{len(there)} other files" if there else "an empty folder",
             remedy="Put the files of the series here; if the scan was not made, remove the folder",
         )
@@ -243,7 +250,8 @@ def _header(file: Path) -> pydicom.Dataset | None:
         ScanError: If it claims to be DICOM and cannot be read.
     """
     with file.open("rb") as stream:
-        marked = stream.read(132)[128:] == b"DICM"
+        start = stream.read(132)
+    marked = start[128:] == b"DICM"
     suffix = file.suffix.lower()
     named = suffix in (".dcm", ".ima")
     if not (marked or named or not suffix or suffix[1:].isdigit()):
@@ -252,7 +260,8 @@ def _header(file: Path) -> pydicom.Dataset | None:
         header = pydicom.dcmread(
             file, force=not marked, stop_before_pixels=True, specific_tags=list(_KEYWORDS)
         )
-        kind = header.get("SOPClassUID")
+        meta = getattr(header, "file_meta", pydicom.Dataset())
+        kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         image = bool(header.get("Rows")) and bool(header.get("Columns"))
         claims = kind is not None and "Image Storage" in UID(str(kind)).name
     except Exception as error:  # pydicom lets through whatever its converters raise
@@ -261,7 +270,11 @@ def _header(file: Path) -> pydicom.Dataset | None:
         return None
     if image and (marked or kind is not None):
         return header
-    if claims or (named and not marked):
+    # Reports, plans and the like are passed over, but only if they are there as a whole: a slice
+    # that is cut short must not make the volume shorter without a word.
+    whole = kind == MediaStorageDirectoryStorage or (kind and header.get("SeriesInstanceUID"))
+    cut = len(start) < 132 and (not start or b"\0" in start)
+    if claims or cut or (not whole and (named or marked)):
         raise _damaged(file)
     return None
 
@@ -299,6 +312,7 @@ def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
         None,
     )
     top = _rescale(header)
+    dose = _numbers(header, "DoseGridScaling", 1)
     of_shared = _rescale(_item(shared, "PixelValueTransformationSequence"))
     of_frames = [_rescale(_item(own, "PixelValueTransformationSequence")) for own in per_frame]
     first = of_frames[0] if of_frames else None
@@ -334,7 +348,9 @@ def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
             or orientation,
             pixel_mm=group("PixelMeasuresSequence", "PixelSpacing", 2) or pixel_mm,
             thickness_mm=(thickness or _numbers(header, "SliceThickness", 1) or (0.0,))[0],
-            rescale=(of_frames[index] if of_frames else None) or of_shared or top or (1.0, 0.0),
+            rescale=(dose[0], 0.0)
+            if dose
+            else (of_frames[index] if of_frames else None) or of_shared or top or (1.0, 0.0),
             applied=of_shared or first or top or (1.0, 0.0),
             syntax=syntax,
             trouble=_trouble(header),
@@ -397,6 +413,9 @@ def _trouble(header: pydicom.Dataset) -> str:
         return "the DICOM file holds colours, not grey values"
     if int(header.get("BitsAllocated") or 0) == 1:
         return "the DICOM file holds a mask of one bit per pixel, not a scan"
+    big = getattr(header, "file_meta", {}).get("TransferSyntaxUID") == ExplicitVRBigEndian
+    if big and int(header.get("BitsAllocated") or 0) > 16:  # GDCM mixes the bytes up
+        return "the DICOM file holds 32-bit numbers in big-endian order, which are not read"
     if header.get("ModalityLUTSequence"):
         return "the DICOM file's values need its lookup table (Modality LUT), which is not read"
     return ""
@@ -774,7 +793,7 @@ def _unread(frame: Frame) -> ScanError:
             remedy="Export the series uncompressed (Explicit VR Little Endian)",
         )
     return ScanError(
-        "the pixels of a DICOM file are damaged or cut short",
+        "the pixels of a DICOM file are damaged, cut short or of a kind that is not read",
         got=f"{frame.file.name}, {name}",
         remedy="Export or copy the series again",
     )

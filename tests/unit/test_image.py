@@ -258,7 +258,7 @@ def test_two_series_or_none_in_a_folder_are_an_error(tmp_path):
     with pytest.raises(PatientDataError, match="2 stacks of slices"):
         modality(VOLUME).read(tmp_path, "Patient x")
     (tmp_path / "t2").mkdir()
-    with pytest.raises(PatientDataError, match=r"no DICOM image.*empty folder"):
+    with pytest.raises(PatientDataError, match=r"no DICOM image in .*empty folder"):
         modality(with_(VOLUME, name="t2", file="t2.nii.gz")).read(tmp_path, "Patient x")
 
 
