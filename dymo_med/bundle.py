@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dymo_med.backbones import BACKBONES, FusionBackbone
+from dymo_med.backbones import BACKBONES, SEGMENTERS, FusionBackbone
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import Recipe
 from dymo_med.config import read_recipe as _read_recipe
@@ -65,7 +65,11 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: With every problem at once.
     """
-    return _read_recipe(path, TABLES)
+    any_backbone: Registry[Any] = Registry("backbone", {**BACKBONES, **SEGMENTERS})
+    recipe = _read_recipe(path, {**TABLES, "backbone": any_backbone})
+    if recipe.imputer is None and recipe.backbone.name in BACKBONES:
+        raise ConfigError(Problem(f"{path} imputer", "a required key is absent"))
+    return recipe
 
 
 def resolve_device(name: str) -> torch.device:
@@ -213,11 +217,11 @@ class ModelBundle:
                 networks = nn.ModuleDict({n: c.network for n, c in self.comparators.items()})
                 tensors["comparators"] = networks.state_dict()
             for name, part in tensors.items():
-                write_bytes(work / "models" / f"{name}.safetensors", save(_cpu(part)))
+                write_bytes(work / "models" / f"{name}.safetensors", save(on_cpu(part)))
             write_text(work / "docs" / "README.md", self._model_card())
-            sums = _checksums(work)
+            sums = checksums_of(work)
             write_json(work / "checksums.json", sums)
-        return _identity(sums)
+        return identity(sums)
 
     def _metadata(self) -> dict[str, Any]:
         """Return `metadata.json`, with the keys that MONAI bundles must have."""
@@ -241,15 +245,11 @@ class ModelBundle:
                 },
                 "outputs": outputs,
             },
-            "target": self._target(),
+            "target": self.task.to_dict(),
             "modalities": [spec.to_dict() for spec in self.specs],
             "missing_values": list(self.missing_values),
             "provenance": dict(self.provenance),
         }
-
-    def _target(self) -> dict[str, Any]:
-        """Return what is predicted; what does not apply to the task has no key."""
-        return {k: v for k, v in asdict(self.task).items() if v is not None}
 
     def _inference(self) -> dict[str, Any]:
         return {
@@ -363,6 +363,41 @@ Recovered scans and values are guesses by a model; the report marks every one of
 """
 
 
+def task_of(path: Path) -> str:
+    """Return the type of task of a bundle, or `classification` of what is not one.
+
+    What is wrong with it is left to those who load it.
+
+    Args:
+        path: Bundle folder.
+    """
+    try:
+        metadata = json.loads((path / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        return str(metadata["target"]["type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "classification"
+
+
+def require_task(path: Path, *, segmentation: bool) -> None:
+    """Check that a bundle is for a segmentation, or that it is not.
+
+    Raises:
+        BundleError: If it is the other way round.
+    """
+    got = task_of(path)
+    if (got == "segmentation") != segmentation:
+        loader = "load_bundle" if segmentation else "load_segmentation_bundle"
+        raise BundleError(
+            Problem(
+                str(path),
+                "the bundle is for another task",
+                expected="a segmentation" if segmentation else "a classification or regression",
+                got=f"a {got}",
+                remedy=f"Choose another bundle; in Python, load this one by {loader}",
+            )
+        )
+
+
 def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
     """Load a bundle after checking every file's hash.
 
@@ -387,7 +422,8 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
                 remedy="Give the bundle folder that `dymo-med train` wrote (RUN/bundle)",
             )
         )
-    sums = _verified(path)
+    require_task(path, segmentation=False)
+    sums = verified(path)
     try:
         metadata = json.loads((path / "configs" / "metadata.json").read_text(encoding="utf-8"))
         inference = json.loads((path / "configs" / "inference.json").read_text(encoding="utf-8"))
@@ -411,8 +447,8 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
         for spec in specs:
             _ = MODALITIES[spec.kind]
-        imputer_class, imputer_options = _entry("imputer", inference["imputer"])
-        backbone_class, backbone_options = _entry("backbone", inference["backbone"])
+        imputer_class, imputer_options = table_entry("imputer", inference["imputer"])
+        backbone_class, backbone_options = table_entry("backbone", inference["backbone"])
         stored = json.loads((path / "configs" / "selectors.json").read_text(encoding="utf-8"))
         selectors = {}
         for name, entry in stored["entries"].items():
@@ -467,7 +503,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             conformal=conformal,
             performance=_load_performance(path / "configs" / "performance.json"),
             comparators=comparators,
-            bundle_id=_identity(sums),
+            bundle_id=identity(sums),
             device=where,
         )
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
@@ -490,7 +526,7 @@ def _scale(stored: Mapping[str, Any] | None) -> Scale | None:
     return Scale(float(stored["low"]), float(stored["high"]), centers, str(stored["unit"]))
 
 
-def _entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
+def table_entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a table entry's class and its validated options."""
     options = dict(entry)
     found = TABLES[part][options.pop("name")]
@@ -527,7 +563,7 @@ def _load_comparators(
     networks = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
         for name, entry in stored.items():
-            kind, options = _entry("comparators", {"name": name, **entry["options"]})
+            kind, options = table_entry("comparators", {"name": name, **entry["options"]})
             networks[name] = kind(specs, classes, options)
     networks.load_state_dict(load_file(weights))
     networks.to(where).eval().requires_grad_(False)
@@ -543,7 +579,7 @@ def _load_comparators(
     }
 
 
-def _verified(path: Path) -> dict[str, str]:
+def verified(path: Path) -> dict[str, str]:
     """Return the checksums after comparing them with the files.
 
     Raises:
@@ -561,7 +597,7 @@ def _verified(path: Path) -> dict[str, str]:
                 remedy="Copy the bundle again from where it was made",
             )
         ) from None
-    now = _checksums(path)
+    now = checksums_of(path)
     differing = sorted(n for n in {*sums, *now} if sums.get(n) != now.get(n))
     if differing:
         raise BundleError(
@@ -581,7 +617,7 @@ def _verified(path: Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in sums.items()}
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def checksums_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of the bundle but the list itself."""
     return {
         str(file.relative_to(folder).as_posix()): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -591,9 +627,11 @@ def _checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def _identity(sums: Mapping[str, str]) -> str:
+def identity(sums: Mapping[str, str]) -> str:
+    """Return the id of a bundle: a hash over its checksums."""
     return hashlib.sha256(json.dumps(dict(sums), sort_keys=True).encode()).hexdigest()
 
 
-def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors ready to be written."""
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
 from math import cos, pi
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.registry import Registry, nearest
+
+_REGION = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
@@ -49,7 +52,8 @@ class Schedule(Strict):
         weight_decay: Decoupled weight decay (AdamW).
         patience: Stop after this many epochs without a better validation score.
         min_improvement: What counts as better.
-        decay: `cosine` lowers the step size along half a cosine to near 0 in the last epoch.
+        decay: `cosine` lowers the step size along half a cosine to near 0 in the last epoch,
+            `poly` in proportion to (1 - epoch / epochs) to the power of 0.9.
         parts: Parts that a batch is worked through in, one after the other; their gradients are
             added up before the step. More parts need less memory.
     """
@@ -60,13 +64,15 @@ class Schedule(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     patience: Annotated[int, Field(ge=1)] = 20
     min_improvement: Annotated[float, Field(ge=0)] = 1e-4
-    decay: Literal["none", "cosine"] = "none"
+    decay: Literal["none", "cosine", "poly"] = "none"
     parts: Annotated[int, Field(ge=1)] = 1
 
     def step_size(self, epoch: int) -> float:
         """Return the step size of an epoch, counted from 0."""
         if self.decay == "none":
             return self.learning_rate
+        if self.decay == "poly":
+            return float(self.learning_rate * (1 - epoch / self.epochs) ** 0.9)
         return self.learning_rate * (1 + cos(pi * epoch / self.epochs)) / 2
 
 
@@ -98,6 +104,8 @@ class BackboneTraining(Schedule):
             gradients of the subsets' losses off each other where they disagree.
         reduction: With `gmd`, how projected gradients of parameters shared by all modalities
             are reduced.
+        crop: Voxels along each axis of the random part that a segmentation network is shown in a
+            training step, and of its sliding window later; None = the whole grid.
     """
 
     subsets: Annotated[int, Field(ge=1)] = 5
@@ -107,6 +115,9 @@ class BackboneTraining(Schedule):
     augmentation: Augmentation = Augmentation()
     gradient: Literal["sum", "gmd"] = "sum"
     reduction: Literal["mean", "sum"] = "mean"
+    crop: Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=3, max_length=3)] | None = (
+        None
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +134,8 @@ class Recipe(Strict):
         name: Name of the bundle that comes out.
         description: One sentence for the model card.
         seed: Seed of every random choice, 0 or more.
-        imputer: Entry of the imputer table and its options.
+        imputer: Entry of the imputer table and its options; None = nothing is recovered, which
+            only a segmentation can do without.
         backbone: Entry of the backbone table and its options.
         selector: Entry of the selector table and its options; None = the one that does best on the
             calibration split.
@@ -135,7 +147,7 @@ class Recipe(Strict):
     name: str
     description: str = ""
     seed: Annotated[int, Field(ge=0)] = 0
-    imputer: Named
+    imputer: Named | None = None
     backbone: Named
     selector: Named | None = None
     comparators: list[Named] = []
@@ -154,30 +166,42 @@ class TaskEntry(Strict):
     """`task:` of a cohort description.
 
     Attributes:
-        type: `classification` (with `classes`) or `regression` (with `range`).
+        type: `classification` (with `target` and `classes`), `regression` (with `target` and
+            `range`) or `segmentation` (with `file`, `labels` and `regions`).
         target: Column of the labels file.
         classes: Its values.
         range: Lowest and highest value of a regression's target.
         bands: How many bands a regression's networks think in, evenly spread, or the bands'
             centres.
         unit: Of a regression's target, for people.
+        file: File of a segmentation's mask inside the patient directory.
+        labels: Every number that a mask may hold besides 0.
+        regions: Labels of each region, by name; outer regions before those within them.
     """
 
-    type: Literal["classification", "regression"]
-    target: str
+    type: Literal["classification", "regression", "segmentation"]
+    target: str = ""
     classes: list[str] = []
     range: list[Annotated[float, Field(allow_inf_nan=False)]] = []
     bands: Annotated[int, Field(ge=2, le=50)] | list[float] = 7
     unit: str = ""
+    file: str = ""
+    labels: list[Annotated[int, Field(ge=1, le=255)]] = []
+    regions: dict[str, Annotated[list[int], Field(min_length=1)]] = {}
 
     @model_validator(mode="after")
     def _whole(self) -> TaskEntry:
-        own = {"classification": ("classes",), "regression": ("range", "bands", "unit")}
-        for kind, keys in own.items():
+        keys_of = {
+            "classification": ("target", "classes"),
+            "regression": ("target", "range", "bands", "unit"),
+            "segmentation": ("file", "labels", "regions"),
+        }
+        mine = keys_of[self.type]
+        for keys in keys_of.values():
             for key in keys:
-                if kind == self.type and not getattr(self, key) and key != "unit":
-                    raise ValueError(f"a task of type {kind} needs the key {key}")
-                if kind != self.type and key in self.model_fields_set:
+                if key in mine and not getattr(self, key) and key != "unit":
+                    raise ValueError(f"a task of type {self.type} needs the key {key}")
+                if key not in mine and key in self.model_fields_set:
                     raise ValueError(f"a task of type {self.type} has no key {key}")
         if self.type == "classification" and len(self.classes) < 2:
             raise ValueError("classes must have at least two entries")
@@ -189,6 +213,20 @@ class TaskEntry(Strict):
                 len(bands) < 2 or bands != sorted(set(bands)) or [bands[0], bands[-1]] != self.range
             ):
                 raise ValueError("bands must rise from the lowest value of range to the highest")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: a label occurs twice")
+        for name, labels in self.regions.items():
+            if not _REGION.fullmatch(name):
+                raise ValueError("regions: a name must be letters, digits, - or _")
+            if not set(labels) <= set(self.labels) or len(set(labels)) != len(labels):
+                raise ValueError(f"regions: {name} must list some of the labels, each once")
+        of_region = [set(labels) for labels in self.regions.values()]
+        for i, (name, own) in enumerate(zip(self.regions, of_region, strict=True)):
+            later = of_region[i + 1 :]
+            if any(not (other <= own or other.isdisjoint(own)) for other in later):
+                raise ValueError("regions must lie within each other, outer ones first, or apart")
+            if len(own.difference(*later)) != 1:
+                raise ValueError(f"regions: {name} must have one label that no later region has")
         return self
 
 

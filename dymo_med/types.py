@@ -352,29 +352,62 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class MaskSpec:
+    """Where a segmentation's masks are and what their numbers mean.
+
+    Attributes:
+        file: File inside a patient's folder.
+        labels: Every number that a mask may hold besides 0.
+        regions: Labels that make up each region, by the region's name in canonical order: outer
+            ones before those within them.
+    """
+
+    file: str
+    labels: tuple[int, ...]
+    regions: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MaskSpec:
+        """Return the spec that `dataclasses.asdict` described."""
+        regions = {name: tuple(labels) for name, labels in data["regions"].items()}
+        return cls(data["file"], tuple(data["labels"]), regions)
+
+
+@dataclass(frozen=True)
 class Task:
     """What is predicted.
 
     Attributes:
-        type: `classification` or `regression`.
-        target: Column of `labels.csv`.
+        type: `classification`, `regression` or `segmentation`.
+        target: Column of `labels.csv`; of a segmentation, the file of the masks.
         classes: Class names in canonical order. For two classes the last is the positive one. Of a
-            regression, the names of its bands.
+            regression, the names of its bands; of a segmentation, those of its regions.
         scale: The number that a regression predicts.
+        mask: The masks of a segmentation.
     """
 
-    type: Literal["classification", "regression"]
+    type: Literal["classification", "regression", "segmentation"]
     target: str
     classes: tuple[str, ...]
     scale: Scale | None = None
+    mask: MaskSpec | None = None
 
     def __post_init__(self) -> None:
         if (self.type == "regression") != (self.scale is not None):
             raise ValueError("A regression has a scale, and nothing else has one.")
         if self.scale is not None and self.scale.names != self.classes:
             raise ValueError("The classes of a regression are its bands.")
-        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+        if (self.type == "segmentation") != (self.mask is not None):
+            raise ValueError("A segmentation has masks, and nothing else has any.")
+        if self.mask is not None:
+            if tuple(self.mask.regions) != self.classes:
+                raise ValueError("The classes of a segmentation are the regions of its masks.")
+        elif len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"A task needs at least two distinct classes, got {self.classes}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary; what does not apply to the task has no key."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -510,6 +543,8 @@ class PatientRecord:
         modalities: Observed modalities by name.
         label: Class index, or None.
         value: The number of a regression, or None; `label` is its band.
+        mask: Uint8 `(X, Y, Z)`, the labels of a segmentation on the grid of the scans; None if
+            not known or not read.
     """
 
     record_id: str
@@ -517,6 +552,7 @@ class PatientRecord:
     modalities: Mapping[str, ModalityValue]
     label: int | None = None
     value: float | None = None
+    mask: Tensor | None = None
 
     @property
     def identifier(self) -> str | None:
@@ -593,6 +629,9 @@ class Batch:
         labels: Int64 `(B,)`, -1 = not known.
         shares: Of a regression in training, what part of each true value belongs to each band
             `(B, K)`, 0 where it is not known (`Scale.shares`); else None.
+        masks: Uint8 `(B, X, Y, Z)`, the labels of a segmentation, all 0 where not known; None if
+            no record has one.
+        masked: Bool `(B,)`: True = the mask is known; None likewise.
     """
 
     record_ids: tuple[str, ...]
@@ -602,6 +641,8 @@ class Batch:
     observed_fields: Mapping[str, Tensor]
     labels: Tensor
     shares: Tensor | None = None
+    masks: Tensor | None = None
+    masked: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -621,6 +662,8 @@ class Batch:
             observed_fields={k: v.to(device) for k, v in self.observed_fields.items()},
             labels=self.labels.to(device),
             shares=None if self.shares is None else self.shares.to(device),
+            masks=None if self.masks is None else self.masks.to(device),
+            masked=None if self.masked is None else self.masked.to(device),
         )
 
     def rows(self, index: Tensor) -> Batch:
@@ -634,6 +677,8 @@ class Batch:
             observed_fields={k: v[index] for k, v in self.observed_fields.items()},
             labels=self.labels[index],
             shares=None if self.shares is None else self.shares[index],
+            masks=None if self.masks is None else self.masks[index],
+            masked=None if self.masked is None else self.masked[index],
         )
 
     def partly_filled(self) -> Tensor:

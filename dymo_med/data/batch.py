@@ -43,6 +43,8 @@ def collate(records: Sequence[PatientRecord], specs: Sequence[ModalitySpec]) -> 
                 filled[i] = True if value.observed_fields is None else value.observed_fields
             values[spec.name] = stacked.where(filled, stacked.new_zeros(()))
             observed_fields[spec.name] = filled
+    masks = [record.mask for record in records]
+    known = [mask for mask in masks if mask is not None]
     labels = [-1 if record.label is None else record.label for record in records]
     return Batch(
         record_ids=tuple(record.record_id for record in records),
@@ -51,4 +53,8 @@ def collate(records: Sequence[PatientRecord], specs: Sequence[ModalitySpec]) -> 
         observed=ModalityMask(tuple(spec.name for spec in specs), available),
         observed_fields=observed_fields,
         labels=torch.tensor(labels, dtype=torch.int64),
+        masks=torch.stack([known[0] * 0 if mask is None else mask for mask in masks])
+        if known
+        else None,
+        masked=torch.tensor([mask is not None for mask in masks]) if known else None,
     )

@@ -15,11 +15,13 @@ from torch import nn
 from dymo_med.config import CohortFile, Document
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
+from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
 from dymo_med.types import (
     SPLITS,
     Cohort,
     CohortRecord,
+    MaskSpec,
     ModalitySpec,
     PatientRecord,
     Scale,
@@ -62,6 +64,8 @@ def read_cohort(path: Path) -> Cohort:
     entry = document.parse(CohortFile)
     problems: list[Problem] = []
     specs = _read_specs(document, entry, problems)
+    if entry.task.type == "segmentation":
+        _require_one_grid(document, entry, specs, problems)
     if len(set(entry.task.classes)) != len(entry.task.classes):
         where = document.where(("task", "classes"))
         raise ConfigError(*problems, Problem(where, "a class occurs twice"))
@@ -93,6 +97,10 @@ def _task(document: Document, entry: CohortFile) -> Task:
     task = entry.task
     if task.type == "classification":
         return Task(task.type, task.target, tuple(task.classes))
+    if task.type == "segmentation":
+        regions = {name: tuple(labels) for name, labels in task.regions.items()}
+        mask = MaskSpec(task.file, tuple(task.labels), regions)
+        return Task(task.type, task.file, tuple(regions), mask=mask)
     low, high = task.range
     centers = task.bands
     if isinstance(centers, int):
@@ -207,6 +215,43 @@ def _refuse_booleans(document: Document) -> None:
         )
 
 
+def _require_one_grid(
+    document: Document,
+    entry: CohortFile,
+    specs: Sequence[ModalitySpec],
+    problems: list[Problem],
+) -> None:
+    """Check what a segmentation needs: volumes on one grid, and a usable name of the mask."""
+    for spec in specs:
+        where = document.where(("modalities", spec.name))
+        if len(spec.shape) != 4:
+            problems.append(
+                Problem(
+                    where,
+                    "a segmentation looks at volumes only",
+                    expected="kind: image, dims: 3",
+                    remedy="Take the modality out of this description",
+                )
+            )
+        elif (spec.shape, spec.spacing_mm) != (specs[0].shape, specs[0].spacing_mm):
+            problems.append(
+                Problem(
+                    where,
+                    "the scans of a segmentation must lie on one grid",
+                    expected=f"size and spacing_mm of {specs[0].name}",
+                    remedy="Give all of them the same",
+                )
+            )
+    try:
+        plain_name(entry.task.file)
+    except ValueError as error:
+        problems.append(Problem(document.where(("task", "file")), str(error)))
+    if not entry.task.file.endswith((".nii", ".nii.gz")):
+        problems.append(
+            Problem(document.where(("task", "file")), "a mask must be NIfTI", "name.nii.gz")
+        )
+
+
 def _read_specs(
     document: Document, entry: CohortFile, problems: list[Problem]
 ) -> tuple[ModalitySpec, ...]:
@@ -281,7 +326,8 @@ def _read_records(
     records: list[CohortRecord] = []
     seen: dict[str, int] = {}
     from_labels = [s for s in subgroups if s.modality is None]
-    needed = dict.fromkeys(("patient_id", entry.task.target, *(s.column for s in from_labels)))
+    targets = (task.target,) if task.mask is None else ()
+    needed = dict.fromkeys(("patient_id", *targets, *(s.column for s in from_labels)))
     for line in _read_lines(path, tuple(needed), problems):
         where = f"{path}:{line.number}"
         patient_id = line.cells["patient_id"]
@@ -311,7 +357,7 @@ def _read_records(
             continue
         seen[record_id] = line.number
         label = value = None
-        target = line.cells[task.target]
+        target = line.cells[task.target] if targets else ""
         if target not in blank:
             found = _answer(target, task, f"{where} {task.target}")
             if isinstance(found, Problem):

@@ -27,6 +27,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -579,8 +580,14 @@ def render(
 
 # --- Files --------------------------------------------------------------------------------------
 
+# The lesion as the BraTS challenges label it, by the numbers of `Scans.lesion`: oedema 2, enhancing
+# tumour 4, necrotic core 1. The grade of a patient is not asked of it, so `cohort.yaml` ignores it.
+MASK = "seg.nii.gz"
+MASK_LABELS = np.array([0, 2, 4, 1], dtype=np.uint8)
+SEGMENTATION = "cohort-segmentation.yaml"
 
-def cohort_description(size: int) -> dict[str, object]:
+
+def cohort_description(size: int) -> dict[str, Any]:
     """Return the content of `cohort.yaml`."""
     modalities: dict[str, object] = {
         name: {
@@ -601,6 +608,22 @@ def cohort_description(size: int) -> dict[str, object]:
         "task": {"type": "classification", "target": "grade", "classes": list(CLASSES)},
         "modalities": modalities,
         "subgroups": {"age": {"column": "age_years", "edges": [45, 60]}, "sex": {"column": "sex"}},
+    }
+
+
+def segmentation_description(size: int) -> dict[str, object]:
+    """Return the content of `cohort-segmentation.yaml`: the scans and the mask, no tables."""
+    whole = cohort_description(size)
+    modalities = {n: m for n, m in whole["modalities"].items() if n in SEQUENCES}
+    return {
+        "name": "simulated-glioma-segmentation",
+        "task": {
+            "type": "segmentation",
+            "file": MASK,
+            "labels": [1, 2, 4],
+            "regions": {"WT": [1, 2, 4], "TC": [1, 4], "ET": [4]},
+        },
+        "modalities": modalities,
     }
 
 
@@ -691,6 +714,7 @@ def _write_patient(
     row = {name: text if name in observed else "" for name, text in evidence.cells.items()}
     _write_rows(folder / "ehr.csv", [row])
     _write_image(hidden / "lesion.nii.gz", scans.lesion, scans.affine)
+    _write_image(folder / MASK, MASK_LABELS[scans.lesion], scans.affine)
     return evidence, _truth(record_id, evidence, lesion, scans)
 
 
@@ -736,9 +760,11 @@ def simulate(
 ) -> Path:
     """Write a simulated cohort.
 
-    `cohort.yaml`, `patients/<id>/` (what a hospital would hold), `labels.csv`, `splits.csv`, and
-    what only a simulator knows: `truth.csv` and `truth/<id>/lesion.nii.gz`. The folder appears
-    under its name when it is complete, not before.
+    `cohort.yaml`, `patients/<id>/` (what a hospital would hold, and the lesion's mask as a reader
+    would have drawn it), `labels.csv`, `splits.csv`, and what only a simulator knows: `truth.csv`
+    and `truth/<id>/lesion.nii.gz`. `cohort-segmentation.yaml` describes the same patients with
+    the lesion as what is predicted. The folder appears under its name when it is complete, not
+    before.
 
     Args:
         out: Folder to make; it may exist if it is empty.
@@ -772,10 +798,12 @@ def simulate(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".simulate-") as scratch:
         root = Path(scratch) / "cohort"
         root.mkdir()
-        description = yaml.safe_dump(
-            cohort_description(size), sort_keys=False, default_flow_style=None, width=100
-        )
-        (root / "cohort.yaml").write_text(description, encoding="utf-8")
+        for name, content in (
+            ("cohort.yaml", cohort_description(size)),
+            (SEGMENTATION, segmentation_description(size)),
+        ):
+            text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
+            (root / name).write_text(text, encoding="utf-8")
         grades, truth = [], []
         for index in range(patients):
             evidence, row = _write_patient(root, index, seed, size, missing)
@@ -805,6 +833,7 @@ def simulate(
                 "labels.csv",
                 "splits.csv",
                 "truth.csv",
+                SEGMENTATION,
                 "cohort.yaml",
             ):
                 (root / name).rename(out / name)

@@ -86,14 +86,25 @@ class SeriesEntry(Strict):
         return SeriesRule(self.modality or "", self.description or "", self.slices, self.absent)
 
 
+def file_in(folder: Path, file: str) -> str:
+    """Return the name of a file in a patient directory: `{record}` is the folder's own name.
+
+    Example:
+        >>> file_in(Path("patients/p01"), "{record}_t1.nii.gz")
+        'p01_t1.nii.gz'
+    """
+    name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return file.replace("{record}", name)
+
+
 class ImageEntry(Strict):
     """An image modality in `cohort.yaml`.
 
     Attributes:
         kind: `image`.
         dims: 2 or 3.
-        file: File name inside the patient directory; another known extension or a DICOM folder
-            of the same stem is found too.
+        file: File name inside the patient directory, where `{record}` stands for the directory's
+            own name; another known extension or a DICOM folder of the same stem is found too.
         size: Voxels per axis of the grid: rows and columns (2D), X, Y, Z in RAS+ (3D).
         spacing_mm: Voxel size of the grid. Without it a 2D image is fitted into `size`.
         intensity: `zscore` over voxels other than 0, `percentile` (1 % to 99 % become 0 to 1,
@@ -192,7 +203,7 @@ class Image(Modality):
 
     def _find(self, folder: Path, where: str) -> Path | None:
         """Return the scan's file or folder: the declared name, else one of the same stem."""
-        exact = folder / self.spec.file
+        exact = folder / file_in(folder, self.spec.file)
         if exact.exists():
             return exact
         stem = _stem(exact.name)
@@ -206,7 +217,7 @@ class Image(Modality):
         ambiguous = Problem(
             f"{where}: {self.spec.name}",
             "several files could be this scan",
-            expected=f"{self.spec.file} or one other",
+            expected=f"{exact.name} or one other",
         )
         return the_one(found, exact, where, ambiguous)
 

@@ -74,6 +74,25 @@ def answer_loss(logits: Tensor, truth: Tensor, scale: Scale | None) -> Tensor:
     return loss + error.abs() / step
 
 
+def soft_dice_loss(probability: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Return the soft Dice loss of a batch, a scalar.
+
+    The mean over regions of 1 - (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), the sums running over
+    all voxels of the whole batch.
+
+    Args:
+        probability: `(B, R, *spatial)`.
+        target: Bool, the same shape.
+        weights: `(B,)`: how much a record counts in the sums; 1 for each in the published code.
+
+    References:
+        GMD, AAAI 2024 (published code: `utils/loss.py`, `DiceCoef`).
+    """
+    g = target.to(probability.dtype)
+    both, p, t = (weights @ x.flatten(2).sum(-1) for x in (probability * g, probability, g))  # (R,)
+    return (1 - (2 * both + 1) / (p + t + 1)).mean()
+
+
 def prototype_loss(
     embedding: Tensor,
     labels: Tensor,

@@ -25,6 +25,7 @@ from dymo_med.types import Batch, FusionOutput, Scale
 # Validation looks at every subset up to this many, and at a fixed sample of this size beyond.
 _MOST_SUBSETS = 64
 _CHUNK = 64
+_MASKS = ""  # no modality has this name
 
 
 def encode_all(backbone: FusionBackbone, batch: Batch, device: torch.device) -> EncodedVersions:
@@ -310,7 +311,7 @@ def validation_figures(logits: Tensor, labels: Tensor, weights: Tensor) -> dict[
 
 
 def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) -> Batch:
-    """Return the batch with its images changed at random; tables stay.
+    """Return the batch with its images, and their masks, changed at random; tables stay.
 
     Args:
         batch: B records.
@@ -320,6 +321,8 @@ def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) ->
     if settings == Augmentation():
         return batch
     values = dict(batch.values)
+    if batch.masks is not None:  # moved like the images, but its labels stay
+        values[_MASKS] = batch.masks[:, None]
     b = len(batch)
     mirror = torch.rand(b, 3, generator=generator) < 0.5
     most = settings.shift_voxels
@@ -333,10 +336,11 @@ def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) ->
                 flip = mirror[:, axis].to(image.device).view(b, *(1,) * (image.ndim - 1))
                 image = torch.where(flip, image.flip(2 + axis), image)
         image = image.roll(shift[:axes], dims=tuple(range(2, image.ndim)))
-        if settings.intensity:
+        if settings.intensity and name != _MASKS:
             noise = torch.randn(2, b, *(1,) * (image.ndim - 1), generator=generator)
             noise = (noise * settings.intensity).to(image.device)
             # Background is exactly 0 and stays so.
             image = torch.where(image == 0, image, image * (1 + noise[0]) + noise[1])
         values[name] = image
-    return replace(batch, values=values)
+    masks = values.pop(_MASKS, None)
+    return replace(batch, values=values, masks=None if masks is None else masks[:, 0])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 import dymo_med
 from dymo_med.backbones import BACKBONES
 from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
-from dymo_med.config import Recipe
+from dymo_med.config import Named, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_record
+from dymo_med.data.masks import read_known
 from dymo_med.errors import ConfigError, PatientDataError, Problem
-from dymo_med.imputers import IMPUTERS, require_recovery
+from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
 from dymo_med.modalities import modality
 from dymo_med.selection import fit_statistics
 from dymo_med.training.calibration import fit_temperature
@@ -39,6 +40,7 @@ from dymo_med.training.objectives import (
     subset_logits,
 )
 from dymo_med.training.performance import performance
+from dymo_med.training.segmentation import LEAST_MASKS, train_segmentation
 from dymo_med.training.selectors import (
     calibration_cases,
     choose,
@@ -102,7 +104,10 @@ def train(
     where = resolve_device(device)
     records = _read(described, reading)
     for split in _FITTED_ON:
-        _require_labels(described, split, [r.label for r in records[split]])
+        if described.task.mask is None:
+            _require_labels(described, split, [r.label for r in records[split]])
+        else:
+            _require_masks(described, split, records[split])
     scale = described.task.scale
     names = [spec.name for spec in described.specs]
     seen = Counter(n for r in records["train"] for n in r.modalities)
@@ -131,15 +136,6 @@ def train(
     checkpoints = out / "checkpoints"
     classes = len(described.task.classes)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(plan.seed, "imputer weights").initial_seed() % 2**31))
-        imputer_class = IMPUTERS[plan.imputer.name]
-        imputer_options = imputer_class.Options(**plan.imputer.options)
-        imputer = imputer_class(specs, imputer_options)
-        torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
-        backbone_class = BACKBONES[plan.backbone.name]
-        backbone_options = backbone_class.Options(**plan.backbone.options)
-        backbone = backbone_class(specs, classes, backbone_options)
     run_stage = partial(
         train_stage,
         seed=plan.seed,
@@ -149,20 +145,44 @@ def train(
         progress=progress,
     )
 
-    imputer.start_from(data["train"])
-    require_recovery(imputer, plan.imputer.name)
-    if any(True for _ in imputer.parameters()):  # others are ready with their first look
-        run_stage(
-            "imputer",
-            ImputerObjective(
-                imputer, data["validation"], _weights(data["validation"]), fabric.device, plan.seed
-            ),
-            data["train"],
-            _weights(data["train"]),
-            plan.imputer_training,
-            checkpoint=checkpoints / "imputer.safetensors",
+    imputer = imputer_entry = None
+    if plan.imputer is not None:
+        imputer, imputer_entry = _train_imputer(
+            plan.imputer, plan, specs, data, run_stage, checkpoints, fabric.device
         )
-    imputer.to(fabric.device).eval()
+    if described.task.mask is not None:
+        known = {s: b.rows(_masked(b).nonzero().squeeze(1)) for s, b in data.items()}
+        segmenter = train_segmentation(
+            plan,
+            described,
+            specs,
+            known,
+            {s: _weights(b) for s, b in known.items()},
+            imputer,
+            imputer_entry,
+            run_stage,
+            checkpoints,
+            fabric.device,
+        )
+        draw_curves(log.stages, out / "curves.png")
+        replace(segmenter, provenance=_provenance(plan, described, data, known, log)).save(
+            out / "bundle"
+        )
+        return out / "bundle"
+    if imputer is None or imputer_entry is None or plan.backbone.name not in BACKBONES:
+        raise ConfigError(
+            Problem(
+                str(recipe),
+                "the recipe is for a segmentation",
+                expected=f"an imputer, and a backbone out of {', '.join(BACKBONES)}",
+                remedy=f"Choose another recipe: cohort {described.name} is a classification",
+            )
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
+        backbone_class = BACKBONES[plan.backbone.name]
+        backbone_options = backbone_class.Options(**plan.backbone.options)
+        backbone = backbone_class(specs, classes, backbone_options)
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
     fitting, held_back = labelled["train"], labelled["calibration"]
     weights = _weights(fitting)
@@ -242,7 +262,7 @@ def train(
         specs=specs,
         missing_values=described.missing_values,
         imputer=imputer,
-        imputer_entry={"name": plan.imputer.name, **imputer_options.model_dump()},
+        imputer_entry=imputer_entry,
         backbone=backbone,
         backbone_entry={"name": plan.backbone.name, **backbone_options.model_dump()},
         selectors=selectors,
@@ -253,30 +273,79 @@ def train(
         comparators=comparators,
         conformal=prediction_sets,
         performance=tested,
-        provenance={
-            "cohort": described.name,
-            "recipe": plan.model_dump(),
-            "records": {s: len(b) for s, b in data.items()},
-            "labelled_records": {s: len(b) for s, b in labelled.items()},
-            "patients": {
-                s: sorted({hashed_id(plan.name, p) for p in b.patient_ids}) for s, b in data.items()
-            },
-            "observed_share": {
-                spec.name: round(float(data["train"].observed.available[:, m].double().mean()), 4)
-                for m, spec in enumerate(specs)
-            },
-            "best_epoch": {
-                stage: max(rows_, key=lambda r: r["score"])["epoch"]
-                for stage, rows_ in log.stages.items()
-            },
-            "versions": {
-                "dymo_med": dymo_med.__version__,
-                **{name: version(name) for name in ("torch", "monai", "numpy")},
-            },
-        },
+        provenance=_provenance(plan, described, data, labelled, log),
     )
     bundle.save(out / "bundle")
     return out / "bundle"
+
+
+def _provenance(
+    plan: Recipe,
+    described: Cohort,
+    data: Mapping[Split, Batch],
+    labelled: Mapping[Split, Batch],
+    log: Log,
+) -> dict[str, Any]:
+    """Return what a bundle remembers of how it came about."""
+    return {
+        "cohort": described.name,
+        "recipe": plan.model_dump(),
+        "records": {s: len(b) for s, b in data.items()},
+        "labelled_records": {s: len(b) for s, b in labelled.items()},
+        "patients": {
+            s: sorted({hashed_id(plan.name, p) for p in b.patient_ids}) for s, b in data.items()
+        },
+        "observed_share": {
+            spec.name: round(float(data["train"].observed.available[:, m].double().mean()), 4)
+            for m, spec in enumerate(described.specs)
+        },
+        "best_epoch": {
+            stage: max(rows_, key=lambda r: r["score"])["epoch"]
+            for stage, rows_ in log.stages.items()
+        },
+        "versions": {
+            "dymo_med": dymo_med.__version__,
+            **{name: version(name) for name in ("torch", "monai", "numpy")},
+        },
+    }
+
+
+def _train_imputer(
+    entry: Named,
+    plan: Recipe,
+    specs: tuple[ModalitySpec, ...],
+    data: Mapping[Split, Batch],
+    run_stage: Callable[..., None],
+    checkpoints: Path,
+    device: torch.device,
+) -> tuple[Imputer, dict[str, Any]]:
+    """Return the imputer in evaluation mode, and its table name and options."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(plan.seed, "imputer weights").initial_seed() % 2**31))
+        imputer_class = IMPUTERS[entry.name]
+        options = imputer_class.Options(**entry.options)
+        imputer = imputer_class(specs, options)
+    imputer.start_from(data["train"])
+    require_recovery(imputer, entry.name)
+    if any(True for _ in imputer.parameters()):  # others are ready with their first look
+        run_stage(
+            "imputer",
+            ImputerObjective(
+                imputer, data["validation"], _weights(data["validation"]), device, plan.seed
+            ),
+            data["train"],
+            _weights(data["train"]),
+            plan.imputer_training,
+            checkpoint=checkpoints / "imputer.safetensors",
+        )
+    return imputer.to(device).eval(), {"name": entry.name, **options.model_dump()}
+
+
+def _masked(batch: Batch) -> Tensor:
+    """Return bool `(n,)`: whose mask is known."""
+    if batch.masked is None:
+        return torch.zeros(len(batch), dtype=torch.bool)
+    return batch.masked
 
 
 def fit_specs(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[ModalitySpec, ...]:
@@ -359,9 +428,7 @@ def _read(
     problems: list[Problem] = []
     for done, (split, entry) in enumerate(listed, start=1):
         try:
-            record = read_record(
-                entry, cohort.specs, cohort.missing_values, require_something=False
-            )
+            record = read_known(entry, cohort, require_something=False)
         except PatientDataError as error:
             problems += error.problems
             continue
@@ -412,6 +479,26 @@ def _require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) 
         )
 
 
+def _require_masks(cohort: Cohort, split: Split, records: Sequence[PatientRecord]) -> None:
+    """Check that a split has as many masks as something is fitted on.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    needed = LEAST_MASKS if split == "train" else 1
+    count = sum(r.mask is not None for r in records)
+    if count < needed:
+        raise ConfigError(
+            Problem(
+                f"Cohort {cohort.name}",
+                f"split '{split}' has too few records with a mask",
+                expected=f"at least {needed}",
+                got=str(count),
+                remedy="Move patients between splits in splits.csv, or add masks",
+            )
+        )
+
+
 def _weights(batch: Batch) -> Tensor:
     """Return `(n,)` weights by which every patient counts the same, with mean 1."""
     visits = Counter(batch.patient_ids)
@@ -421,7 +508,7 @@ def _weights(batch: Batch) -> Tensor:
 
 def _fingerprint(recipe: Recipe, cohort: Cohort, records: dict[Split, list[PatientRecord]]) -> str:
     """Return a hash of everything a resumed run must have in common with the first one."""
-    about = {
+    about: dict[str, Any] = {
         "recipe": recipe.model_dump(),
         "specs": [spec.to_dict() for spec in cohort.specs],
         "records": [
@@ -431,4 +518,11 @@ def _fingerprint(recipe: Recipe, cohort: Cohort, records: dict[Split, list[Patie
         ],
         "versions": [dymo_med.__version__, torch.__version__],
     }
+    if cohort.task.mask is not None:
+        about["task"] = cohort.task.to_dict()
+        about["masks"] = [
+            None if r.mask is None else hashlib.sha256(r.mask.numpy().tobytes()).hexdigest()
+            for part in records.values()
+            for r in part
+        ]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

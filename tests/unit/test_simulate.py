@@ -272,8 +272,9 @@ class TestFiles:
     """What is on disk."""
 
     def test_layout(self, cohort: Path) -> None:
-        """A patient directory holds only what a hospital holds; no scratch folder stays."""
+        """A patient directory holds only what a hospital holds, and the lesion outlined."""
         assert {p.name for p in cohort.iterdir()} == {
+            "cohort-segmentation.yaml",
             "cohort.yaml",
             "labels.csv",
             "patients",
@@ -285,8 +286,12 @@ class TestFiles:
         for row in rows(cohort / "truth.csv"):
             expected = {f"{s}.nii.gz" for s in SEQUENCES if s not in row["missing"].split()}
             found = {p.name for p in (cohort / "patients" / row["record_id"]).iterdir()}
-            assert found == expected | {"ehr.csv"}
-            assert (cohort / "truth" / row["record_id"] / "lesion.nii.gz").exists()
+            assert found == expected | {"ehr.csv", "seg.nii.gz"}
+            lesion = nib.load(cohort / "truth" / row["record_id"] / "lesion.nii.gz")
+            mask = nib.load(cohort / "patients" / row["record_id"] / "seg.nii.gz")
+            assert np.array_equal(mask.affine, lesion.affine)
+            labels = np.asarray(lesion.dataobj)  # 1 oedema, 2 rim, 3 core
+            assert np.array_equal(np.asarray(mask.dataobj), np.choose(labels, [0, 2, 4, 1]))
 
     def test_description(self, cohort: Path) -> None:
         """`cohort.yaml` reads back as it was meant."""

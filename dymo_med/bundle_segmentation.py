@@ -1,0 +1,379 @@
+"""A trained segmentation model on disk: a bundle as `dymo_med.bundle` describes them.
+
+BUNDLE/configs/metadata.json      who, what, versions, modalities, labels and regions, provenance
+BUNDLE/configs/inference.json     imputer (if any), backbone, default selector, windows
+BUNDLE/configs/selectors.json     how the selectors compared; why which one is the default
+BUNDLE/models/backbone.safetensors
+BUNDLE/models/imputer.safetensors, statistics.safetensors   if there is an imputer
+BUNDLE/docs/README.md             model card
+BUNDLE/checksums.json             SHA-256 of every file above
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
+from dymo_med.bundle import (
+    SCHEMA_VERSION,
+    checksums_of,
+    identity,
+    on_cpu,
+    require_task,
+    resolve_device,
+    table_entry,
+    verified,
+)
+from dymo_med.errors import BundleError, ConfigError, Problem
+from dymo_med.files import complete_folder, write_bytes, write_json, write_text
+from dymo_med.imputers import Imputer
+from dymo_med.registry import nearest
+from dymo_med.selection import SELECTORS, Selector
+from dymo_med.types import Choice, MaskSpec, ModalitySpec, SubsetStatistics, Task
+
+_STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
+_READOUT = tuple(f.name for f in fields(Readout))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What it takes to recover absent scans and to decide which of them to use.
+
+    Attributes:
+        imputer: In evaluation mode.
+        imputer_entry: Its table name and options.
+        readout: How the selection reads a segmentation.
+        statistics: Of what it reads.
+        selectors: By name.
+        choice: Which of them is the default, and why.
+    """
+
+    imputer: Imputer
+    imputer_entry: Mapping[str, Any]
+    readout: Readout
+    statistics: SubsetStatistics
+    selectors: Mapping[str, Selector]
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class SegmentationBundle:
+    """Everything needed to segment a patient.
+
+    Attributes:
+        name: Name of the bundle.
+        description: One sentence.
+        task: Labels and regions.
+        specs: Modalities in canonical order: volumes on one grid.
+        missing_values: Kept for the cohort's tables, of which there are none.
+        network: In evaluation mode.
+        backbone_entry: Its table name and options.
+        windows: How scans are looked at.
+        trust: None = absent scans are not recovered.
+        provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
+        bundle_id: SHA-256 over the checksums; empty before saving.
+        device: Where the networks are.
+    """
+
+    name: str
+    description: str
+    task: Task
+    specs: tuple[ModalitySpec, ...]
+    missing_values: tuple[str, ...]
+    network: SharedUNet
+    backbone_entry: Mapping[str, Any]
+    windows: Windows
+    trust: Trust | None
+    provenance: Mapping[str, Any]
+    bundle_id: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def mask(self) -> MaskSpec:
+        """Labels and regions."""
+        if self.task.mask is None:
+            raise ValueError("The task of a segmentation bundle has a mask.")
+        return self.task.mask
+
+    @property
+    def version(self) -> str:
+        """Version of the package that trained it."""
+        return str(self.provenance["versions"]["dymo_med"])
+
+    @property
+    def selector(self) -> str:
+        """Name of the default selector."""
+        return "observed_only" if self.trust is None else self.trust.choice.name
+
+    def require_selector(self, name: str) -> None:
+        """Check that there is a selector of that name.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        known = ["observed_only"] if self.trust is None else list(self.trust.selectors)
+        if name not in known:
+            raise ConfigError(
+                Problem(
+                    "--selector",
+                    f"this bundle has no selector called '{name}'",
+                    remedy=nearest(name, known),
+                )
+            )
+
+    def save(self, folder: Path) -> str:
+        """Write the bundle; it appears complete or not at all, replacing an earlier one.
+
+        Args:
+            folder: Bundle folder.
+
+        Returns:
+            The bundle's id.
+
+        Raises:
+            ConfigError: If the folder holds something that is not a bundle.
+        """
+        parts = ("configs", "models", "docs")
+        with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
+            for name in parts:
+                (work / name).mkdir()
+            write_json(work / "configs" / "metadata.json", self._metadata())
+            write_json(work / "configs" / "inference.json", self._inference())
+            tensors = {"backbone": self.network.state_dict()}
+            if self.trust is not None:
+                choice = self.trust.choice
+                write_json(
+                    work / "configs" / "selectors.json",
+                    {
+                        "why": choice.why,
+                        "calibration": {
+                            "patients": choice.patients,
+                            "results": {k: dict(v) for k, v in choice.results.items()},
+                        },
+                        "entries": list(self.trust.selectors),
+                    },
+                )
+                tensors["imputer"] = self.trust.imputer.state_dict()
+                statistics, readout = self.trust.statistics, self.trust.readout
+                tensors["statistics"] = {
+                    **{k: getattr(statistics, k) for k in _STATISTICS},
+                    **{f"readout.{k}": getattr(readout, k) for k in _READOUT},
+                }
+            for name, part in tensors.items():
+                write_bytes(work / "models" / f"{name}.safetensors", save(on_cpu(part)))
+            write_text(work / "docs" / "README.md", self._model_card())
+            sums = checksums_of(work)
+            write_json(work / "checksums.json", sums)
+        return identity(sums)
+
+    def _metadata(self) -> dict[str, Any]:
+        versions = self.provenance["versions"]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "version": self.version,
+            "monai_version": str(versions["monai"]),
+            "pytorch_version": str(versions["torch"]),
+            "numpy_version": str(versions["numpy"]),
+            "required_packages_version": {"dymo-med": self.version},
+            "task": f"{self.task.type}: {', '.join(self.task.classes)}",
+            "description": self.description,
+            "authors": "see provenance",
+            "copyright": "see docs/README.md",
+            "network_data_format": {
+                "inputs": {
+                    s.name: {"type": s.kind, "spatial_shape": list(s.shape), "optional": True}
+                    for s in self.specs
+                },
+                "outputs": {
+                    region: {"type": "probability", "dtype": "float32"}
+                    for region in self.task.classes
+                },
+            },
+            "target": self.task.to_dict(),
+            "modalities": [spec.to_dict() for spec in self.specs],
+            "missing_values": list(self.missing_values),
+            "provenance": dict(self.provenance),
+        }
+
+    def _inference(self) -> dict[str, Any]:
+        return {
+            "imputer": None if self.trust is None else dict(self.trust.imputer_entry),
+            "backbone": dict(self.backbone_entry),
+            "selector": self.selector,
+            "window": list(self.windows.size),
+            "overlap": self.windows.overlap,
+        }
+
+    def _model_card(self) -> str:
+        """Return the model card as Markdown."""
+        p = self.provenance
+        counts = "\n".join(
+            f"| {split} | {p['records'][split]} | {p['labelled_records'][split]} |"
+            f" {len(p['patients'][split])} |"
+            for split in p["records"]
+        )
+        modalities = "\n".join(
+            f"| {s.name} | {' x '.join(map(str, s.shape[1:]))} |"
+            f" {' x '.join(f'{mm:g}' for mm in s.spacing_mm)} mm |"
+            f" {p['observed_share'][s.name]:.0%} |"
+            for s in self.specs
+        )
+        regions = "\n".join(
+            f"| {name} | {', '.join(map(str, labels))} |"
+            for name, labels in self.mask.regions.items()
+        )
+        trust = "Absent scans are left out of the mean; nothing is recovered.\n"
+        if self.trust is not None:
+            rows = "\n".join(
+                f"| {name} | {r['dice']:.3f} | {r['gain']:+.3f}"
+                f" ({r['gain_low']:+.3f} to {r['gain_high']:+.3f}) |"
+                for name, r in self.trust.choice.results.items()
+            )
+            trust = f"""Imputer `{self.trust.imputer_entry["name"]}`; default selector
+`{self.trust.choice.name}`. {self.trust.choice.why}
+
+On {self.trust.choice.patients} calibration patients with scans hidden:
+
+| selector | mean Dice | against observed scans alone (95 % interval) |
+|---|---|---|
+{rows}
+"""
+        return f"""# {self.name}
+
+{self.description}
+
+Decision support for research. Not a medical device, not for diagnosis.
+
+Segments volumes; trained on cohort `{p["cohort"]}`. Backbone `{self.backbone_entry["name"]}`.
+
+| region | labels |
+|---|---|
+{regions}
+
+| split | records | with a mask | patients |
+|---|---|---|---|
+{counts}
+
+| scan | grid | voxel | observed in training |
+|---|---|---|---|
+{modalities}
+
+{trust}
+The test split was not read while this bundle was made. Run `dymo-med evaluate` for its
+performance, and on your own patients before you rely on it.
+
+Limits: answers assume patients, scanners and protocols like those of the training cohort.
+"""
+
+
+def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBundle:
+    """Load a segmentation bundle after checking every file's hash.
+
+    Args:
+        path: Bundle folder.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        The bundle, its networks in evaluation mode on `device`.
+
+    Raises:
+        BundleError: If it is absent, damaged, changed, for another task, or of an unknown format.
+        ConfigError: If the device is unknown or absent.
+    """
+    where = resolve_device(device)
+    require_task(path, segmentation=True)
+    sums = verified(path)
+    try:
+        metadata = _json(path, "metadata")
+        inference = _json(path, "inference")
+        if metadata["schema_version"] != SCHEMA_VERSION:
+            raise ValueError("schema_version")
+        target = metadata["target"]
+        task = Task(
+            "segmentation",
+            target["target"],
+            tuple(target["classes"]),
+            mask=MaskSpec.from_dict(target["mask"]),
+        )
+        specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
+        options = dict(inference["backbone"])
+        kind = SEGMENTERS[options.pop("name")]
+        # Random initial weights are overwritten at once; the caller's random state stays.
+        with torch.random.fork_rng(devices=[]):
+            network = kind(specs, len(task.classes), kind.Options.model_validate(options))
+        network.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
+        bundle = SegmentationBundle(
+            name=metadata["name"],
+            description=metadata["description"],
+            task=task,
+            specs=specs,
+            missing_values=tuple(metadata["missing_values"]),
+            network=network.to(where).eval().requires_grad_(False),
+            backbone_entry=inference["backbone"],
+            windows=Windows(tuple(inference["window"]), float(inference["overlap"])),
+            trust=_load_trust(path, inference, specs, where),
+            provenance=metadata["provenance"],
+            bundle_id=identity(sums),
+            device=where,
+        )
+    except (
+        *(KeyError, TypeError, ValueError, RuntimeError, OSError),
+        *(SafetensorError, ConfigError),
+    ) as error:
+        raise BundleError(
+            Problem(
+                str(path),
+                "the bundle does not fit this version",
+                got=f"{type(error).__name__} while reading it",
+                remedy="Train it again, or install the version that made it",
+            )
+        ) from error
+    return bundle
+
+
+def _load_trust(
+    path: Path, inference: Mapping[str, Any], specs: tuple[ModalitySpec, ...], where: torch.device
+) -> Trust | None:
+    """Return imputer and selectors; None where there are none."""
+    if inference["imputer"] is None:
+        return None
+    kind, options = table_entry("imputer", inference["imputer"])
+    with torch.random.fork_rng(devices=[]):
+        imputer = kind(specs, options)
+    imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
+    tensors: dict[str, Tensor] = load_file(path / "models" / "statistics.safetensors")
+    stored = _json(path, "selectors")
+    selectors = {name: SELECTORS[name]() for name in stored["entries"]}
+    choice = Choice(
+        inference["selector"],
+        stored["why"],
+        stored["calibration"]["results"],
+        stored["calibration"]["patients"],
+    )
+    if choice.name not in selectors:
+        raise KeyError(choice.name)
+    return Trust(
+        imputer.to(where).eval().requires_grad_(False),
+        inference["imputer"],
+        Readout(**{k: tensors[f"readout.{k}"] for k in _READOUT}).to(where),
+        SubsetStatistics("cosine", **{k: tensors[k] for k in _STATISTICS}).to(where),
+        selectors,
+        choice,
+    )
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        (path / "configs" / f"{name}.json").read_text(encoding="utf-8")
+    )
+    return found

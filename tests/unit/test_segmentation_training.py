@@ -1,0 +1,151 @@
+"""Segmentation is trained by the same command; wrong pairs of recipe and cohort are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dymo_med.backbones import SharedUNet, Windows
+from dymo_med.backbones.dense import dense_versions, slide
+from dymo_med.bundle import load_bundle
+from dymo_med.bundle_segmentation import load_segmentation_bundle
+from dymo_med.config import BackboneTraining
+from dymo_med.data.batch import collate
+from dymo_med.data.masks import read_known
+from dymo_med.data.simulate import SEGMENTATION
+from dymo_med.errors import BundleError, ConfigError
+from dymo_med.training.loop import Step
+from dymo_med.training.losses import soft_dice_loss
+from dymo_med.training.segmentation import SegmentationObjective, random_crop
+from dymo_med.training.train import train
+from tests.segmentation import (  # noqa: F401
+    masked_cohort,
+    masked_dir,
+    segmentation_bundle,
+    segmentation_dir,
+    write_recipe,
+)
+
+
+@pytest.fixture(scope="module")
+def batch(masked_cohort):  # noqa: F811
+    records = [read_known(entry, masked_cohort) for entry in masked_cohort.records[:3]]
+    return collate(records, masked_cohort.specs)
+
+
+def test_soft_dice_is_that_of_the_whole_batch():
+    p = torch.tensor([[[0.5, 1.0]], [[0.0, 0.25]]])[..., None, None]
+    g = torch.tensor([[[True, True]], [[False, False]]])[..., None, None]
+    expected = 1 - (2 * 1.5 + 1) / (1.75 + 2 + 1)
+    assert float(soft_dice_loss(p, g, torch.ones(2))) == pytest.approx(expected)
+    alone = 1 - (2 * 1.5 + 1) / (1.5 + 2 + 1)
+    assert float(soft_dice_loss(p, g, torch.tensor([1.0, 0.0]))) == pytest.approx(alone)
+
+
+def test_a_crop_takes_the_same_place_of_scans_and_mask(batch):
+    marked = batch.rows(torch.arange(3))
+    volume = torch.arange(16**3, dtype=torch.float32).reshape(1, 16, 16, 16)
+    values = {n: volume.expand(3, 1, 16, 16, 16) for n in marked.values}
+    masks = (volume[0] % 251).to(torch.uint8).expand(3, 16, 16, 16)
+    from dataclasses import replace
+
+    part = random_crop(
+        replace(marked, values=values, masks=masks), [8, 10, 12], torch.Generator().manual_seed(1)
+    )
+    assert part.masks.shape == (3, 8, 10, 12)
+    for name in values:
+        assert torch.equal(part.values[name][:, 0] % 251, part.masks.float())
+
+
+def test_each_subset_has_its_loss_and_absent_scans_no_say(segmentation_bundle, batch):  # noqa: F811
+    network, mask = segmentation_bundle.network, segmentation_bundle.mask
+    objective = SegmentationObjective(
+        *(network, mask, BackboneTraining(subsets=15), batch, torch.ones(3)),
+        *(Windows((16, 16, 16)), torch.device("cpu"), 0),
+    )
+    step = Step(batch, torch.ones(3), torch.Generator().manual_seed(0))
+    objective.begin_batch(step.generator)
+    losses = objective.losses(step)
+    assert len(losses) == 15 and all(0 < float(x) < 1 for x in losses)
+    again = Step(batch, torch.ones(3), torch.Generator().manual_seed(0))
+    objective.begin_batch(again.generator)
+    assert float(objective(again)) == pytest.approx(float(torch.stack(losses).mean()))
+    assert {"score", "all", "worst"} == set(objective.validate())
+
+
+def test_windows_agree_with_one_look_and_flips_change_it(segmentation_bundle, batch):  # noqa: F811
+    network = segmentation_bundle.network
+    whole = slide(network, "t1", batch.values["t1"][:1], Windows((16, 16, 16)))
+    direct = network.run("t1", batch.values["t1"][:1])
+    assert torch.equal(whole.logits, direct.logits)
+    parts = slide(network, "t1", batch.values["t1"][:1], Windows((12, 12, 12)))
+    assert parts.logits.shape == whole.logits.shape and bool(parts.logits.isfinite().all())
+    flipped = slide(network, "t1", batch.values["t1"][:1], Windows((16, 16, 16), flips=True))
+    mirrored = slide(
+        network, "t1", batch.values["t1"][:1].flip(2), Windows((16, 16, 16), flips=True)
+    )
+    assert torch.allclose(flipped.logits, mirrored.logits.flip(2), atol=1e-5)
+    assert not torch.allclose(flipped.logits, whole.logits, atol=1e-3)
+
+
+def test_versions_average_what_is_used(segmentation_bundle, batch):  # noqa: F811
+    bundle = segmentation_bundle
+    hidden = batch.rows(torch.tensor([0]))
+    hidden.observed.available[0, 1:3] = False
+    recovery = bundle.trust.imputer.recover(hidden)
+    versions = dense_versions(
+        bundle.network, hidden, bundle.windows, recovery, bundle.trust.readout
+    )
+    row = torch.zeros(1, dtype=torch.int64)
+    used = torch.tensor([[True, True, False, True]])
+    admitted = torch.tensor([[False, True, False, False]])
+    each = [
+        bundle.network.run("t1", hidden.values["t1"]),
+        bundle.network.run("t1ce", recovery.values["t1ce"]),
+        bundle.network.run("flair", hidden.values["flair"]),
+    ]
+    expected = torch.stack([x.logits for x in each]).mean(0)
+    assert torch.allclose(versions.logits(row, used, admitted), expected, atol=1e-5)
+    read = versions(row, used, admitted)
+    assert read.logits.shape == (1, 3) and float(read.embedding.norm()) == pytest.approx(1)
+
+
+def test_a_bundle_comes_back_from_disk(segmentation_bundle, segmentation_dir, batch):  # noqa: F811
+    again = load_segmentation_bundle(segmentation_dir, "cpu")
+    assert again.task == segmentation_bundle.task and again.mask.regions["TC"] == (1, 4)
+    assert isinstance(again.network, SharedUNet) and again.windows.size == (16, 16, 16)
+    assert set(again.trust.selectors) == {"observed_only", "trust_all", "dymo"}
+    assert set(again.trust.choice.results) == set(again.trust.selectors)
+    metadata = json.loads((segmentation_dir / "configs" / "metadata.json").read_text())
+    assert metadata["provenance"]["labelled_records"]["train"] == 8
+    assert not list(segmentation_dir.rglob("*.pt"))
+    card = (segmentation_dir / "docs" / "README.md").read_text()
+    assert "| ET | 4 |" in card and np.isfinite(again.trust.choice.results["dymo"]["dice"])
+
+
+def test_each_sort_of_bundle_refuses_the_other_s_loader(segmentation_dir, bundle_dir):  # noqa: F811
+    with pytest.raises(BundleError, match="another task"):
+        load_bundle(segmentation_dir, "cpu")
+    with pytest.raises(BundleError, match="another task"):
+        load_segmentation_bundle(bundle_dir, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"backbone": {"name": "transformer"}}, "not for a segmentation"),
+        ({"selector": {"name": "dymo"}}, "not for a segmentation"),
+        ({"backbone_training": {"crop": [32, 16, 16]}}, "larger than the grid"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(masked_dir, tmp_path, changes, text):  # noqa: F811
+    recipe = write_recipe(tmp_path / "recipe.yaml", **changes)
+    with pytest.raises(ConfigError, match=text):
+        train(recipe, masked_dir / SEGMENTATION, tmp_path / "run", device="cpu")
+
+
+def test_a_segmentation_recipe_is_refused_for_a_classification(masked_dir, tmp_path):  # noqa: F811
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigError, match="is for a segmentation"):
+        train(recipe, masked_dir, tmp_path / "run", device="cpu")
