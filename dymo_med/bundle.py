@@ -477,6 +477,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         with torch.random.fork_rng(devices=[]):
             imputer = imputer_class(specs, imputer_options)
             backbone = backbone_class(specs, len(task.classes), backbone_options)
+        imputer.tie(backbone)
         imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
         backbone.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
         comparators = _load_comparators(path, specs, len(task.classes), where)

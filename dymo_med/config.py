@@ -104,6 +104,8 @@ class BackboneTraining(Schedule):
             gradients of the subsets' losses off each other where they disagree.
         reduction: With `gmd`, how projected gradients of parameters shared by all modalities
             are reduced.
+        class_weights: `balanced` weighs the loss of a class with the inverse of how common it is
+            among training records.
         crop: Voxels along each axis of the random part that a segmentation network is shown in a
             training step, and of its sliding window later; None = the whole grid.
     """
@@ -113,6 +115,7 @@ class BackboneTraining(Schedule):
     prototype_epoch: Annotated[int, Field(ge=1)] = 3
     prototype_temperature: Annotated[float, Field(gt=0)] = 0.1
     augmentation: Augmentation = Augmentation()
+    class_weights: Literal["none", "balanced"] = "none"
     gradient: Literal["sum", "gmd"] = "sum"
     reduction: Literal["mean", "sum"] = "mean"
     crop: Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=3, max_length=3)] | None = (

@@ -692,6 +692,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class LatentTokens:
+    """Recovered modalities as a network's own tokens.
+
+    Attributes:
+        space: The network part whose tokens they are; nobody else can read them.
+        values: Per modality `(B, N, D)`; they mean nothing where nothing was recovered.
+    """
+
+    space: object
+    values: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Recovery:
     """What an imputer proposes for a batch.
 
@@ -702,6 +715,7 @@ class Recovery:
         recovered: Bool `(B, M)`: the modality was missing and values are proposed.
         completed: Bool `(B, M)`: a partly filled table whose blank cells are proposed.
         draws: Optional seeded draws per modality `(n, B, *shape)`, for uncertainty.
+        latents: Optional tokens that a backbone takes in place of the values, if they are its own.
     """
 
     values: Mapping[str, Tensor]
@@ -709,6 +723,13 @@ class Recovery:
     recovered: Tensor
     completed: Tensor
     draws: Mapping[str, Tensor] | None = None
+    latents: LatentTokens | None = None
+
+    def tokens_for(self, space: object) -> Mapping[str, Tensor]:
+        """Return recovered tokens `(B, N, D)` by modality; none if they are not of this space."""
+        if self.latents is None or space is None or self.latents.space is not space:
+            return {}
+        return self.latents.values
 
     @property
     def candidates(self) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from dymo_med.types import FusionOutput, ModalitySpec, Tokens
+from dymo_med.types import Batch, FusionOutput, ModalitySpec, Tokens
 
 
 class FusionBackbone(nn.Module, ABC):
@@ -20,12 +21,14 @@ class FusionBackbone(nn.Module, ABC):
         specs: Modalities in canonical order.
         distance: Distance its embedding is trained for.
         token_modality: Int64 `(N,)`, the modality each token belongs to.
+        recovers: Whether it can recover modalities itself (`fill`).
     """
 
     Options: ClassVar[type[BaseModel]]
     specs: tuple[ModalitySpec, ...]
     distance: Literal["cosine", "euclidean"]
     token_modality: Tensor
+    recovers: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, specs: Sequence[ModalitySpec], classes: int, options: BaseModel) -> None:
@@ -56,3 +59,36 @@ class FusionBackbone(nn.Module, ABC):
 
         No other modality's tokens depend on these, and every other parameter may serve several.
         """
+
+    @property
+    def space(self) -> nn.Module | None:
+        """Whose tokens it fuses, if recoveries may come as such (`LatentTokens`)."""
+        return None
+
+    def own_loss(
+        self,
+        batch: Batch,
+        progress: float,
+        task_loss: Callable[[Tensor], Tensor],
+        generator: torch.Generator,
+    ) -> Tensor | None:
+        """Return what the network minimises besides the task over subsets, `(B,)`; None = nothing.
+
+        Args:
+            batch: B training records, possibly incomplete.
+            progress: Share of the epochs that are over, from 0.
+            task_loss: The task's loss `(B,)` of outputs `(B, K)` for these records.
+            generator: CPU generator behind every random number.
+        """
+        return None
+
+    def fill(self, tokens: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens in which the network itself recovers others, and what is available then.
+
+        A network that cannot (`recovers`) returns what it is given.
+
+        Args:
+            tokens: `(R, N, D)`.
+            available: Bool `(R, N)`.
+        """
+        return tokens, available

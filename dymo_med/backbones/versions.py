@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dymo_med.backbones.base import FusionBackbone
-from dymo_med.types import Batch, FusionOutput, Recovery, Tokens
+from dymo_med.types import Batch, FusionOutput, ModalitySpec, Recovery, Tokens
 
 # Upper bound on token values gathered at once: 16 MB in float32, and some 20 times that inside
 # the blocks.
@@ -83,8 +83,8 @@ def encode_versions(
             version = observed[m].values
             rows = recovery.candidates[:, m].nonzero().squeeze(1)
             if len(rows):
-                proposal = backbone.encode(spec.name, recovery.values[spec.name][rows])
-                version = version.index_copy(0, rows, proposal.values)
+                proposal = recovered_tokens(backbone, recovery, spec, rows)
+                version = version.index_copy(0, rows, proposal)
             recovered.append(version)
     return EncodedVersions(
         backbone,
@@ -120,6 +120,25 @@ def encode_observed(backbone: FusionBackbone, batch: Batch) -> list[Tokens]:
             )
         )
     return found
+
+
+def recovered_tokens(
+    backbone: FusionBackbone, recovery: Recovery, spec: ModalitySpec, rows: Tensor
+) -> Tensor:
+    """Return the tokens of a modality's recovered version, `(R, N, D)`, all of them available.
+
+    They are the imputer's own where it recovers in the backbone's space, else those of the values.
+
+    Args:
+        backbone: The network.
+        recovery: For B records.
+        spec: The modality.
+        rows: Int64 `(R,)`: records to which it is proposed.
+    """
+    tokens = recovery.tokens_for(backbone.space)
+    if spec.name in tokens:
+        return tokens[spec.name][rows]
+    return backbone.encode(spec.name, recovery.values[spec.name][rows]).values
 
 
 def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dymo_med.imputers.base import Imputer, require_recovery
 from dymo_med.imputers.cmvae import CMVAE
+from dymo_med.imputers.cyclic import Cyclic
 from dymo_med.imputers.iterative import Iterative
 from dymo_med.imputers.mmvae_plus import MMVAEPlus
 from dymo_med.imputers.mopoe import MoPoE
@@ -18,6 +19,7 @@ IMPUTERS: Registry[Imputer] = Registry(
         "mopoe": MoPoE,
         "mmvae_plus": MMVAEPlus,
         "cmvae": CMVAE,
+        "cyclic": Cyclic,
         "tip": TIP,
         "iterative": Iterative,
         "template": Template,

@@ -10,10 +10,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from dymo_med.blocks import ConvDecoder, PatchDecoder
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.modalities.base import Modality
-from dymo_med.types import Batch, ModalitySpec, Recovery
+from dymo_med.types import Batch, LatentTokens, ModalitySpec, Recovery
 
+# The mean image of fewer records than this would show single patients to whoever has the bundle.
+_MOST_PRIVATE = 10
 # No category is thought to be less likely, where probabilities are frequencies.
 RAREST = 1e-3
 
@@ -86,6 +89,31 @@ class Imputer(nn.Module, ABC):
         """
         return {}
 
+    def latent_tokens(self, batch: Batch, wanted: Sequence[str]) -> LatentTokens | None:
+        """Return recoveries as a backbone's own tokens; None for an imputer that has none.
+
+        Args:
+            batch: B records.
+            wanted: As for `propose`.
+        """
+        return None
+
+    def tie(self, backbone: nn.Module) -> bool:
+        """Take over from a backbone what both have in common, before either is trained or loaded.
+
+        Afterwards it belongs to the backbone alone: it is trained, saved and moved with it.
+
+        Args:
+            backbone: The network that recoveries are for.
+
+        Returns:
+            Whether there is anything; if so the backbone is trained first.
+
+        Raises:
+            ConfigError: If the two should have something in common but differ in its options.
+        """
+        return False
+
     def recoverable(self, observed: Tensor) -> Tensor:
         """Return bool `(B, M)`: what could be recovered from these observed modalities.
 
@@ -134,6 +162,7 @@ class Imputer(nn.Module, ABC):
         self.eval()
         try:
             values = self._merge(batch, wanted, None)
+            latents = self.latent_tokens(batch, wanted) if wanted else None
             drawn = [
                 self._merge(batch, wanted, torch.Generator().manual_seed(seed * 100_003 + i))
                 for i in range(draws if self.probabilistic else 0)
@@ -146,6 +175,7 @@ class Imputer(nn.Module, ABC):
             recovered=recovered,
             completed=completed,
             draws={n: torch.stack([d[n] for d in drawn]) for n in wanted} if drawn else None,
+            latents=latents,
         )
 
     def _merge(
@@ -199,6 +229,24 @@ class LikelihoodImputer(Imputer):
     def table_likelihood(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """See `Imputer.table_likelihood`."""
         return self.likelihoods(batch, wanted, None)
+
+
+@torch.no_grad()
+def start_from_mean_images(
+    specs: Sequence[ModalitySpec], decoders: nn.ModuleDict, batch: Batch
+) -> None:
+    """Start image decoders from the mean image of the training records.
+
+    Args:
+        specs: Modalities in canonical order.
+        decoders: Decoder of each modality, by name.
+        batch: Training records.
+    """
+    for m, spec in enumerate(specs):
+        decoder = decoders[spec.name]
+        rows = batch.observed.available[:, m]
+        if isinstance(decoder, ConvDecoder | PatchDecoder) and int(rows.sum()) >= _MOST_PRIVATE:
+            decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))
 
 
 def require_recovery(imputer: Imputer, name: str) -> None:

@@ -12,14 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.blocks import ConvDecoder, ConvEncoder, PatchDecoder
+from dymo_med.blocks import ConvEncoder
 from dymo_med.config import Strict
-from dymo_med.imputers.base import LikelihoodImputer
+from dymo_med.imputers.base import LikelihoodImputer, start_from_mean_images
 from dymo_med.modalities import modality
 from dymo_med.types import Batch, ModalitySpec
 
-# The mean image of fewer records than this would show single patients to whoever has the bundle.
-_MOST_PRIVATE = 10
 # Log variance that posteriors start from.
 SURE = -4.0
 
@@ -152,14 +150,7 @@ class MultimodalVAE(LikelihoodImputer):
 
     def start_from(self, batch: Batch) -> None:
         """Start image decoders from the mean image of the training records."""
-        for m, spec in enumerate(self.specs):
-            decoder = self.decoders[spec.name]
-            if isinstance(decoder, ConvDecoder | PatchDecoder):
-                rows = batch.observed.available[:, m]
-                if int(rows.sum()) < _MOST_PRIVATE:
-                    continue
-                with torch.no_grad():
-                    decoder.mean_image.copy_(batch.values[spec.name][rows].mean(0))
+        start_from_mean_images(self.specs, self.decoders, batch)
 
     def partly_hidden(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Return a training batch as experts see it: without some of the filled cells of tables.

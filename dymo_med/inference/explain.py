@@ -89,6 +89,8 @@ class Subject:
         versions: Values `(1, *shape)` and filled cells `(1, F)` (None for images) by name and by
             whether it is the recovered version; copies, so that gradients may flow even if the
             originals were made in inference mode.
+        given: Recovered versions that the network was given as tokens of its own, whose values it
+            never saw.
         chosen: Index of the predicted class.
         base_rate: Its share among training patients.
     """
@@ -129,11 +131,20 @@ class Subject:
                     filled = batch.observed_fields[name][row : row + 1].clone()
                     filled = torch.ones_like(filled) if made else filled
                 self.versions[name, made] = source[name][row : row + 1].clone(), filled
+        # A recovery that the network was given as tokens is explained as these: its values only
+        # show what they stand for.
+        recovered = recovery.tokens_for(backbone.space)
+        self.given = {(name, made) for name, made in self.versions if made and name in recovered}
         with torch.no_grad():
             self.tokens = {
                 version: backbone.encode(version[0], values, filled)
                 for version, (values, filled) in self.versions.items()
+                if version not in self.given
             }
+        for version in self.given:
+            tokens = recovered[version[0]][row : row + 1].clone()
+            available = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            self.tokens[version] = Tokens(tokens, available)
 
     @property
     def device(self) -> torch.device:
@@ -218,7 +229,11 @@ def explain(subject: Subject, observed: Mapping[str, Tensor | None], *, seed: in
         The explanation.
     """
     grids = {spec.name for spec in subject.backbone.specs if spec.is_image}
-    images = tuple(version for version in subject.versions if version[0] in grids)
+    images = tuple(
+        version
+        for version in subject.versions
+        if version[0] in grids and version not in subject.given
+    )
     missing = [name for name in subject.names if name not in observed]
     tables = {n: f for n, f in observed.items() if f is not None}
     modalities = modality_shapley(subject, seed=seed)
@@ -305,7 +320,8 @@ def cell_ablation(
     with, and what a reader means: what if we did not know this? The price is that effects of
     several cells do not add up.
 
-    Blanking the only cell of a table takes the table away.
+    Blanking the only cell of a table takes the table away. Cells of a recovery that the network was
+    given as tokens are left out: blanking them would change nothing that it saw.
 
     Args:
         subject: What to explain.
@@ -321,8 +337,8 @@ def cell_ablation(
         Captum, `captum.attr.FeatureAblation`.
     """
     cells: dict[str, Tensor] = {}
-    for (name, _), (_, filled) in subject.versions.items():
-        if filled is not None:
+    for (name, made), (_, filled) in subject.versions.items():
+        if filled is not None and (name, made) not in subject.given:
             cells[name] = cells[name] | filled[0] if name in cells else filled[0]
     places = [
         (name, f) for name, filled in cells.items() for f in filled.nonzero().squeeze(1).tolist()
@@ -338,7 +354,7 @@ def cell_ablation(
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=kept.device)
         changed = {}
         for (name, made), (values, filled) in subject.versions.items():
-            if filled is None:
+            if filled is None or (name, made) in subject.given:
                 continue
             fields = filled.expand(rows, -1).clone()
             for i, (table, f) in enumerate(places):

@@ -441,7 +441,10 @@ def _fidelity(
     before = truth.probabilities["observed_only"]
     with torch.inference_mode():
         real = encode_versions(backbone, truth.batch)
-        made = encode_versions(backbone, _replaced(truth.batch, recovery, measured, cells))
+        made = encode_versions(backbone, _replaced(truth.batch, recovery, measured, cells)).observed
+        for name, tokens in recovery.tokens_for(backbone.space).items():
+            own = backbone.token_modality == truth.batch.observed.names.index(name)
+            made[:, own] = tokens
         for m, name in enumerate((*truth.batch.observed.names, EVERYTHING)):
             swap = measured if name == EVERYTHING else measured & one[m]
             rows = swap.any(1).nonzero().squeeze(1)
@@ -449,7 +452,7 @@ def _fidelity(
                 continue
             tokens = torch.where(
                 swap[rows][:, backbone.token_modality][..., None],
-                made.observed[rows],
+                made[rows],
                 real.observed[rows],
             )
             logits = backbone.fuse(tokens, real.observed_available[rows]).logits

@@ -52,7 +52,9 @@ def within(available: Tensor, subsets: Tensor) -> Tensor:
     return torch.where(cut.any(-1, keepdim=True), cut, available[None].expand_as(cut))
 
 
-def answer_loss(logits: Tensor, truth: Tensor, scale: Scale | None) -> Tensor:
+def answer_loss(
+    logits: Tensor, truth: Tensor, scale: Scale | None, class_weights: Tensor | None = None
+) -> Tensor:
     """Return the loss of the answer per row.
 
     Of a classification the cross entropy; of a regression that of the bands' shares, plus the
@@ -62,11 +64,12 @@ def answer_loss(logits: Tensor, truth: Tensor, scale: Scale | None) -> Tensor:
         logits: `(R, K)`.
         truth: Int64 `(R,)`, or the shares of a regression `(R, K)` (`Batch.truth`); all known.
         scale: Of a regression.
+        class_weights: `(K,)` weights of classes or bands in the cross entropy; None = the same.
 
     Returns:
         `(R,)`.
     """
-    loss = F.cross_entropy(logits, truth, reduction="none")
+    loss = F.cross_entropy(logits, truth, weight=class_weights, reduction="none")
     if scale is None:
         return loss
     step = (scale.high - scale.low) / (len(scale.centers) - 1)

@@ -15,6 +15,7 @@ from dymo_med.backbones import (
     encode_versions,
 )
 from dymo_med.config import Augmentation, BackboneTraining
+from dymo_med.errors import ConfigError, Problem
 from dymo_med.imputers import Imputer
 from dymo_med.metrics import auroc
 from dymo_med.training.gmd import Decoupling
@@ -124,6 +125,14 @@ class ImputerObjective(Objective):
         return {"score": -float(total / self._weights.sum())}
 
 
+class _Filled(EncodedVersions):
+    """A `Fuse` in which a network that recovers fills in whatever a subset leaves out."""
+
+    def _fuse(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        available = self.observed_available[rows] & used[:, self.backbone.token_modality]
+        return self.backbone.fuse(*self.backbone.fill(self.observed[rows], available))
+
+
 class FusionObjective(Objective):
     """Classification or regression over random subsets, plus the prototype loss.
 
@@ -131,6 +140,9 @@ class FusionObjective(Objective):
     are last epoch's class means of the embedding over all subsets and batches.
 
     With gradient decoupling every subset's loss is an objective of its own instead (`gmd`).
+
+    A network's own loss (`FusionBackbone.own_loss`) is added. Of one that recovers, validation
+    looks at subsets as they are and with all else recovered.
 
     The score is minus the mean log-loss over validation subsets: a proper score, and steadier on
     a few dozen patients than the accuracy or AUROC the published code uses. Of a regression it is
@@ -145,6 +157,7 @@ class FusionObjective(Objective):
         device: Where to compute.
         seed: Seed of the sample of validation subsets.
         scale: Of a regression.
+        class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
 
     References:
         DyMo, ICLR 2026 (published code: `train_epoch`).
@@ -154,6 +167,7 @@ class FusionObjective(Objective):
     counts: Tensor
     prototypes: Tensor
     known: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -165,6 +179,7 @@ class FusionObjective(Objective):
         device: torch.device,
         seed: int,
         scale: Scale | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -174,10 +189,19 @@ class FusionObjective(Objective):
         self._subsets = sampled_subsets(len(backbone.specs), seed)
         self._epoch = 0
         if settings.gradient == "gmd":
+            if backbone.recovers:
+                raise ConfigError(
+                    Problem(
+                        "backbone_training.gradient",
+                        "gmd decouples losses of subsets, and this backbone has one of its own",
+                        remedy="Use gradient: sum with it",
+                    )
+                )
             objectives = min(settings.subsets, 2 ** len(backbone.specs) - 1)
             specific = [p for m in backbone.specific_modules() for p in m.parameters()]
             self.decoupling = Decoupling(objectives, specific, settings.reduction)
         size: int = backbone.projection.out_features  # type: ignore[union-attr, assignment]
+        self.register_buffer("class_weights", class_weights, persistent=False)
         # Buffers, so that a checkpoint holds last epoch's prototypes too.
         self.register_buffer("sums", torch.zeros(classes, size))
         self.register_buffer("counts", torch.zeros(classes))
@@ -214,7 +238,14 @@ class FusionObjective(Objective):
         rows = torch.arange(len(batch), device=used.device).repeat(copies)
         output = encode_versions(self.backbone, batch)(rows, used, torch.zeros_like(used))
         loss = self._loss(output, batch, rows)
-        return (loss * step.weights.repeat(copies)).mean()
+        total = (loss * step.weights.repeat(copies)).mean()
+        own = self.backbone.own_loss(
+            batch,
+            self._epoch / s.epochs,
+            lambda logits: answer_loss(logits, batch.truth, self._scale, self.class_weights),
+            step.generator,
+        )
+        return total if own is None else total + (own * step.weights).mean()
 
     def _per_subset(self, batch: Batch, weights: Tensor) -> tuple[Tensor, ...]:
         """Return the loss of each subset, averaged over records.
@@ -246,7 +277,7 @@ class FusionObjective(Objective):
         """Return the loss per row `(R,)`, and add the rows to this epoch's sums."""
         s = self._settings
         labels = batch.labels[rows]
-        loss = answer_loss(output.logits, batch.truth[rows], self._scale)
+        loss = answer_loss(output.logits, batch.truth[rows], self._scale, self.class_weights)
         with torch.no_grad():
             z = output.embedding.detach().to(self.sums.dtype)
             self.sums.index_add_(0, labels, z)
@@ -267,6 +298,10 @@ class FusionObjective(Objective):
         fuse = encode_all(self.backbone, self._validation, self._device)
         available = self._validation.observed.available.to(self._device)
         logits, rows = subset_logits(fuse, available, self._subsets)
+        if self.backbone.recovers:
+            filled = _Filled(self.backbone, fuse.observed, fuse.observed_available, None)
+            more, again = subset_logits(filled, available, self._subsets)
+            logits, rows = torch.cat([logits, more]), torch.cat([rows, again])
         rows = rows.cpu()
         truth, weights = self._validation.truth[rows], self._weights[rows]
         if self._scale is not None:

@@ -147,10 +147,10 @@ def train(
 
     imputer = imputer_entry = None
     if plan.imputer is not None:
-        imputer, imputer_entry = _train_imputer(
-            plan.imputer, plan, specs, data, run_stage, checkpoints, fabric.device
-        )
+        imputer, imputer_entry = _new_imputer(plan.imputer, plan.seed, specs)
     if described.task.mask is not None:
+        if imputer is not None:
+            _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
         known = {s: b.rows(_masked(b).nonzero().squeeze(1)) for s, b in data.items()}
         segmenter = train_segmentation(
             plan,
@@ -183,6 +183,10 @@ def train(
         backbone_class = BACKBONES[plan.backbone.name]
         backbone_options = backbone_class.Options(**plan.backbone.options)
         backbone = backbone_class(specs, classes, backbone_options)
+    # An imputer that shares the backbone's weights needs them trained; others come first.
+    tied = imputer.tie(backbone)
+    if not tied:
+        _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
     fitting, held_back = labelled["train"], labelled["calibration"]
     weights = _weights(fitting)
@@ -195,6 +199,9 @@ def train(
         fabric.device,
         plan.seed,
         scale,
+        class_weights(fitting.labels, classes)
+        if plan.backbone_training.class_weights == "balanced"
+        else None,
     )
     run_stage(
         "backbone",
@@ -204,6 +211,8 @@ def train(
         plan.backbone_training,
         checkpoint=checkpoints / "backbone.safetensors",
     )
+    if tied:
+        _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
     comparators = train_comparators(
         plan,
         specs,
@@ -310,24 +319,31 @@ def _provenance(
     }
 
 
+def _new_imputer(
+    entry: Named, seed: int, specs: tuple[ModalitySpec, ...]
+) -> tuple[Imputer, dict[str, Any]]:
+    """Return the imputer before its training, and its table name and options."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(seed, "imputer weights").initial_seed() % 2**31))
+        imputer_class = IMPUTERS[entry.name]
+        options = imputer_class.Options(**entry.options)
+        imputer = imputer_class(specs, options)
+    return imputer, {"name": entry.name, **options.model_dump()}
+
+
 def _train_imputer(
-    entry: Named,
+    imputer: Imputer,
     plan: Recipe,
-    specs: tuple[ModalitySpec, ...],
     data: Mapping[Split, Batch],
     run_stage: Callable[..., None],
     checkpoints: Path,
     device: torch.device,
-) -> tuple[Imputer, dict[str, Any]]:
-    """Return the imputer in evaluation mode, and its table name and options."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(plan.seed, "imputer weights").initial_seed() % 2**31))
-        imputer_class = IMPUTERS[entry.name]
-        options = imputer_class.Options(**entry.options)
-        imputer = imputer_class(specs, options)
+) -> None:
+    """Train the imputer, unless it is ready with its first look, and leave it ready to recover."""
+    assert plan.imputer is not None
     imputer.start_from(data["train"])
-    require_recovery(imputer, entry.name)
-    if any(True for _ in imputer.parameters()):  # others are ready with their first look
+    require_recovery(imputer, plan.imputer.name)
+    if any(True for _ in imputer.parameters()):
         run_stage(
             "imputer",
             ImputerObjective(
@@ -338,7 +354,7 @@ def _train_imputer(
             plan.imputer_training,
             checkpoint=checkpoints / "imputer.safetensors",
         )
-    return imputer.to(device).eval(), {"name": entry.name, **options.model_dump()}
+    imputer.to(device).eval()
 
 
 def _masked(batch: Batch) -> Tensor:
@@ -504,6 +520,21 @@ def _weights(batch: Batch) -> Tensor:
     visits = Counter(batch.patient_ids)
     weights = torch.tensor([1.0 / visits[p] for p in batch.patient_ids])
     return weights / weights.mean()
+
+
+def class_weights(labels: Tensor, classes: int) -> Tensor:
+    """Return weights `(K,)` by which every class counts the same over these records.
+
+    Args:
+        labels: Int64 `(n,)`.
+        classes: K.
+
+    Example:
+        >>> class_weights(torch.tensor([0, 0, 0, 1]), 2).tolist()
+        [0.6666666865348816, 2.0]
+    """
+    counts = torch.bincount(labels, minlength=classes).clamp_min(1)
+    return len(labels) / (classes * counts.float())
 
 
 def _fingerprint(recipe: Recipe, cohort: Cohort, records: dict[Split, list[PatientRecord]]) -> str:

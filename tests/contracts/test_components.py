@@ -21,6 +21,7 @@ SMALL = {
     "synthesis": {"width": 4, "levels": 2, "patch": 8},
     "mmvae_plus": {"latent": 6, "private": 3, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
     "cmvae": {"latent": 6, "private": 3, "clusters": 3, "dim": 8, "width": 4, "grid": 2},
+    "cyclic": {"length": 3, "dim": 8, "hidden": 8, "bottleneck": 6, "width": 4},
     "transformer": {
         "dim": 16,
         "heads": 2,
@@ -271,8 +272,14 @@ class TestBackbone:
         backbone = build(BACKBONES, name).train()
         total = torch.zeros((), dtype=torch.float64)
         for seed in range(4):
-            out = self.outputs(backbone, make_batch(seed=seed))
+            batch = make_batch(seed=seed)
+            out = self.outputs(backbone, batch)
             total = total + out.logits.square().sum() + (out.embedding * 1.3).sum()
+            own = backbone.own_loss(
+                batch, 1.0, lambda logits: logits.square().sum(1), torch.Generator().manual_seed(0)
+            )
+            if own is not None:
+                total = total + own.sum()
         total.backward()
         without = [
             n for n, p in backbone.named_parameters() if p.grad is None or not bool(p.grad.any())
