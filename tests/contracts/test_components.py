@@ -289,6 +289,8 @@ class TestBackbone:
 
     def test_specific_modules_serve_one_modality_and_the_rest_serves_all(self, name):
         backbone = build(BACKBONES, name)
+        if backbone.recovers:
+            pytest.skip("has a loss of its own, and gradients of subsets are not decoupled")
         batch = make_batch()
         reached = []
         for m in range(len(SPECS)):

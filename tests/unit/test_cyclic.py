@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from dymo_med.backbones import BACKBONES, encode_versions
 from dymo_med.backbones.bottleneck import CyclicFusion
+from dymo_med.config import BackboneTraining
 from dymo_med.cyclic import CrossModalFusion, CyclicLatents, LatentOptions, kl_per_token
 from dymo_med.errors import ConfigError
 from dymo_med.imputers import IMPUTERS
+from dymo_med.training.objectives import FusionObjective
 from dymo_med.training.train import class_weights
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
@@ -329,6 +331,14 @@ class TestLoss:
         weights = class_weights(torch.tensor([0, 0, 0, 0, 1, 2, 2, 2]), 3)
         totals = weights * torch.tensor([4.0, 1.0, 3.0])
         torch.testing.assert_close(totals, torch.full((3,), 8 / 3))
+
+    def test_gradients_of_its_subsets_cannot_be_decoupled(self):
+        batch = make_batch()
+        settings = BackboneTraining(gradient="gmd")
+        with pytest.raises(ConfigError, match="has one of its own"):
+            FusionObjective(
+                backbone(), K, settings, batch, torch.ones(6), torch.device("cpu"), seed=0
+            )
 
 
 class TestReplacement:
