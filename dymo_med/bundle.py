@@ -5,6 +5,7 @@ BUNDLE/configs/inference.json     imputer, backbone, default selector, temperatu
 BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
 BUNDLE/configs/conformal.json     what prediction sets are calibrated on
 BUNDLE/configs/performance.json   how good it is, by what patients have
+BUNDLE/configs/quality.json       what modalities of training records were like
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/models/comparators.safetensors  if there are any
@@ -31,6 +32,7 @@ from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import Recipe
 from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.conformal import Conformal
+from dymo_med.data.gate import Limits
 from dymo_med.errors import BundleError, ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
@@ -42,6 +44,7 @@ from dymo_med.types import (
     Choice,
     Interval,
     ModalitySpec,
+    Norms,
     Performance,
     PerformanceRow,
     Scale,
@@ -119,6 +122,8 @@ class ModelBundle:
         base_rates: K class shares among training patients.
         conformal: What prediction sets are calibrated on; None in bundles made before there were.
         performance: How good it is on held-back patients; None in bundles made before it was kept.
+        norms: What training records were like, for the quality gate; None in bundles made before
+            there was one.
         comparators: Trained to be compared with, by name; no part of the bundle's own answers.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
@@ -142,6 +147,7 @@ class ModelBundle:
     provenance: Mapping[str, Any]
     conformal: Conformal | None = None
     performance: Performance | None = None
+    norms: Norms | None = None
     comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -206,6 +212,8 @@ class ModelBundle:
                 write_json(work / "configs" / "conformal.json", kept)
             if self.performance is not None:
                 write_json(work / "configs" / "performance.json", asdict(self.performance))
+            if self.norms is not None:
+                write_json(work / "configs" / "quality.json", asdict(self.norms))
             statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
             tensors = {
                 "imputer": self.imputer.state_dict(),
@@ -503,6 +511,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             provenance=metadata["provenance"],
             conformal=conformal,
             performance=_load_performance(path / "configs" / "performance.json"),
+            norms=_load_norms(path / "configs" / "quality.json"),
             comparators=comparators,
             bundle_id=identity(sums),
             device=where,
@@ -544,6 +553,26 @@ def _load_performance(file: Path) -> Performance | None:
         for row in stored["rows"]
     )
     return Performance(rows, stored["patients"], stored["fewest"])
+
+
+def _load_norms(file: Path) -> Norms | None:
+    """Return what training records were like; None where a bundle does not say.
+
+    Raises:
+        ConfigError: If a limit is unknown or not a number that it can be.
+    """
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    Limits.model_validate(stored["limits"])
+    return Norms(
+        stored["limits"],
+        {
+            modality_: {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+            for modality_, ranges in stored["ranges"].items()
+        },
+        stored["records"],
+    )
 
 
 def _load_comparators(

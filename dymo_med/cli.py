@@ -61,6 +61,13 @@ Identify = Annotated[
         "--identify", help="Show the patient's identifier from the header, not a pseudonym."
     ),
 ]
+WithoutRefused = Annotated[
+    bool,
+    typer.Option(
+        "--treat-refused-as-missing",
+        help="Answer without modalities that the quality gate refuses; the report says so.",
+    ),
+]
 CohortPath = Annotated[
     Path, typer.Option("--cohort", "-c", help="Cohort folder, or its cohort.yaml.")
 ]
@@ -302,6 +309,7 @@ def predict(
     ] = 20,
     pdf: Pdf = False,
     identify: Identify = False,
+    without_refused: WithoutRefused = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -322,6 +330,7 @@ def predict(
         draws=draws,
         pdf=pdf,
         identify=identify,
+        treat_refused_as_missing=without_refused,
     )
     reporter = Reporter(quiet)
     shares = ", ".join(
@@ -334,7 +343,7 @@ def predict(
         if number.low is not None and number.high is not None:
             ends = f" ({number.coverage:.0%} interval {number.low:.4g} to {number.high:.4g})"
         reporter.say(f"value: {number.value:.4g} {number.unit}".rstrip() + ends)
-    for word in ("observed", "trusted", "rejected", "absent"):
+    for word in ("observed", "refused", "trusted", "rejected", "absent"):
         names = getattr(prediction, word)
         if names:
             reporter.say(f"{word}: {', '.join(names)}")
@@ -440,6 +449,7 @@ def evaluate(
         typer.Option("--allow-overlap", help="Evaluate on patients whom the bundle was made from."),
     ] = False,
     identify: Identify = False,
+    without_refused: WithoutRefused = False,
     num_parts: Annotated[
         int, typer.Option("--num-parts", min=1, help="How many processes share the work.")
     ] = 1,
@@ -470,6 +480,7 @@ def evaluate(
             draws=draws,
             allow_overlap=allow_overlap,
             identify=identify,
+            treat_refused_as_missing=without_refused,
             num_parts=num_parts,
             part_id=part_id,
             command=shlex.join(["dymo-med", *sys.argv[1:]]),
@@ -492,6 +503,7 @@ def impute(
     bundle: Bundle,
     out: Out,
     identify: Identify = False,
+    without_refused: WithoutRefused = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -501,7 +513,12 @@ def impute(
     from dymo_med.inference.predict import impute_patient
 
     written = impute_patient(
-        patient_dir, load_bundle(bundle, device), out, seed=seed, identify=identify
+        patient_dir,
+        load_bundle(bundle, device),
+        out,
+        seed=seed,
+        identify=identify,
+        treat_refused_as_missing=without_refused,
     )
     reporter = Reporter(quiet)
     for file in written:

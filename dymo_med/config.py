@@ -268,6 +268,7 @@ class CohortFile(Strict):
         splits: Splits file, relative to this file.
         missing_values: Strings that mean "blank" in tables, besides the empty cell.
         subgroups: Patients for whom an evaluation is reported apart, by name.
+        quality: Limits of the quality gate, by name, for bundles made from this cohort.
     """
 
     name: str
@@ -279,6 +280,7 @@ class CohortFile(Strict):
     splits: str = "splits.csv"
     missing_values: list[str] = []
     subgroups: dict[str, SubgroupEntry] = {}
+    quality: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _stay_inside(self) -> CohortFile:

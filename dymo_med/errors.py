@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,6 +64,19 @@ class PatientDataError(DymoMedError):
     """A patient's files are wrong (exit code 3)."""
 
     exit_code = 3
+
+
+class RefusedError(PatientDataError):
+    """A modality can be read but not be used: the quality gate refuses it (exit code 3).
+
+    Args:
+        *problems: What is wrong with it.
+        checks: Which check of the gate each problem is of.
+    """
+
+    def __init__(self, *problems: Problem, checks: Sequence[str] = ()) -> None:
+        super().__init__(*problems)
+        self.checks = tuple(checks)
 
 
 class BundleError(DymoMedError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Split = Literal["train", "validation", "calibration", "test"]
+GateState = Literal["pass", "warn", "refuse"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 
 
@@ -463,6 +464,7 @@ class Cohort:
         splits: Split of each patient id.
         missing_values: Strings that mean "blank" in this cohort's tables, besides the empty cell.
         subgroups: Ways to divide patients, for reporting.
+        quality: Limits of the quality gate that differ from the usual ones, by name.
     """
 
     name: str
@@ -473,6 +475,7 @@ class Cohort:
     splits: Mapping[str, Split]
     missing_values: tuple[str, ...] = ()
     subgroups: tuple[Subgroup, ...] = ()
+    quality: Mapping[str, float] = field(default_factory=dict)
 
     def in_split(self, split: Split) -> tuple[CohortRecord, ...]:
         """Return the records whose patient is in `split`, in file order."""
@@ -511,6 +514,80 @@ class FieldOfView:
 
 
 @dataclass(frozen=True)
+class Native:
+    """A scan as it was stored, measured before it was put on its modality's grid.
+
+    Attributes:
+        size: Voxels per axis: to the right, to the front, upwards (as far as the axes follow the
+            body); rows and columns of a picture.
+        spacing_mm: Voxel size along the same axes; None for a picture, which states none.
+        tilt_degrees: Largest angle between an axis and the body's axis that it follows.
+        low: 1st percentile of the stored numbers. Likewise `middle` (50th) and `high` (99th).
+        levels: How many different numbers there are, counted to 256.
+        foreground: Share of voxels that are brighter than the threshold that parts dark from
+            bright best (Otsu).
+        structure: Correlation of neighbouring voxels, along the axis where it is largest: near 1
+            in a picture of something, near 0 in noise.
+    """
+
+    size: tuple[int, ...]
+    spacing_mm: tuple[float, ...] | None
+    tilt_degrees: float
+    low: float
+    middle: float
+    high: float
+    levels: int
+    foreground: float
+    structure: float
+
+
+@dataclass(frozen=True)
+class GateFinding:
+    """One thing that the quality gate holds against a modality.
+
+    Attributes:
+        check: Which check (`data.gate.CHECKS`).
+        level: How much it matters.
+        got: What was found: sizes, shares, names of columns; never a patient's value.
+        expected: What the model has seen, or would need.
+    """
+
+    check: str
+    level: Literal["warn", "refuse"]
+    got: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the quality gate says of one modality of one record."""
+
+    findings: tuple[GateFinding, ...] = ()
+
+    @property
+    def state(self) -> GateState:
+        """The gravest level of the findings, `pass` without any."""
+        levels = {finding.level for finding in self.findings}
+        return "refuse" if "refuse" in levels else "warn" if levels else "pass"
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What the modalities of training records were like, for the quality gate (`data.gate`).
+
+    Attributes:
+        limits: Limits that differ from the usual ones, by name.
+        ranges: Per modality and measure the 1st and 99th percentile over training records, so
+            that no single patient's figure stands here; without modalities that too few had.
+        records: Training records that have the modality.
+    """
+
+    limits: Mapping[str, float] = field(default_factory=dict)
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    records: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModalityValue:
     """One modality of one record, read and preprocessed.
 
@@ -523,6 +600,7 @@ class ModalityValue:
         identifiers: What the file calls the patient (DICOM's PatientID, FHIR's identifiers); only
             `privacy` turns them into something that may be shown.
         field_of_view: Where a volume as stored lies; None for pictures and tables.
+        native: The scan as it was stored; None for tables.
     """
 
     values: Tensor
@@ -531,6 +609,7 @@ class ModalityValue:
     warnings: tuple[str, ...] = ()
     identifiers: tuple[str, ...] = field(default=(), repr=False)
     field_of_view: FieldOfView | None = None
+    native: Native | None = None
 
 
 @dataclass(frozen=True)
@@ -545,6 +624,8 @@ class PatientRecord:
         value: The number of a regression, or None; `label` is its band.
         mask: Uint8 `(X, Y, Z)`, the labels of a segmentation on the grid of the scans; None if
             not known or not read.
+        refused: Modalities that were brought, that the quality gate refused and that therefore
+            count as missing.
     """
 
     record_id: str
@@ -553,6 +634,7 @@ class PatientRecord:
     label: int | None = None
     value: float | None = None
     mask: Tensor | None = None
+    refused: Mapping[str, GateResult] = field(default_factory=dict)
 
     @property
     def identifier(self) -> str | None:
@@ -1083,6 +1165,8 @@ class Prediction:
         subsets: What the answer was averaged over, heaviest first; empty where it comes from
             `observed` and `trusted` alone.
         value: The number of a regression, of which `classes` are the bands; else None.
+        quality: What the quality gate says of each observed modality, and of each of `refused`.
+        refused: Modalities that were brought but refused by the gate and treated as missing.
     """
 
     record_id: str
@@ -1107,6 +1191,8 @@ class Prediction:
     base_rates: tuple[float, ...] = ()
     subsets: tuple[WeightedSubset, ...] = ()
     value: Value | None = None
+    quality: Mapping[str, GateResult] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
 
     @property
     def trust(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from dymo_med.config import CohortFile, Document
+from dymo_med.data.gate import Limits
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
 from dymo_med.modalities.image import plain_name
@@ -72,6 +73,10 @@ def read_cohort(path: Path) -> Cohort:
     task = _task(document, entry)
     blank = {"", *(value.strip() for value in entry.missing_values)}
     subgroups = _read_subgroups(document, entry, specs, problems)
+    try:
+        document.parse_part(entry.quality, Limits, ("quality",))
+    except ConfigError as error:
+        problems.extend(error.problems)
     records = _read_records(file.parent, entry, task, subgroups, blank, problems)
     splits = _read_splits(file.parent / entry.splits, records, problems)
     if problems:
@@ -85,6 +90,7 @@ def read_cohort(path: Path) -> Cohort:
         splits=splits,
         missing_values=tuple(entry.missing_values),
         subgroups=subgroups,
+        quality=entry.quality,
     )
 
 

@@ -5,13 +5,42 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from dymo_med.errors import PatientDataError, Problem
+from dymo_med.data.gate import CHECKS, WITHOUT_IT, judge
+from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.modalities import Modality, Whose, modality
-from dymo_med.types import CohortRecord, ModalitySpec, ModalityValue, PatientRecord
+from dymo_med.types import (
+    CohortRecord,
+    GateFinding,
+    GateResult,
+    ModalitySpec,
+    ModalityValue,
+    Norms,
+    PatientRecord,
+)
+
+
+@dataclass(frozen=True)
+class Intake:
+    """All that was found in a patient directory, usable or not.
+
+    Attributes:
+        record: What can be used; what the quality gate refused is in `record.refused`.
+        results: What the quality gate says of every modality that can be read.
+        problems: Why the rest cannot be read; each problem once.
+        damaged: Modalities that cannot be read.
+        refusals: What the quality gate refused, per modality, as problems.
+    """
+
+    record: PatientRecord
+    results: Mapping[str, GateResult]
+    problems: tuple[Problem, ...] = ()
+    damaged: tuple[str, ...] = ()
+    refusals: Mapping[str, tuple[Problem, ...]] = field(default_factory=dict)
+
 
 # A cohort's folder holds one of these, and patient directories at most so many levels below.
 _ROOT_FILES = ("cohort.yaml", "dataset_description.json")
@@ -24,19 +53,37 @@ def read_record(
     missing_values: Sequence[str] = (),
     *,
     require_something: bool = True,
+    norms: Norms | None = None,
+    treat_refused_as_missing: bool = False,
 ) -> PatientRecord:
     """Read one record of a cohort; see `read_patient`."""
-    record = read_patient(
+    return usable(
+        examine_record(entry, specs, missing_values, norms=norms),
+        specs,
+        require_something=require_something,
+        treat_refused_as_missing=treat_refused_as_missing,
+    )
+
+
+def examine_record(
+    entry: CohortRecord,
+    specs: Sequence[ModalitySpec],
+    missing_values: Sequence[str] = (),
+    *,
+    norms: Norms | None = None,
+) -> Intake:
+    """Read what there is of one record of a cohort; see `examine`."""
+    found = examine(
         entry.folder,
         specs,
         record_id=entry.record_id,
         patient_id=entry.patient_id,
         label=entry.label,
         missing_values=missing_values,
-        require_something=require_something,
+        norms=norms,
         root=entry.root,
     )
-    return replace(record, value=entry.value)
+    return replace(found, record=replace(found.record, value=entry.value))
 
 
 def read_patient(
@@ -49,6 +96,8 @@ def read_patient(
     missing_values: Sequence[str] = (),
     require_something: bool = True,
     root: Path | None = None,
+    norms: Norms | None = None,
+    treat_refused_as_missing: bool = False,
 ) -> PatientRecord:
     """Read and preprocess what a patient directory holds.
 
@@ -62,10 +111,101 @@ def read_patient(
         require_something: Refuse a patient of whom nothing was observed.
         root: Folder of the cohort, where tables with rows of all records are; if not given, the
             nearest folder above that holds `cohort.yaml` or `dataset_description.json` (BIDS).
+        norms: What training records were like, for the quality gate (`data.gate`); None = nothing
+            is compared.
+        treat_refused_as_missing: Go on without what the quality gate refuses.
 
     Raises:
         PatientDataError: With every problem of every modality at once; also if the folder is
-            not there, nothing was observed, or headers name different patients.
+            not there, nothing was observed, or headers name different patients. It is a
+            `RefusedError` if everything can be read and only the quality gate objects.
+    """
+    found = examine(
+        folder,
+        specs,
+        record_id=record_id,
+        patient_id=patient_id,
+        label=label,
+        missing_values=missing_values,
+        norms=norms,
+        root=root,
+    )
+    return usable(
+        found,
+        specs,
+        require_something=require_something,
+        treat_refused_as_missing=treat_refused_as_missing,
+    )
+
+
+def usable(
+    found: Intake,
+    specs: Sequence[ModalitySpec],
+    *,
+    require_something: bool = True,
+    treat_refused_as_missing: bool = False,
+) -> PatientRecord:
+    """Return what can be used of a patient directory, if the rest does not forbid it.
+
+    Args:
+        found: What was found there.
+        specs: The modalities that were looked for.
+        require_something: See `read_patient`. Likewise below.
+        treat_refused_as_missing: Go on without what the quality gate refuses.
+
+    Raises:
+        PatientDataError: See `read_patient`.
+    """
+    refusals = [problem for problems in found.refusals.values() for problem in problems]
+    if found.problems:
+        raise PatientDataError(*found.problems, *refusals)
+    if refusals and not treat_refused_as_missing:
+        checks = [
+            finding.check
+            for result in found.record.refused.values()
+            for finding in result.findings
+            if finding.level == "refuse"
+        ]
+        raise RefusedError(*refusals, checks=checks)
+    if not found.record.modalities and require_something:
+        files = dict.fromkeys(spec.file for spec in specs)
+        raise PatientDataError(
+            *refusals,
+            Problem(
+                f"Patient {found.record.record_id}",
+                "nothing was observed, so there is nothing to predict from",
+                expected=f"at least one of {', '.join(files)} with a value in it",
+                remedy="Check that this is the patient's folder and how its files are named",
+            ),
+        )
+    return found.record
+
+
+def examine(
+    folder: Path,
+    specs: Sequence[ModalitySpec],
+    *,
+    record_id: str | None = None,
+    patient_id: str | None = None,
+    label: int | None = None,
+    missing_values: Sequence[str] = (),
+    norms: Norms | None = None,
+    root: Path | None = None,
+) -> Intake:
+    """Read what a patient directory holds, and go on where something cannot be used.
+
+    Args:
+        folder: See `read_patient`. Likewise below.
+        specs: The modalities to look for.
+        record_id: Id of the record.
+        patient_id: Id of the patient.
+        label: Class index, if known.
+        missing_values: Strings that mean "blank" in tables.
+        norms: What training records were like.
+        root: Folder of the cohort.
+
+    Raises:
+        PatientDataError: If the folder is not there.
     """
     record_id = record_id or folder.resolve().name
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in record_id):  # Cs: no UTF-8
@@ -92,39 +232,68 @@ def read_patient(
             )
         ) from error
     found: dict[ModalitySpec, ModalityValue] = {}
+    readable: dict[ModalitySpec, ModalityValue] = {}
     wrong: dict[str, tuple[Problem, ...]] = {}
     whose = Whose(record_id, patient_id, root or _root_above(folder))
-    # References first: the grids of others are centred on them.
+    results: dict[str, GateResult] = {}
+    refused: dict[str, GateResult] = {}
+    refusals: dict[str, tuple[Problem, ...]] = {}
+    # References first: the grids of others are centred on them, unless they are refused.
     for kind in sorted(_modalities(tuple(specs)), key=lambda kind: kind.spec.grid != "reference"):
+        name = kind.spec.name
         try:
             value = kind.read_beside(found, folder, where, missing_values, whose)
-        except PatientDataError as error:
-            wrong[kind.spec.name] = error.problems
-            continue
-        if value is not None:
-            found[kind.spec] = value
-    problems = [problem for spec in specs for problem in wrong.get(spec.name, ())]
-    problems += _same_scan_twice(found, where)
-    values = {spec.name: found[spec] for spec in specs if spec in found}
-    if not problems and not values and require_something:
-        files = dict.fromkeys(spec.file for spec in specs)
-        problems.append(
-            Problem(
-                where,
-                "nothing was observed, so there is nothing to predict from",
-                expected=f"at least one of {', '.join(files)} with a value in it",
-                remedy="Check that this is the patient's folder and how its files are named",
+        except RefusedError as error:
+            refusals[name] = tuple(
+                replace(problem, remedy=f"{problem.remedy}; {WITHOUT_IT}")
+                for problem in error.problems
             )
-        )
-    problems += _strangers(values, where)
-    if problems:
+            refused[name] = results[name] = GateResult(
+                tuple(
+                    GateFinding(check, "refuse", problem.got, problem.expected)
+                    for check, problem in zip(error.checks, error.problems, strict=True)
+                )
+            )
+            continue
+        except PatientDataError as error:
+            wrong[name] = error.problems
+            continue
+        if value is None:
+            continue
+        result = results[name] = judge(kind.spec, value, norms)
+        if result.state == "refuse":
+            refused[name] = result
+            refusals[name] = tuple(
+                Problem(
+                    f"{where}: {value.source.file}, {name}",
+                    f"the quality gate refuses it: {CHECKS[finding.check]}",
+                    expected=finding.expected,
+                    got=finding.got,
+                    remedy=f"Check that it is the right file and bring a better one; {WITHOUT_IT}",
+                )
+                for finding in result.findings
+                if finding.level == "refuse"
+            )
+        else:
+            found[kind.spec] = value
+        readable[kind.spec] = value
+    names = [spec.name for spec in specs]
+    problems = [problem for name in names for problem in wrong.get(name, ())]
+    problems += _same_scan_twice(readable, where)
+    problems += _strangers({s.name: readable[s] for s in specs if s in readable}, where)
+    return Intake(
+        PatientRecord(
+            record_id=record_id,
+            patient_id=patient_id or record_id,
+            modalities={spec.name: found[spec] for spec in specs if spec in found},
+            label=label,
+            refused={name: refused[name] for name in names if name in refused},
+        ),
+        {name: results[name] for name in names if name in results},
         # Tables that share a file report the same trouble with it; say it once.
-        raise PatientDataError(*dict.fromkeys(problems))
-    return PatientRecord(
-        record_id=record_id,
-        patient_id=patient_id or record_id,
-        modalities=values,
-        label=label,
+        tuple(dict.fromkeys(problems)),
+        tuple(name for name in names if name in wrong),
+        {name: refusals[name] for name in names if name in refusals},
     )
 
 

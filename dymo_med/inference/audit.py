@@ -23,6 +23,7 @@ from dymo_med.inference.prediction_file import (
     entropy_bits,
     frequency,
     gain,
+    gate_reasons,
     read_prediction,
     status_of,
     summarise,
@@ -256,6 +257,17 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
         yield "recovered", "only a table with blank cells can be observed and recovered"
     if (missing | set(file.observed)) & set(file.absent):
         yield "absent", "what is there cannot be absent"
+    if set(file.refused) & set(file.observed):
+        yield "refused", "what was refused cannot be observed"
+    if set(file.quality) != {*file.observed, *file.refused}:
+        yield "quality", "it is not about the observed and the refused modalities"
+    for name, part in file.quality.items():
+        levels = {finding.level for finding in part.findings}
+        state = "refuse" if "refuse" in levels else "warn" if levels else "pass"
+        if part.state != state:
+            yield f"quality, {name}", "the state does not follow from the findings"
+        if (state == "refuse") != (name in file.refused):
+            yield f"quality, {name}", "what is refused, and only that, counts as missing"
     if set(file.sources) != set(file.observed):
         yield "sources", "they are not those of the observed modalities"
     if broken or len(set(file.classes)) != k:
@@ -290,7 +302,7 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
         file.draws,
         file.performance,
         file.steps,
-        [r for r in file.status_reasons if r.code == "outside_training"],
+        gate_reasons(file.quality),
     )
     if status != (file.status, file.status_reasons):
         yield "status", "it does not follow from the rest"

@@ -29,8 +29,8 @@ from torch import Tensor
 from dymo_med.bundle import ModelBundle, hashed_id
 from dymo_med.data.cohort import level
 from dymo_med.data.missingness import HIDDEN_COLUMNS, Scenario, apply, hidden, parse_scenario
-from dymo_med.data.patient import read_record
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.data.patient import Intake, examine_record, usable
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
 from dymo_med.files import csv_stream, write_csv, write_json
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
@@ -59,10 +59,19 @@ from dymo_med.inference.scores import (
     metrics,
 )
 from dymo_med.registry import nearest
-from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, PatientRecord, Split
+from dymo_med.types import (
+    SPLITS,
+    Cohort,
+    CohortRecord,
+    ModalitySpec,
+    Norms,
+    PatientRecord,
+    Split,
+)
 
 _PROGRESS = ".progress"
 _FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
+_QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _AHEAD = 2  # batches that are read while one is answered
 
 
@@ -100,6 +109,7 @@ def evaluate(
     draws: int = 0,
     allow_overlap: bool = False,
     identify: bool = False,
+    treat_refused_as_missing: bool = False,
     num_parts: int = 1,
     part_id: int = 0,
     command: str = "",
@@ -128,6 +138,8 @@ def evaluate(
             or at least 19.
         allow_overlap: Evaluate although patients were used to make the bundle.
         identify: Whether reports show the identifier that headers state, instead of a pseudonym.
+        treat_refused_as_missing: Answer without what the quality gate refuses; else such a record
+            is a failure.
         num_parts: How many processes share the evaluation.
         part_id: Which of them this is, from 0. Each does every `num_parts`-th batch; whoever
             finds all batches done writes the tables (two that find it at the same moment write
@@ -177,6 +189,7 @@ def evaluate(
         "first_scenario": rules[0].text + rules[0].digest,
         "selectors": [bundle.choice.name, *methods],
         "draws": draws,
+        "treatment of refused modalities": treat_refused_as_missing,
         "records, label or patient": _digest(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
         "subgroup of a record": sha256(
@@ -195,15 +208,15 @@ def evaluate(
     done = total - len(rules) * sum(len(chunks[n]) for n in todo)
     if progress is not None and done:
         progress(done, total)
-    for number, (read, unreadable) in _read_ahead(
-        [(n, chunks[n]) for n in todo], specs, cohort.missing_values
-    ):
+    how = _Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
+    for number, (read, unreadable, judged) in _read_ahead([(n, chunks[n]) for n in todo], how):
         still = set(open_rules(number))
         for rule in rules:
             if rule in still:
                 folder = out / "reports" if rule is rules[0] else None
                 part = run.batch(rule, read, folder, number * batch_size)
                 part["failures"] += unreadable
+                part["quality"] = judged if rule is rules[0] else []
                 write_json(out / _PROGRESS / _file_name(rule, number), part)
             done += len(chunks[number])
             if progress is not None:
@@ -229,6 +242,7 @@ def evaluate(
         "patients": len({r.patient_id for r in records}),
         "unlabelled_records": len(cohort.in_split(_split(split))) - len(records),
         "patients_seen_in_training": seen,
+        "refused_as_missing": treat_refused_as_missing,
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
         "records_sha256": known["records, label or patient"],
         "device": str(bundle.device),
@@ -258,6 +272,7 @@ def _write(
         "selections": ("scenario", "record_id", *STEP_COLUMNS),
         "hidden": HIDDEN_COLUMNS,
         "recovery": quality.COLUMNS,
+        "quality": _QUALITY_COLUMNS,
     }
     lines = dict.fromkeys(columns, 0)
     with ExitStack() as stack:
@@ -773,27 +788,41 @@ def _file_name(rule: Scenario, number: int) -> str:
     return f"{rule.kind}-{digest}-{number:05d}.json"
 
 
-_Chunk = tuple[list[tuple[int, CohortRecord, PatientRecord]], list[Row]]
+_Chunk = tuple[list[tuple[int, CohortRecord, PatientRecord]], list[Row], list[Row]]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How records are read.
+
+    Attributes:
+        specs: Modalities, with fitted constants.
+        missing_values: Strings that mean "blank".
+        norms: For the quality gate.
+        treat_refused_as_missing: Go on without what it refuses.
+    """
+
+    specs: Sequence[ModalitySpec]
+    missing_values: Sequence[str]
+    norms: Norms | None
+    treat_refused_as_missing: bool
 
 
 def _read_ahead(
-    chunks: Sequence[tuple[int, Sequence[CohortRecord]]],
-    specs: Sequence[ModalitySpec],
-    missing_values: Sequence[str],
+    chunks: Sequence[tuple[int, Sequence[CohortRecord]]], how: _Reading
 ) -> Iterator[tuple[int, _Chunk]]:
     """Yield batches in order, the next ones being read in the background meanwhile.
 
     Args:
         chunks: Number and records of each batch.
-        specs: Modalities.
-        missing_values: Strings that mean "blank".
+        how: How to read them.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as reader:
         waiting: list[tuple[int, Future[_Chunk]]] = []
         try:
             for number, chunk in chunks:
-                waiting.append((number, reader.submit(_read, chunk, specs, missing_values, stop)))
+                waiting.append((number, reader.submit(_read, chunk, how, stop)))
                 if len(waiting) > _AHEAD:
                     first, future = waiting.pop(0)
                     yield first, future.result()
@@ -806,24 +835,36 @@ def _read_ahead(
                 future.cancel()
 
 
-def _read(
-    chunk: Sequence[CohortRecord],
-    specs: Sequence[ModalitySpec],
-    missing_values: Sequence[str],
-    stop: threading.Event,
-) -> _Chunk:
-    """Return the records that can be read with their positions, and the failures.
+def _read(chunk: Sequence[CohortRecord], how: _Reading, stop: threading.Event) -> _Chunk:
+    """Return the records that can be read with their positions, the failures, and gate results.
 
     Once `stop` is set nobody waits for them, and the rest is left.
     """
-    read, failures = [], []
+    read, failures, judged = [], [], []
     for position, entry in enumerate(chunk):
         if stop.is_set():
             break
         try:
-            record = read_record(entry, specs, missing_values)
+            found = examine_record(entry, how.specs, how.missing_values, norms=how.norms)
+            judged += _quality(found)
+            record = usable(found, how.specs, treat_refused_as_missing=how.treat_refused_as_missing)
+        except RefusedError as error:
+            failures.append(_failure(entry.record_id, "all", "gate", _message(error)))
         except PatientDataError as error:
             failures.append(_failure(entry.record_id, "all", "read", _message(error)))
         else:
             read.append((position, entry, record))
-    return read, failures
+    return read, failures, judged
+
+
+def _quality(found: Intake) -> list[Row]:
+    """Return one record's rows of `quality.csv`: a finding each, or a modality that passes."""
+    rows: list[Row] = []
+    for name, result in found.results.items():
+        about = {"record_id": found.record.record_id, "modality": name, "state": result.state}
+        nothing = {"check": "", "got": "", "expected": ""}
+        rows += [
+            {**about, "check": f.check, "got": f.got, "expected": f.expected}
+            for f in result.findings
+        ] or [{**about, **nothing}]
+    return rows

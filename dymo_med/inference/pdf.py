@@ -49,7 +49,7 @@ _MARGIN = 18 * mm
 _WIDTH = A4[0] - 2 * _MARGIN
 # Characters that a name or a value is cut to, and a sentence or a command.
 _MOST, _MOST_PROSE = 100, 600
-_PROSE = frozenset({"warnings", "method_why", "bundle_description", "command", "columns"})
+_PROSE = frozenset({"warnings", "method_why", "bundle_description", "command", "columns", "got"})
 # Pictures: not text.
 _WHOLE = frozenset({"png", "heat"})
 _FONTS = {
@@ -255,7 +255,10 @@ def _had(shown: Words) -> Flow:
     rows = [
         [
             _p(row["name"], _CELL_BOLD),
-            _p(f"{_GLYPHS[row['glyph']]} {row['word']}", _CELL),
+            [
+                _p(f"{_GLYPHS[row['glyph']]} {row['word']}", _CELL),
+                *(_p(f"\u25b2 {sentence}", _CELL_CAUTION) for sentence in row["gate"]),
+            ],
             _p(row["use"], _CELL),
             _p(row["facts"], _CELL_SOFT),
         ]
@@ -770,6 +773,7 @@ _CELL = _style(8)
 _CELL_BOLD = _style(8, fontName="DejaVuSans-Bold")
 _CELL_SOFT = _style(8, textColor=_SOFT)
 _CELL_MADE = _style(8, textColor=_MADE, fontName="DejaVuSans-Bold")
+_CELL_CAUTION = _style(7.5, textColor=_CAUTION)
 _NUMBER = _style(8, alignment=TA_RIGHT)
 _HEAD = _style(7.5, textColor=_SOFT, fontName="DejaVuSans-Bold")
 _HEAD_RIGHT = _style(7.5, textColor=_SOFT, fontName="DejaVuSans-Bold", alignment=TA_RIGHT)

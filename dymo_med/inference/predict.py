@@ -24,6 +24,7 @@ from dymo_med.backbones import EncodedVersions, encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.conformal import COVERAGE
 from dymo_med.data.batch import collate
+from dymo_med.data.gate import judge
 from dymo_med.data.patient import read_patient
 from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
 from dymo_med.inference.explain import MOST_ERROR, Explanation, Subject, explain
@@ -43,17 +44,18 @@ from dymo_med.inference.prediction_file import (
     PerformancePart,
     PredictionFile,
     PredictionSetPart,
-    ReasonPart,
     RulePart,
     State,
     StepPart,
     entropy_bits,
     frequency,
     gain,
+    gate_reasons,
+    quality_parts,
     status_of,
     summarise,
 )
-from dymo_med.inference.report import percentile, words, write_report
+from dymo_med.inference.report import percentile, reason_sentence, words, write_report
 from dymo_med.privacy import shown
 from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.fixed import TrustAll
@@ -63,6 +65,7 @@ from dymo_med.selection.reward import SimilarityCalibration
 from dymo_med.types import (
     Batch,
     Column,
+    GateResult,
     ModalitySpec,
     PatientRecord,
     PerformanceRow,
@@ -76,11 +79,9 @@ from dymo_med.types import (
 )
 
 DRAWS = 20
-RECOVERED_VERSION = 2  # of recovered.json
+RECOVERED_VERSION = 3  # of recovered.json
 # Voxels (or cells) that are encoded at once.
 _MOST_VOXELS = 8_000_000
-# Standard deviations from the training mean beyond which a value is called far from what was seen.
-_FAR = 4.0
 
 # Always answered side by side: discard, trust everything, the published rule.
 COMPARED = ("observed_only", "trust_all", "dymo")
@@ -209,6 +210,7 @@ def predict_patient(
     draws: int = DRAWS,
     pdf: bool = False,
     identify: bool = False,
+    treat_refused_as_missing: bool = False,
 ) -> Prediction:
     """Predict one patient from a folder.
 
@@ -223,17 +225,20 @@ def predict_patient(
             best guess; 0 = none. They are made for the files only.
         pdf: Whether to write the page as `report.pdf` too.
         identify: Whether to show the identifier that headers state, instead of a pseudonym.
+        treat_refused_as_missing: Go on without what the quality gate refuses; everything that is
+            written says so.
 
     Returns:
         The prediction.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
+        RefusedError: If they can be read but the quality gate refuses one.
         ConfigError: If `out` holds something else, or the key of pseudonyms cannot be used.
     """
     if out is not None:
         check_replaceable(out, "prediction.json", _WRITTEN)
-    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    record = _read(patient_dir, bundle, treat_refused_as_missing)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
     prediction = assemble(bundle, record, answers, 0, explanation, seed=seed, identify=identify)
@@ -249,7 +254,17 @@ def predict_patient(
                 prediction,
                 draws=draws,
                 files={name: (path, _sha256(folder / path)) for name, path in files.items()},
-                command=_command(record.record_id, bundle, explain, seed, draws, identify),
+                command=_command(
+                    record.record_id,
+                    bundle,
+                    seed,
+                    draws,
+                    {
+                        "--no-explain": not explain,
+                        "--identify": identify,
+                        "--treat-refused-as-missing": treat_refused_as_missing,
+                    },
+                ),
             )
             write_prediction(file, folder)
             write_csv(folder / "selection.csv", STEP_COLUMNS, step_rows(file))
@@ -258,6 +273,17 @@ def predict_patient(
 
                 write_pdf(file, folder / "report.pdf")
     return prediction
+
+
+def _read(patient_dir: Path, bundle: ModelBundle, treat_refused_as_missing: bool) -> PatientRecord:
+    """Read a patient as the bundle needs it."""
+    return read_patient(
+        patient_dir,
+        bundle.specs,
+        missing_values=bundle.missing_values,
+        norms=bundle.norms,
+        treat_refused_as_missing=treat_refused_as_missing,
+    )
 
 
 def write_prediction(file: PredictionFile, folder: Path) -> None:
@@ -277,7 +303,13 @@ def step_rows(file: PredictionFile) -> list[dict[str, object]]:
 
 
 def impute_patient(
-    patient_dir: Path, bundle: ModelBundle, out: Path, *, seed: int = 0, identify: bool = False
+    patient_dir: Path,
+    bundle: ModelBundle,
+    out: Path,
+    *,
+    seed: int = 0,
+    identify: bool = False,
+    treat_refused_as_missing: bool = False,
 ) -> list[Path]:
     """Write what the imputer proposes for one patient, and nothing else.
 
@@ -287,17 +319,19 @@ def impute_patient(
         out: Folder for `recovered/`; it appears complete or not at all.
         seed: Seed of whatever is random.
         identify: Whether to show the identifier that headers state, instead of a pseudonym.
+        treat_refused_as_missing: Recover what the quality gate refuses too.
 
     Returns:
         The files, all under `out / "recovered"`.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
+        RefusedError: If they can be read but the quality gate refuses one.
         ConfigError: If `out` holds something else, or the key of pseudonyms cannot be used.
     """
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
-    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    record = _read(patient_dir, bundle, treat_refused_as_missing)
     sources = _sources(record, identify)
     answers = answer(bundle, [record], seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
@@ -311,6 +345,7 @@ def impute_patient(
                 "files": files,
                 "bundle": {"name": bundle.name, "id": bundle.bundle_id},
                 "seed": seed,
+                "refused": list(record.refused),
                 "sources": {n: asdict(s) for n, s in sources.items()},
                 "versions": versions(),
             },
@@ -372,6 +407,7 @@ def assemble(
         return tuple(n for n, a in zip(names, available[row].tolist(), strict=True) if a)
 
     steps = selection_steps(trace, row)
+    quality = gate_results(bundle, record)
     probabilities = {
         method: tuple(values[row].tolist()) for method, values in answers.probabilities.items()
     }
@@ -391,7 +427,7 @@ def assemble(
         method=answers.method,
         steps=steps,
         attributions=explanation.attributions if explanation is not None else (),
-        warnings=_warnings(bundle, record, own, probabilities, steps),
+        warnings=_warnings(bundle, record, own, probabilities, steps, quality),
         sources=_sources(record, identify),
         bundle_id=bundle.bundle_id,
         bundle_name=bundle.name,
@@ -399,6 +435,8 @@ def assemble(
         base_rates=bundle.base_rates,
         subsets=weighted_subsets(trace, row),
         value=_value(bundle, answers, row),
+        quality=quality,
+        refused=tuple(record.refused),
     )
 
 
@@ -438,6 +476,21 @@ def _sources(record: PatientRecord, identify: bool) -> dict[str, Source]:
                 facts = {**value.source.facts, **whose}
                 sources[name] = replace(value.source, facts=facts)
     return sources
+
+
+def gate_results(bundle: ModelBundle, record: PatientRecord) -> dict[str, GateResult]:
+    """Return what the quality gate says of what a record has, and of what it refused.
+
+    Args:
+        bundle: The model.
+        record: As it is answered for: what a scenario hid has no result.
+    """
+    results = {
+        spec.name: judge(spec, record.modalities[spec.name], bundle.norms)
+        for spec in bundle.specs
+        if spec.name in record.modalities
+    }
+    return {**results, **record.refused}
 
 
 def selection_steps(trace: SelectionTrace, row: int) -> tuple[SelectionStep, ...]:
@@ -657,6 +710,7 @@ def prediction_file(
     drawn, acquire = draw_answers(bundle, answers, row, draws=draws, seed=prediction.seed)
     found = _prediction_set(bundle, answers, row, pattern)
     tested = _performance(bundle, answers.method, pattern)
+    quality = quality_parts(prediction.quality)
     status, why = status_of(
         prediction.classes,
         prediction.probabilities,
@@ -665,13 +719,7 @@ def prediction_file(
         drawn,
         tested,
         steps,
-        [
-            ReasonPart(
-                code="outside_training",
-                values={"modality": modality, "columns": ", ".join(columns)},
-            )
-            for modality, columns in _outside(bundle, record).items()
-        ],
+        gate_reasons(quality),
     )
     provenance = bundle.provenance
     shares = _subset_answers(bundle, answers, row, prediction)
@@ -679,6 +727,7 @@ def prediction_file(
         {
             "schema_version": SCHEMA_VERSION,
             **asdict(prediction),
+            "quality": {name: part.model_dump() for name, part in quality.items()},
             "target": bundle.task.target,
             "predicted": prediction.classes[chosen],
             "status": status,
@@ -924,14 +973,13 @@ def _sha256(path: Path) -> str:
 
 
 def _command(
-    record_id: str, bundle: ModelBundle, explain: bool, seed: int, draws: int, identify: bool
+    record_id: str, bundle: ModelBundle, seed: int, draws: int, flags: Mapping[str, bool]
 ) -> str:
     """Return how to get the same files again, without the paths of this machine."""
     words_ = ["dymo-med", "predict", "--patient-dir", record_id, "--bundle", bundle.name]
     words_ += ["--out", "OUT", "--selector", bundle.choice.name, "--device", str(bundle.device)]
     words_ += ["--seed", str(seed), "--draws", str(draws)]
-    words_ += ["--no-explain"] * (not explain) + ["--identify"] * identify
-    return shlex.join(words_)
+    return shlex.join([*words_, *(flag for flag, given in flags.items() if given)])
 
 
 def versions() -> dict[str, str]:
@@ -984,34 +1032,13 @@ def _cell(
     )
 
 
-def _outside(bundle: ModelBundle, record: PatientRecord) -> dict[str, list[str]]:
-    """Return the columns of each table whose values lie far outside those of training patients."""
-    found = {}
-    for spec in bundle.specs:
-        value = record.modalities.get(spec.name)
-        if value is None or value.observed_fields is None:
-            continue
-        outside = [
-            column.name
-            for column, x, filled in zip(
-                spec.columns, value.values.tolist(), value.observed_fields.tolist(), strict=True
-            )
-            if filled
-            and column.mean is not None
-            and column.std is not None
-            and abs(x - column.mean) > _FAR * column.std
-        ]
-        if outside:
-            found[spec.name] = outside
-    return found
-
-
 def _warnings(
     bundle: ModelBundle,
     record: PatientRecord,
     own: Sequence[float],
     others: Mapping[str, Sequence[float]],
     steps: Sequence[SelectionStep],
+    quality: Mapping[str, GateResult],
 ) -> tuple[str, ...]:
     """Return the sentences a reader must not miss."""
     text = words()["warnings"]
@@ -1025,10 +1052,7 @@ def _warnings(
             result.append(
                 sentence.format(method=method, this=classes[predicted], other=classes[other])
             )
-    result += [
-        text["outside"].format(modality=modality, columns=", ".join(columns))
-        for modality, columns in _outside(bundle, record).items()
-    ]
+    result += [reason_sentence(r) for r in gate_reasons(quality_parts(quality))]
     borrowed = [s.modality for s in steps if s.borrowed and s.decision == "admitted"]
     if borrowed:
         result.append(text["borrowed"].format(modalities=", ".join(borrowed)))

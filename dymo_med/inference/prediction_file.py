@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dymo_med.errors import PatientDataError, Problem
+from dymo_med.types import GateResult, GateState
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # An answer that changes in this share of draws, or more, is given with caution.
 UNSTEADY = 0.1
 # Central share of the draws that `low` and `high` enclose.
@@ -37,6 +38,8 @@ Code = Literal[
     "no_class_ruled_out",
     "measurements_differ",
     "draws_differ",
+    "refused",
+    "quality",
     "outside_training",
     "few_held_back",
     "borrowed",
@@ -109,6 +112,25 @@ class SourcePart(Part):
     sha256: str
     affine: tuple[tuple[float, ...], ...] | None
     facts: dict[str, str]
+
+
+class FindingPart(Part):
+    """One thing that the quality gate holds against a modality; words are in `strings.json`.
+
+    `got` and `expected` are sizes, shares and names of columns.
+    """
+
+    check: str
+    level: Literal["warn", "refuse"]
+    got: str
+    expected: str
+
+
+class QualityPart(Part):
+    """What the quality gate says of one modality: the gravest level of its findings."""
+
+    state: GateState
+    findings: tuple[FindingPart, ...]
 
 
 class RecoveredFilePart(Part):
@@ -349,9 +371,9 @@ class ValuePart(Part):
 
 
 class PredictionFile(Part):
-    """`prediction.json`, version 3; `value` is there if the task is a regression."""
+    """`prediction.json`, version 4; `value` is there if the task is a regression."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[4]
     record_id: str
     patient_id: str
     target: str
@@ -373,6 +395,8 @@ class PredictionFile(Part):
     trusted: tuple[str, ...]
     rejected: tuple[str, ...]
     absent: tuple[str, ...]
+    refused: tuple[str, ...]
+    quality: dict[str, QualityPart]
     steps: tuple[StepPart, ...]
     subsets: tuple[SubsetPart, ...]
     draws: DrawsPart | None
@@ -584,7 +608,7 @@ def status_of(
     draws: DrawsPart | None,
     performance: PerformancePart | None,
     steps: Sequence[StepPart],
-    outside: Sequence[ReasonPart],
+    found: Sequence[ReasonPart],
 ) -> tuple[Status, tuple[ReasonPart, ...]]:
     """Return whether the answer stands, stands with caution, or is none; and why.
 
@@ -596,7 +620,7 @@ def status_of(
         draws: Null: none were made.
         performance: Null: nothing is known of it.
         steps: The selection.
-        outside: Reasons of the code `outside_training`: they are found in the values themselves.
+        found: What was found in the patient's own data (`gate_reasons`).
 
     Returns:
         `abstained` if no class can be ruled out, else `caution` if there is any other reason.
@@ -613,7 +637,7 @@ def status_of(
         because("measurements_differ", label=classes[other], probability=alone[other])
     if draws is not None and draws.own.changes >= UNSTEADY:
         because("draws_differ", share=draws.own.changes, draws=draws.n)
-    reasons += outside
+    reasons += found
     if performance is not None and performance.tested_fewer_than_30:
         because("few_held_back", patients=performance.pattern_patients, least=FEW_PATIENTS)
     borrowed = dict.fromkeys(s.modality for s in steps if s.borrowed and s.decision == "admitted")
@@ -622,6 +646,47 @@ def status_of(
     if reasons and reasons[0].code == "no_class_ruled_out":
         return "abstained", tuple(reasons)
     return ("caution" if reasons else "answered"), tuple(reasons)
+
+
+def quality_parts(results: Mapping[str, GateResult]) -> dict[str, QualityPart]:
+    """Return what the quality gate says as it is written.
+
+    Args:
+        results: Per modality.
+    """
+    return {
+        name: QualityPart(
+            state=result.state,
+            findings=tuple(
+                FindingPart(check=f.check, level=f.level, got=f.got, expected=f.expected)
+                for f in result.findings
+            ),
+        )
+        for name, result in results.items()
+    }
+
+
+def gate_reasons(quality: Mapping[str, QualityPart]) -> list[ReasonPart]:
+    """Return what the quality gate found as reasons of the status: what was refused first.
+
+    Args:
+        quality: Per modality.
+    """
+    refused = [
+        ReasonPart(code="refused", values={"modality": name, "check": finding.check})
+        for name, part in quality.items()
+        for finding in part.findings
+        if finding.level == "refuse"
+    ]
+    warned = [
+        ReasonPart(code="outside_training", values={"modality": name, "columns": finding.got})
+        if finding.check == "outside"
+        else ReasonPart(code="quality", values={"modality": name, "check": finding.check})
+        for name, part in quality.items()
+        if part.state == "warn"
+        for finding in part.findings
+    ]
+    return [*refused, *warned]
 
 
 def _rows(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Probabilities, ...]:

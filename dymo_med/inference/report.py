@@ -26,6 +26,8 @@ from dymo_med.inference.prediction_file import (
     IntervalPart,
     PicturePart,
     PredictionFile,
+    QualityPart,
+    ReasonPart,
     ScanPart,
     StepPart,
     ValuePart,
@@ -216,13 +218,36 @@ def reasons(file: PredictionFile) -> list[str]:
     Args:
         file: The prediction.
     """
-    text = words()["status"]
+    return [reason_sentence(reason) for reason in file.status_reasons]
+
+
+def reason_sentence(reason: ReasonPart) -> str:
+    """Return one reason as a sentence.
+
+    Args:
+        reason: Of a status.
+    """
     shown = {"coverage", "probability", "share"}
+    values = {k: percent(float(v)) if k in shown else v for k, v in reason.values.items()}
+    if reason.code in ("refused", "quality"):
+        values["what"] = _gate_words(str(reason.values["check"]))
+    return str(words()["status"][reason.code].format_map(values))
+
+
+def _gate_words(check: str) -> str:
+    """Return what a check of the quality gate holds against a modality."""
+    known: dict[str, str] = words()["gate"]["checks"]
+    return known.get(check, check)
+
+
+def _gate(part: QualityPart | None) -> list[str]:
+    """Return what the quality gate found in one modality, in full."""
+    text = words()["gate"]
     return [
-        text[r.code].format_map(
-            {k: percent(float(v)) if k in shown else v for k, v in r.values.items()}
+        text["detail" if finding.expected else "detail_alone"].format(
+            what=_gate_words(finding.check), got=finding.got, expected=finding.expected
         )
-        for r in file.status_reasons
+        for finding in (part.findings if part is not None else ())
     ]
 
 
@@ -310,7 +335,7 @@ def _set(prediction: PredictionFile) -> list[str]:
     return [text[key].format(classes=", ".join(found.classes)), basis]
 
 
-def _had(prediction: PredictionFile) -> list[dict[str, str]]:
+def _had(prediction: PredictionFile) -> list[dict[str, Any]]:
     """Return one row per modality, measured ones first."""
     text = words()["had"]
     trust = prediction.trust
@@ -338,8 +363,17 @@ def _had(prediction: PredictionFile) -> list[dict[str, str]]:
         if name in trust:
             key = "used_partly_completed" if name in prediction.observed else "used_partly"
             use = text[key].format(percent=percent(trust[name]))
+        refused = name in prediction.refused
         rows.append(
-            {"name": name, "glyph": state, "word": word, "use": use, "facts": ", ".join(facts)}
+            {
+                "name": name,
+                "glyph": state,
+                "word": text["refused"].format(word=word) if refused else word,
+                "use": use,
+                "facts": ", ".join(facts),
+                "gate": _gate(prediction.quality.get(name)),
+                "refused": refused,
+            }
         )
     return rows
 

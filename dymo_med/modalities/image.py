@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
-from dymo_med.errors import PatientDataError, Problem
+from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.types import FieldOfView, ModalitySpec, ModalityValue, SeriesRule, Source
@@ -255,6 +255,8 @@ class Image(Modality):
             problem = Problem(
                 f"{where}: {path.name}", error.what, error.expected, error.got, error.remedy
             )
+            if error.refused:
+                raise RefusedError(problem, checks=(error.refused,)) from error
             raise PatientDataError(problem) from error
         except OSError as error:
             raise PatientDataError(
@@ -267,7 +269,7 @@ class Image(Modality):
             ) from error
         image, facts = scan.image, scan.facts
         if image.min() == image.max():
-            raise PatientDataError(
+            raise RefusedError(
                 Problem(
                     f"{where}: {path.name}",
                     "nothing of the scan is left on the grid of this modality",
@@ -275,7 +277,8 @@ class Image(Modality):
                     " or of the one whose grid it shares",
                     got=", ".join(f"{name} {fact}" for name, fact in facts.shown().items()),
                     remedy="Check the voxel size in its header",
-                )
+                ),
+                checks=("off_grid",),
             )
         remarks = (*facts.warnings, self._coverage(scan.field), self._far(scan.field, others))
         affine = None
@@ -292,6 +295,7 @@ class Image(Modality):
             warnings=tuple(f"{path.name}: {text}" for text in remarks if text),
             field_of_view=scan.field if len(self.spec.shape) == 4 else None,
             identifiers=scan.identifiers,
+            native=facts.native,
         )
 
     def _extent(self) -> str:

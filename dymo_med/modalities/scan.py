@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dymo_med.types import Native
+
 Matrix = NDArray[np.float64]
 
 MOST_VOXELS = 2**31
@@ -33,10 +35,15 @@ class ScanError(Exception):
         expected: What would have been right.
         got: What was found instead.
         remedy: What the user can do.
+        refused: The check of the quality gate that this is, for a scan that can be read but not
+            be used.
     """
 
-    def __init__(self, what: str, expected: str = "", got: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, what: str, expected: str = "", got: str = "", remedy: str = "", refused: str = ""
+    ) -> None:
         super().__init__(what)
+        self.refused = refused
         self.what = what
         self.expected = expected
         self.got = got
@@ -76,12 +83,14 @@ class ScanFacts:
         dtype: Type of the stored numbers.
         spacing_mm: Voxel size; None for a picture that states none.
         warnings: Sentences for the report.
+        native: What the quality gate goes by.
     """
 
     size: tuple[int, ...]
     dtype: str
     spacing_mm: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = ()
+    native: Native | None = None
 
     def shown(self) -> dict[str, str]:
         """Return the facts as text by name."""

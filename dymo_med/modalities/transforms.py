@@ -43,6 +43,7 @@ from torch.nn import functional as F
 
 from dymo_med.modalities import dicom, volumes
 from dymo_med.modalities.alignment import Reference, beside
+from dymo_med.modalities.native import native
 from dymo_med.modalities.scan import (
     CORNER_MM,
     ScanError,
@@ -345,12 +346,14 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 expected="finite voxel values",
                 got=f"{int((~torch.isfinite(values)).sum())} voxels that are NaN or infinite",
                 remedy="Export the scan again",
+                refused="finite",
             )
         if lowest == highest:
             raise ScanError(
                 "every voxel has the same value",
                 expected="an image with contrast",
                 remedy="Remove the file if the scan was not made, or export it again",
+                refused="constant",
             )
         if self.spec.intensity == "zscore":
             inside = values[values != 0]
@@ -358,8 +361,23 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 raise ScanError(
                     "all voxels other than zero have the same value, so zscore leaves nothing",
                     remedy="Use intensity: percentile for masks",
+                    refused="constant",
                 )
         return dict(data)
+
+
+class MeasureNatived(MapTransform):  # type: ignore[misc]
+    """Measures the scan as stored, before anything is done to it (`modalities.native`)."""
+
+    def __init__(self) -> None:
+        super().__init__(keys=KEY)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with its measures among the facts."""
+        image = data[KEY]
+        affine = image.affine.numpy() if isinstance(image, MetaTensor) else None
+        measured = native(_plain(image).numpy(), affine)
+        return {**data, FACTS: replace(data[FACTS], native=measured)}
 
 
 class PercentileRanged(MapTransform):  # type: ignore[misc]
@@ -526,7 +544,11 @@ def pipeline(spec: ModalitySpec) -> Compose:
         spec: The modality.
     """
     channels, *size = spec.shape
-    steps: list[Any] = [LoadScand(channels, spec.dicom), CheckScand(spec)]
+    steps: list[Any] = [
+        LoadScand(channels, spec.dicom),
+        CheckScand(spec),
+        MeasureNatived(),
+    ]
     if spec.intensity == "percentile":
         steps.append(PercentileRanged())
     if len(size) == 3:

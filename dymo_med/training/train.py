@@ -23,6 +23,7 @@ from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
 from dymo_med.config import Named, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
+from dymo_med.data.gate import fit_norms
 from dymo_med.data.masks import read_known
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
@@ -283,6 +284,7 @@ def train(
         conformal=prediction_sets,
         performance=tested,
         provenance=_provenance(plan, described, data, labelled, log),
+        norms=fit_norms(specs, records["train"], described.quality),
     )
     bundle.save(out / "bundle")
     return out / "bundle"

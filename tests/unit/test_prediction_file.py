@@ -201,7 +201,7 @@ def test_every_reason_for_caution_and_the_one_for_none(file):
             "draws": None,
             "performance": None,
             "steps": (),
-            "outside": (),
+            "found": (),
             **changes,
         }
         found, reasons = status_of(**given)

@@ -99,7 +99,7 @@ def source(file, sha256, facts):
 
 def prediction(**changes):
     given = {
-        "schema_version": 3,
+        "schema_version": 4,
         "record_id": "sub-0042",
         "patient_id": "hidden-patient-key",
         "target": "grade",
@@ -129,6 +129,8 @@ def prediction(**changes):
         "trusted": ("flair", "labs"),
         "rejected": ("t2",),
         "absent": ("genetics",),
+        "refused": (),
+        "quality": {n: {"state": "pass", "findings": ()} for n in ("t1", "labs")},
         "steps": (
             step(1, "t2", 0.83, 0.61, -0.64, "rejected", factor=0.31, typical=-3.2),
             step(1, "flair", 0.83, 0.91, 0.08, "admitted"),
