@@ -225,7 +225,7 @@ def _convert(
             remedy="Put the unit into the header, as in [mmol/L], or into a column"
             f" {rules.header or column.name}_unit",
         )
-    if column.unit and same(unit, column.unit):
+    if same(unit, column.unit):
         return value
     if not any(same(unit, other) for other in rules.units):
         return Problem(

@@ -22,7 +22,8 @@ from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
-from dymo_med.modalities.cells import Cell, parse
+from dymo_med.modalities.cells import Cell, Row, parse
+from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
 from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
 from dymo_med.modalities.units import MOLAR_MASS, UnitError, convert, same_quantity
@@ -288,6 +289,12 @@ class TableEntry(Strict):
             lost = [n for n, c in self.columns.items() if not (c.loinc or c.fhir)]
             if lost:
                 raise ValueError(f"columns of a FHIR record need loinc or fhir: {', '.join(lost)}")
+            if any(c.header for c in self.columns.values()):
+                raise ValueError("header belongs to other files than FHIR records")
+            if unknown := set(self.statuses) - set(STATUSES):
+                raise ValueError(
+                    f"unknown statuses {', '.join(sorted(unknown))}; known: {', '.join(STATUSES)}"
+                )
         elif any(c.loinc or c.fhir for c in self.columns.values()) or self.statuses:
             raise ValueError("loinc, fhir and statuses need format: fhir")
         elif any(c.pick != "error" for c in self.columns.values()):
@@ -393,7 +400,7 @@ class Table(Modality):
         columns = self.spec.columns
         headers = [(c.rules.header if c.rules is not None else "") or c.name for c in columns]
         wanted = {*headers, *(c.rules.until for c in columns if c.rules is not None)} - {""}
-        row = read_row(path, self._rules, frozenset(wanted), at, whose, shared=shared)
+        row = self._row(path, at, frozenset(wanted), whose, missing_values, shared=shared)
         if row is None:
             return None
         values = torch.zeros(self.spec.shape, dtype=torch.float32)
@@ -432,7 +439,27 @@ class Table(Modality):
                 facts={"cells": f"{int(filled.sum())} of {len(filled)} filled"},
             ),
             observed_fields=filled,
+            identifiers=row.identifiers,
         )
+
+    def _row(
+        self,
+        path: Path,
+        at: str,
+        wanted: frozenset[str],
+        whose: Whose,
+        missing_values: Sequence[str],
+        *,
+        shared: bool,
+    ) -> Row | None:
+        """Return the record's row of a file, or of its FHIR record."""
+        if self._rules.format != "fhir":
+            return read_row(path, self._rules, wanted, at, whose, shared=shared)
+
+        def value(cell: Cell, column: Column, where: str) -> float | Problem | None:
+            return parse(cell, column, {}, where, blank=missing_values)
+
+        return read_record(path, self.spec.columns, self._rules, at, value)
 
     def write(
         self,

@@ -1,0 +1,364 @@
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dymo_med.errors import PatientDataError
+from dymo_med.modalities import modality
+from dymo_med.modalities.table import Table, TableEntry
+
+COLUMNS = {
+    "sex": {
+        "type": "categorical",
+        "values": ["F", "M"],
+        "aliases": {"F": ["female"], "M": ["male"]},
+        "fhir": "gender",
+    },
+    "age": {"type": "date", "fhir": "birthDate", "until": "effective", "range": [0, 120]},
+    "glucose": {
+        "type": "continuous",
+        "unit": "mg/dL",
+        "units": ["mmol/L"],
+        "molar_mass": "glucose",
+        "range": [20, 600],
+        "loinc": ["2345-7", "15074-8"],
+    },
+    "systolic": {"type": "continuous", "unit": "mmHg", "range": [40, 300], "loinc": "8480-6"},
+    "smoker": {
+        "type": "categorical",
+        "values": ["no", "yes"],
+        "aliases": {"no": ["266919005"], "yes": ["77176002"]},
+        "loinc": "72166-2",
+    },
+}
+SECRET = "Mustermann-4711"
+
+
+def table(pick=None, censored=None, statuses=()):
+    columns = json.loads(json.dumps(COLUMNS))
+    columns["glucose"].update(
+        {"pick": pick} if pick else {}, **({"censored": censored} if censored else {})
+    )
+    entry = {"kind": "table", "format": "fhir", "file": "fhir.json", "columns": columns}
+    entry["statuses"] = list(statuses)
+    return modality(Table.spec_from_entry("ehr", TableEntry.model_validate(entry)))
+
+
+PATIENT = {
+    "resourceType": "Patient",
+    "id": SECRET,
+    "identifier": [{"system": "urn:mrn", "value": SECRET}],
+    "name": [{"family": SECRET}],
+    "gender": "female",
+    "birthDate": "1960-02-29",
+}
+
+
+def observation(code="2345-7", value=100.0, unit="mg/dL", when="2024-02-29", **change):
+    made = {
+        "resourceType": "Observation",
+        "id": "o1",
+        "status": "final",
+        "code": {"coding": [{"system": "http://loinc.org", "code": code}]},
+        "subject": {"reference": f"Patient/{SECRET}"},
+        "effectiveDateTime": when,
+        "valueQuantity": {"value": value, "system": "http://unitsofmeasure.org", "code": unit},
+    }
+    made.update(change)
+    return {key: value for key, value in made.items() if value is not None}
+
+
+def bundle(*observations, patient=PATIENT):
+    entries = (
+        [{"fullUrl": f"http://h/fhir/Patient/{SECRET}", "resource": patient}] if patient else []
+    )
+    entries += [{"resource": {"id": f"o{i}", **o}} for i, o in enumerate(observations)]
+    return {"resourceType": "Bundle", "type": "collection", "entry": entries}
+
+
+def read(kind, folder, content, name="fhir.json"):
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    value = kind.read(folder, "Patient p1")
+    if value is None:
+        return None
+    filled = value.observed_fields.tolist()
+    names = [column.name for column in kind.spec.columns]
+    return {n: v for n, v, f in zip(names, value.values.tolist(), filled, strict=True) if f}
+
+
+def quantity(value, unit="mg/dL", **more):
+    return {"value": value, "system": "http://unitsofmeasure.org", "code": unit, **more}
+
+
+def different(number, **change):
+    """One of several observations, told apart by id."""
+    return {**observation(**change), "id": f"o{number}"}
+
+
+TWO = (
+    different(1, value=100, when="2024-01-01T08:00:00+01:00"),
+    different(2, value=200, when="2024-01-01T09:00:00+01:00"),
+)
+PRESSURE = observation(
+    "85354-9",
+    valueQuantity=None,
+    component=[
+        {
+            "code": {"coding": [{"system": "http://loinc.org", "code": "8480-6"}]},
+            "valueQuantity": quantity(120, "mm[Hg]"),
+        }
+    ],
+)
+SMOKER = observation(
+    "72166-2",
+    valueQuantity=None,
+    valueCodeableConcept={"coding": [{"system": "http://snomed.info/sct", "code": "77176002"}]},
+)
+
+# Case: observations, what is read beside the patient's sex, options of the table.
+GOOD = {
+    "quantity": ([observation()], {"age": 64, "glucose": 100}, {}),
+    "other unit": ([observation(value=5, unit="mmol/L")], {"age": 64, "glucose": 90.078}, {}),
+    "other code": ([observation("15074-8")], {"age": 64, "glucose": 100}, {}),
+    "unit in words only": (
+        [observation(valueQuantity={"value": 100, "unit": "mg/dL"})],
+        {"age": 64, "glucose": 100},
+        {},
+    ),
+    "component": ([PRESSURE], {"age": 64, "systolic": 120}, {}),
+    "code": ([SMOKER], {"age": 64, "smoker": 1}, {}),
+    "text": (
+        [observation("72166-2", valueQuantity=None, valueString="no")],
+        {"age": 64, "smoker": 0},
+        {},
+    ),
+    "nothing measured": ([], {}, {}),
+    "another code system": (
+        [
+            observation(code="2345-7", valueQuantity=None)
+            | {"code": {"coding": [{"code": "2345-7"}]}}
+        ],
+        {},
+        {},
+    ),
+    "entered in error": ([observation(status="entered-in-error")], {}, {}),
+    "reason for absence": (
+        [observation(valueQuantity=None, dataAbsentReason={"text": "not done"})],
+        {},
+        {},
+    ),
+    "preliminary, declared": (
+        [observation(status="preliminary")],
+        {"age": 64, "glucose": 100},
+        {"statuses": ["final", "preliminary"]},
+    ),
+    "preliminary, declared to be left out": (
+        [observation(status="preliminary")],
+        {},
+        {"statuses": ["final"]},
+    ),
+    "same value twice": (
+        [different(1), different(2, value=100.0, when="2024-02-28")],
+        {"age": 64, "glucose": 100},
+        {},
+    ),
+    "same value in two units": (
+        [different(1, value=90.078), different(2, value=5, unit="mmol/L")],
+        {"age": 64, "glucose": 90.078},
+        {},
+    ),
+    "latest": (TWO, {"age": 63.8385, "glucose": 200}, {"pick": "latest"}),
+    "earliest": (TWO, {"age": 63.8385, "glucose": 100}, {"pick": "earliest"}),
+    "latest that says something": (
+        [*TWO, different(3, valueQuantity=None, when="2024-05-01")],
+        {"age": 63.8385, "glucose": 200},
+        {"pick": "latest"},
+    ),
+    "limit": (
+        [observation(valueQuantity=quantity(30, comparator="<"))],
+        {"age": 64, "glucose": 30},
+        {"censored": "limit"},
+    ),
+    "limit is blank": (
+        [observation(valueQuantity=quantity(30, comparator="<"))],
+        {"age": 64},
+        {"censored": "missing"},
+    ),
+    "period": (
+        [observation(when=None, effectivePeriod={"start": "2024-02-29", "end": "2024-03-02"})],
+        {"age": 64, "glucose": 100},
+        {},
+    ),
+    "without date": ([observation(when=None)], {"glucose": 100}, {}),
+    "absolute reference": (
+        [observation(subject={"reference": f"http://h/fhir/Patient/{SECRET}/_history/2"})],
+        {"age": 64, "glucose": 100},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_observations_become_cells(tmp_path, name):
+    observations, expected, options = GOOD[name]
+    got = read(table(**options), tmp_path, bundle(*observations))
+    assert got == pytest.approx({"sex": 0, **expected}, abs=1e-3)
+
+
+OTHER = {**PATIENT, "id": "other", "identifier": [{"value": "other"}]}
+# Case: content, words of the message, options of the table.
+BAD = {
+    "several differ": (bundle(*TWO), "pick: latest", {}),
+    "several of one instant": (
+        bundle(different(1), different(2, value=200)),
+        "of the same time differ",
+        {"pick": "latest"},
+    ),
+    "day against hour": (
+        bundle(different(1, when="2024-01-01"), TWO[1]),
+        "of the same time differ",
+        {"pick": "latest"},
+    ),
+    "several without time": (
+        bundle(different(1, when=None), TWO[1]),
+        "has no time",
+        {"pick": "latest"},
+    ),
+    "time that is none": (bundle(observation(when="2024-13-01")), "time is not a day", {}),
+    "year only": (bundle(observation(when="2024")), "time is not a day", {}),
+    "preliminary": (bundle(observation(status="preliminary")), "statuses: [final", {}),
+    "no status": (bundle(observation(status=None)), "not what FHIR", {}),
+    "limit": (
+        bundle(observation(valueQuantity=quantity(30, comparator="<"))),
+        "censored: limit",
+        {},
+    ),
+    "unit": (bundle(observation(unit="mg/L")), "unit that is not declared", {}),
+    "no unit": (bundle(observation(valueQuantity={"value": 100})), "not declared", {}),
+    "out of range": (bundle(observation(value=5)), "mmol/L: check the unit", {}),
+    "unknown code": (
+        bundle({**SMOKER, "valueCodeableConcept": {"coding": [{"code": SECRET}]}}),
+        "unknown category",
+        {},
+    ),
+    "two codes": (
+        bundle({**SMOKER, "valueCodeableConcept": {"coding": [{"code": "no"}, {"code": "yes"}]}}),
+        "several categories",
+        {},
+    ),
+    "ratio": (
+        bundle(observation(valueQuantity=None, valueRatio={"numerator": {"value": 1}})),
+        "what no column can",
+        {},
+    ),
+    "two values": (bundle(observation(valueString=SECRET)), "not what FHIR", {}),
+    "another patient": (
+        bundle(observation(subject={"reference": f"Patient/{SECRET}2"})),
+        "about another patient",
+        {},
+    ),
+    "two subjects": (
+        bundle(
+            different(1, code="1-1"),
+            different(2, subject={"reference": "Patient/x"}),
+            patient=None,
+        ),
+        "about another patient",
+        {},
+    ),
+    "two patients": ([PATIENT, OTHER], "2 Patient resources", {}),
+    "gender of its own": (bundle(patient={**PATIENT, "gender": "other"}), "F or M", {}),
+    "year of birth": (
+        bundle(observation(), patient={**PATIENT, "birthDate": "1960"}),
+        "not a date",
+        {},
+    ),
+    "no resource": ({"glucose": SECRET}, "no FHIR resource", {}),
+    "no person": ({"resourceType": "Medication"}, "no Patient and no Observation", {}),
+    "entries that are none": ({"resourceType": "Bundle", "entry": {"a": 1}}, "not what FHIR", {}),
+    "cut": (json.dumps(bundle())[:-5], "not valid JSON", {}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_unclear_is_refused_and_nobody_is_named(tmp_path, name):
+    content, words, options = BAD[name]
+    with pytest.raises(PatientDataError) as caught:
+        read(table(**options), tmp_path, content)
+    message = str(caught.value)
+    assert words in message and "Patient p1: fhir.json" in message
+    assert SECRET not in message and "1960" not in message
+    assert all(p.remedy or p.expected for p in caught.value.problems)
+
+
+def test_the_record_in_every_form(tmp_path):
+    resources = [PATIENT, observation(), PRESSURE]
+    expected = {"sex": 0, "age": 64, "glucose": 100, "systolic": 120}
+    forms = {
+        "fhir.json": json.dumps(resources),
+        "fhir.ndjson": "\n".join(map(json.dumps, resources)) + "\n",
+    }
+    for name, text in forms.items():
+        assert read(table(), tmp_path, text, name) == pytest.approx(expected)
+        (tmp_path / name).unlink()
+    folder = tmp_path / "fhir"
+    folder.mkdir()
+    for number, resource in enumerate([*resources, PATIENT]):  # one exported twice
+        (folder / f"{SECRET}-{number}.json").write_text(json.dumps(resource))
+    value = table().read(tmp_path, "Patient p1")
+    assert value.source.file == "fhir" and value.identifiers == (SECRET,)
+    assert SECRET not in repr(value) and value.values.tolist()[:4] == pytest.approx(
+        [0, 64, 100, 120]
+    )
+    (folder / f"{SECRET}.json").write_text("{")
+    with pytest.raises(PatientDataError, match="fhir, file 5, line 1") as caught:
+        table().read(tmp_path, "Patient p1")
+    assert SECRET not in str(caught.value)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(PatientDataError, match="no FHIR record"):
+        table().read(tmp_path, "Patient p1")
+
+
+def test_no_record_is_missing(tmp_path):
+    assert table().read(tmp_path, "Patient p1") is None
+
+
+KEYS = ["resourceType", "entry", "resource", "code", "coding", "system", "status", "subject"]
+KEYS += ["valueQuantity", "component", "reference", "gender", "birthDate", "effectiveDateTime"]
+WORDS = ["Bundle", "Patient", "Observation", "http://loinc.org", "2345-7", "final", "2024-01-01"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(WORDS) | st.text(max_size=3),
+    lambda part: st.lists(part, max_size=3) | st.dictionaries(st.sampled_from(KEYS), part),
+    max_leaves=12,
+)
+
+
+def test_no_json_causes_anything_but_our_errors(tmp_path_factory):
+    folder, kind = tmp_path_factory.mktemp("fuzz"), table()
+
+    def places(node):
+        """Every (container, key) of a nested value."""
+        inner = list(node.items() if isinstance(node, dict) else enumerate(node))
+        found = [(node, key) for key, _ in inner]
+        for _, value in inner:
+            found += places(value) if isinstance(value, dict | list) else []
+        return found
+
+    @settings(max_examples=150, deadline=None)
+    @given(JSON, st.integers(0, 10_000), st.booleans())
+    def attempt(part, at, whole):
+        record = bundle(observation(), PRESSURE, SMOKER)
+        if not whole:
+            record = json.loads(json.dumps(record))
+            spots = places(record)
+            container, key = spots[at % len(spots)]
+            container[key] = part
+        try:
+            read(kind, folder, part if whole else record)
+        except PatientDataError as error:
+            str(error).encode()
+
+    attempt()
