@@ -255,6 +255,19 @@ class SubgroupEntry(Strict):
         return self
 
 
+def as_words(values: Any) -> Any:
+    """Return a list from YAML with its numbers as text; booleans are refused.
+
+    Raises:
+        ValueError: If one is a boolean: which word was meant is not known any more.
+    """
+    if not isinstance(values, list):
+        return values
+    if any(isinstance(v, bool) for v in values):
+        raise ValueError("YAML reads yes, no, on, off, true and false as booleans; quote them")
+    return [str(v) if isinstance(v, int | float) else v for v in values]
+
+
 class CohortFile(Strict):
     """`cohort.yaml`.
 
@@ -266,7 +279,9 @@ class CohortFile(Strict):
         patients: Folder of the patient directories, relative to this file.
         labels: Labels file, relative to this file.
         splits: Splits file, relative to this file.
-        missing_values: Strings that mean "blank" in tables, besides the empty cell.
+        layout: `patients`, a folder of patient directories, or `bids`, a BIDS dataset.
+        tables: Keys that hold for every table that does not say otherwise (`decimal: ","`).
+        missing_values: Words and numbers that mean "blank" in tables, besides the empty cell.
         subgroups: Patients for whom an evaluation is reported apart, by name.
         quality: Limits of the quality gate, by name, for bundles made from this cohort.
     """
@@ -278,12 +293,21 @@ class CohortFile(Strict):
     patients: str = "patients"
     labels: str = "labels.csv"
     splits: str = "splits.csv"
+    layout: Literal["patients", "bids"] = "patients"
+    tables: dict[str, Any] = {}
     missing_values: list[str] = []
     subgroups: dict[str, SubgroupEntry] = {}
     quality: dict[str, Any] = {}
 
+    @field_validator("missing_values", mode="before")
+    @classmethod
+    def _words(cls, values: Any) -> Any:
+        return as_words(values)
+
     @model_validator(mode="after")
     def _stay_inside(self) -> CohortFile:
+        if self.layout == "bids" and "patients" in self.model_fields_set:
+            raise ValueError("cohort.yaml of a BIDS dataset lies in its folder; leave patients out")
         for key in ("patients", "labels", "splits"):
             value = Path(getattr(self, key))
             if value.is_absolute() or ".." in value.parts:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from dymo_med.config import CohortFile, Document
+from dymo_med.config import CohortFile, Document, KeyPath
+from dymo_med.data import bids
 from dymo_med.data.gate import Limits
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
@@ -33,6 +35,7 @@ from dymo_med.types import (
 
 MOST_MODALITIES = 62  # a subset of modalities is a 63-bit number
 _UNKNOWN = "unknown"
+_PARTICIPANT, _SESSION = "participant_id", "session_id"  # columns of BIDS tables
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _ID = re.compile(r"(?!.*\.\.)\w(?:[\w.+@ -]{0,126}[\w+@-])?")
 
@@ -57,7 +60,8 @@ def read_cohort(path: Path) -> Cohort:
     `labels.csv` has one row per record: `patient_id`, the target's column, and `record_id` where
     a patient has several visits (it names the patient directory; without it the patient id
     does). A blank target means the label is not known. `splits.csv` has `patient_id` and
-    `split`.
+    `split`. With `layout: bids` the folder is a BIDS dataset, `participants.tsv` is the labels
+    file unless another is named, and a record is a session.
     """
     file = path / "cohort.yaml" if path.is_dir() else path
     document = Document(file)
@@ -71,14 +75,17 @@ def read_cohort(path: Path) -> Cohort:
         where = document.where(("task", "classes"))
         raise ConfigError(*problems, Problem(where, "a class occurs twice"))
     task = _task(document, entry)
-    blank = {"", *(value.strip() for value in entry.missing_values)}
+    missing_values = tuple(entry.missing_values)
+    if entry.layout == "bids" and bids.BLANK not in missing_values:
+        missing_values = (*missing_values, bids.BLANK)
+    blank = {"", *(value.strip() for value in missing_values)}
     subgroups = _read_subgroups(document, entry, specs, problems)
     try:
         document.parse_part(entry.quality, Limits, ("quality",))
     except ConfigError as error:
         problems.extend(error.problems)
     records = _read_records(file.parent, entry, task, subgroups, blank, problems)
-    splits = _read_splits(file.parent / entry.splits, records, problems)
+    splits = _read_splits(file.parent / entry.splits, _patient_column(entry), records, problems)
     if problems:
         raise ConfigError(*problems)
     return Cohort(
@@ -88,7 +95,7 @@ def read_cohort(path: Path) -> Cohort:
         specs=specs,
         records=records,
         splits=splits,
-        missing_values=tuple(entry.missing_values),
+        missing_values=missing_values,
         subgroups=subgroups,
         quality=entry.quality,
     )
@@ -289,7 +296,11 @@ def _read_specs(
             problems.append(Problem(where, what, remedy=nearest(str(kind), list(MODALITIES))))
             continue
         cls = MODALITIES[kind]
+        if kind == "table":
+            part = {**entry.tables, **part}
         try:
+            if entry.layout == "bids":
+                part = _bids_entry(document, part, key)
             specs.append(cls.spec_from_entry(name, document.parse_part(part, cls.Entry, key)))
         except ConfigError as error:
             problems.extend(error.problems)
@@ -319,25 +330,37 @@ def _read_specs(
     return tuple(specs)
 
 
-def _read_records(
-    root: Path,
-    entry: CohortFile,
-    task: Task,
-    subgroups: Sequence[Subgroup],
-    blank: set[str],
-    problems: list[Problem],
-) -> tuple[CohortRecord, ...]:
-    """Return the rows of the labels file as records, in file order."""
-    path = root / entry.labels
-    records: list[CohortRecord] = []
-    seen: dict[str, int] = {}
-    from_labels = [s for s in subgroups if s.modality is None]
-    targets = (task.target,) if task.mask is None else ()
-    needed = dict.fromkeys(("patient_id", *targets, *(s.column for s in from_labels)))
-    for line in _read_lines(path, tuple(needed), problems):
-        where = f"{path}:{line.number}"
-        patient_id = line.cells["patient_id"]
-        record_id = line.cells.get("record_id", patient_id)
+def _bids_entry(document: Document, part: dict[str, Any], key: KeyPath) -> dict[str, Any]:
+    """Return a modality's entry as it would be without BIDS.
+
+    Raises:
+        ConfigError: If its suffix, datatype or entities are not those of BIDS.
+    """
+    if part["kind"] == "table":
+        known = {"record_column", "patient_column"} & part.keys()
+        return part if known or "shared" not in part else {**part, "patient_column": _PARTICIPANT}
+    own, others = bids.scan_keys(part)
+    if not own:
+        return part
+    if "file" in others:
+        raise ConfigError(
+            Problem(document.where((*key, "file")), "give either file or suffix, not both")
+        )
+    return {**others, "file": document.parse_part(own, bids.ScanName, key).file}
+
+
+def _patient_column(entry: CohortFile) -> str:
+    """Return the column that names the patient in labels and splits."""
+    return _PARTICIPANT if entry.layout == "bids" else "patient_id"
+
+
+def _visits(
+    root: Path, entry: CohortFile, cells: Mapping[str, str], where: str, problems: list[Problem]
+) -> list[tuple[str, Path]]:
+    """Return record id and folder of each visit that a row of the labels file is about."""
+    patient_id = cells[_patient_column(entry)]
+    if entry.layout == "patients":
+        record_id = cells.get("record_id", patient_id)
         bad = [
             Problem(
                 f"{where} {column}",
@@ -347,21 +370,67 @@ def _read_records(
             for column, value in (("patient_id", patient_id), ("record_id", record_id))
             if not _ID.fullmatch(value)
         ]
-        if bad:
-            problems.extend(bad if "record_id" in line.cells else bad[:1])
-            continue
-        if record_id in seen:
+        problems.extend(bad if "record_id" in cells else bad[:1])
+        return [] if bad else [(record_id, root / entry.patients / record_id)]
+    session = cells.get(_SESSION, "")
+    if not bids.SUBJECT.fullmatch(patient_id) or not (
+        session in ("", bids.BLANK) or bids.SESSION.fullmatch(session)
+    ):
+        problems.append(
+            Problem(
+                where,
+                "the row names no subject or session of BIDS",
+                expected=f"sub-LABEL under {_PARTICIPANT}, ses-LABEL or n/a under {_SESSION}",
+            )
+        )
+        return []
+    subject = root / patient_id
+    every = session in ("", bids.BLANK)
+    folders = bids.sessions(subject) if every else [subject / session]
+    return [
+        (patient_id if folder == subject else f"{patient_id}_{folder.name}", folder)
+        for folder in folders
+    ]
+
+
+def _read_records(
+    root: Path,
+    entry: CohortFile,
+    task: Task,
+    subgroups: Sequence[Subgroup],
+    blank: set[str],
+    problems: list[Problem],
+) -> tuple[CohortRecord, ...]:
+    """Return the rows of the labels file as records, in file order."""
+    name = entry.labels
+    if entry.layout == "bids" and "labels" not in entry.model_fields_set:
+        name = bids.PARTICIPANTS
+    path = root / name
+    patient_column = _patient_column(entry)
+    records: list[CohortRecord] = []
+    seen: dict[str, int] = {}
+    from_labels = [s for s in subgroups if s.modality is None]
+    targets = (task.target,) if task.mask is None else ()
+    needed = dict.fromkeys((patient_column, *targets, *(s.column for s in from_labels)))
+    for line in _read_lines(path, tuple(needed), problems):
+        where = f"{path}:{line.number}"
+        visits = _visits(root, entry, line.cells, where, problems)
+        twice = [record_id for record_id, _ in visits if record_id in seen]
+        if twice:
             problems.append(
                 Problem(
                     where,
-                    f"record {record_id} occurs twice",
+                    f"record {twice[0]} occurs twice",
                     expected="one row per visit",
-                    got=f"the same id on line {seen[record_id]}",
-                    remedy="Remove one row, or tell visits apart in a record_id column",
+                    got=f"the same id on line {seen[twice[0]]}",
+                    remedy="Remove one row, or tell visits apart in a"
+                    f" {_SESSION if entry.layout == 'bids' else 'record_id'} column",
                 )
             )
             continue
-        seen[record_id] = line.number
+        seen.update((record_id, line.number) for record_id, _ in visits)
+        if not visits:
+            continue
         label = value = None
         target = line.cells[task.target] if targets else ""
         if target not in blank:
@@ -370,16 +439,6 @@ def _read_records(
                 problems.append(found)
                 continue
             label, value = found
-        folder = root / entry.patients / record_id
-        if not folder.is_dir():
-            problems.append(
-                Problem(
-                    where,
-                    f"record {record_id} has no patient directory",
-                    expected=f"a folder {entry.patients}/{record_id}",
-                    remedy="Add the folder or remove the row",
-                )
-            )
         cells = {s.name: line.cells[s.column] for s in from_labels}
         cells = {name: cell for name, cell in cells.items() if cell not in blank}
         for subgroup in from_labels:
@@ -391,7 +450,18 @@ def _read_records(
                         expected="a number, or blank",
                     )
                 )
-        records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
+        for record_id, folder in visits:
+            if not folder.is_dir():
+                problems.append(
+                    Problem(
+                        where,
+                        f"record {record_id} has no patient directory",
+                        expected=f"a folder {folder.relative_to(root).as_posix()}",
+                        remedy="Add the folder or remove the row",
+                    )
+                )
+            patient_id = line.cells[patient_column]
+            records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
     return tuple(records)
 
 
@@ -426,16 +496,16 @@ def _is_number(text: str) -> bool:
 
 
 def _read_splits(
-    path: Path, records: Sequence[CohortRecord], problems: list[Problem]
+    path: Path, patient_column: str, records: Sequence[CohortRecord], problems: list[Problem]
 ) -> dict[str, Split]:
     """Return the split of each patient."""
     before = len(problems)
     splits: dict[str, Split] = {}
-    lines = _read_lines(path, ("patient_id", "split"), problems)
+    lines = _read_lines(path, (patient_column, "split"), problems)
     unreadable = len(problems) > before
     for line in lines:
         where = f"{path}:{line.number}"
-        patient_id, split = line.cells["patient_id"], line.cells["split"]
+        patient_id, split = line.cells[patient_column], line.cells["split"]
         if split not in SPLITS:
             problems.append(
                 Problem(f"{where} split", "unknown split", remedy=nearest(split, list(SPLITS)))
@@ -459,10 +529,11 @@ def _read_splits(
 
 
 def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> list[_Line]:
-    """Return the rows of a CSV file that has a header with the needed columns."""
+    """Return the rows of a CSV or TSV file that has a header with the needed columns."""
+    separator, sign = ("\t", "tab") if path.suffix.lower() == ".tsv" else (",", "comma")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
+            reader = csv.reader(stream, strict=True, delimiter=separator)
             rows = [
                 (reader.line_num, [cell.strip() for cell in row])
                 for row in reader
@@ -476,7 +547,7 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
             Problem(
                 str(path),
                 "the file cannot be read",
-                expected="comma-separated values in UTF-8",
+                expected=f"{sign}-separated values in UTF-8",
                 got=type(error).__name__,
             )
         )
@@ -488,8 +559,8 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
             Problem(
                 f"{path}:1",
                 "the header does not fit" if absent else "the file has no rows",
-                expected=f"a header with {', '.join(needed)} (once each), separated by commas,"
-                " and a row for each",
+                expected=f"a header with {', '.join(needed)} (once each), separated by"
+                f" {sign}s, and a row for each",
                 remedy=f"Add {', '.join(absent)}" if absent else "Add the rows",
             )
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from dymo_med.data import bids
 from dymo_med.data.gate import CHECKS, WITHOUT_IT, judge
 from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.modalities import Modality, Whose, modality
@@ -43,7 +44,7 @@ class Intake:
 
 
 # A cohort's folder holds one of these, and patient directories at most so many levels below.
-_ROOT_FILES = ("cohort.yaml", "dataset_description.json")
+_ROOT_FILES = ("cohort.yaml", bids.DESCRIPTION)
 _DEEPEST = 3
 
 
@@ -104,7 +105,8 @@ def read_patient(
     Args:
         folder: The patient directory.
         specs: The modalities to look for.
-        record_id: Id of the record; the folder's name if not given.
+        record_id: Id of the record; the folder's name if not given, in a BIDS dataset with its
+            subject's (`sub-01_ses-a`).
         patient_id: Id of the patient; the record's id if not given.
         label: Class index, if known.
         missing_values: Strings that mean "blank" in tables, besides the empty cell.
@@ -207,6 +209,9 @@ def examine(
     Raises:
         PatientDataError: If the folder is not there.
     """
+    root = root or _root_above(folder)
+    if record_id is None and root is not None and (root / bids.DESCRIPTION).is_file():
+        record_id, patient_id = bids.ids(folder)
     record_id = record_id or folder.resolve().name
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in record_id):  # Cs: no UTF-8
         raise PatientDataError(
@@ -234,7 +239,7 @@ def examine(
     found: dict[ModalitySpec, ModalityValue] = {}
     readable: dict[ModalitySpec, ModalityValue] = {}
     wrong: dict[str, tuple[Problem, ...]] = {}
-    whose = Whose(record_id, patient_id, root or _root_above(folder))
+    whose = Whose(record_id, patient_id, root)
     results: dict[str, GateResult] = {}
     refused: dict[str, GateResult] = {}
     refusals: dict[str, tuple[Problem, ...]] = {}

@@ -148,6 +148,12 @@ def same_grid(first: ModalitySpec, second: ModalitySpec) -> bool:
     return len(shapes[0]) == 3 and shapes[0] == shapes[1] and first.spacing_mm == second.spacing_mm
 
 
+def _is_called(name: str, stem: str) -> bool:
+    """Return whether a scan's name has a stem, in which `*` stands for anything (BIDS)."""
+    parts = [re.escape(part) for part in stem.split("*")]
+    return _stem(name) != name and re.fullmatch(".*".join(parts), _stem(name)) is not None
+
+
 def _stem(name: str) -> str:
     """Return a file name without its known extension."""
     for extension in EXTENSIONS:
@@ -212,7 +218,7 @@ class Image(Modality):
         found = sorted(
             p
             for p in exact.parent.iterdir()
-            if p.name == stem or (p.is_file() and p.name != stem == _stem(p.name))
+            if p.name == stem or (p.is_file() and p.name != stem and _is_called(p.name, stem))
         )
         ambiguous = Problem(
             f"{where}: {self.spec.name}",

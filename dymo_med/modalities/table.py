@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
-from dymo_med.config import Strict
+from dymo_med.config import Strict, as_words
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
@@ -218,19 +218,6 @@ class ColumnEntry(Strict):
             values=values,
             rules=rules if rules != CellRules() else None,
         )
-
-
-def as_words(values: Any) -> Any:
-    """Return a list from YAML with its numbers as text; booleans are refused.
-
-    Raises:
-        ValueError: If one is a boolean: which word was meant is not known any more.
-    """
-    if not isinstance(values, list):
-        return values
-    if any(isinstance(v, bool) for v in values):
-        raise ValueError("YAML reads yes, no, on, off, true and false as booleans; quote them")
-    return [str(v) if isinstance(v, int | float) else v for v in values]
 
 
 class TableEntry(Strict):
