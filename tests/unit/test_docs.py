@@ -13,9 +13,13 @@ from dymo_med.cli import app
 from dymo_med.comparators import COMPARATORS
 from dymo_med.config import BackboneTraining, CohortFile, Document, Recipe, Schedule
 from dymo_med.data.batch import collate
+from dymo_med.data.cohort import read_cohort
+from dymo_med.data.patient import read_record
 from dymo_med.imputers import IMPUTERS
 from dymo_med.inference.predict import STEP_COLUMNS
 from dymo_med.metrics import METRICS
+from dymo_med.modalities.table import ColumnEntry, TableEntry
+from dymo_med.modalities.units import MOLAR_MASS
 from dymo_med.types import Prediction
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +89,9 @@ def test_every_key_of_recipes_and_cohorts_is_in_the_reference():
     for model in (Recipe, Schedule, BackboneTraining, *(e.Options for e in entries)):
         assert not [n for n in model.model_fields if f"`{n}" not in recipe]
     cohort = (DOCS / "reference" / "cohort.md").read_text(encoding="utf-8")
-    assert not [n for n in CohortFile.model_fields if f"`{n}`" not in cohort]
+    for model in (CohortFile, TableEntry, ColumnEntry):
+        assert not [n for n in model.model_fields if not re.search(rf"`{n}(:.*)?`", cohort)]
+    assert not [name for name in MOLAR_MASS if name not in " ".join(cohort.split())]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +100,8 @@ def test_every_key_of_recipes_and_cohorts_is_in_the_reference():
         ("reference/recipe.md", Recipe),
         ("how-to/train-a-bundle.md", Recipe),
         ("reference/cohort.md", CohortFile),
+        ("how-to/fhir.md", CohortFile),
+        ("how-to/bids.md", CohortFile),
     ],
 )
 def test_yaml_examples_are_valid(page, model, tmp_path):
@@ -115,6 +123,49 @@ def test_python_examples_run(bundle_dir, cohort_dir, tmp_path, monkeypatch):
     assert names["prediction"].recovered
     assert all(file.is_file() for file in names["files"])
     assert (names["folder"] / "checksums.json").is_file()
+
+
+def test_the_fhir_record_of_the_how_to_is_read(tmp_path):
+    page = DOCS / "how-to" / "fhir.md"
+    (described,), (record,) = code_blocks(page, "yaml"), code_blocks(page, "json")
+    (tmp_path / "cohort.yaml").write_text(described)
+    (tmp_path / "patients" / "p1").mkdir(parents=True)
+    (tmp_path / "patients" / "p1" / "fhir.json").write_text(record)
+    (tmp_path / "labels.csv").write_text("patient_id,outcome\np1,yes\n")
+    (tmp_path / "splits.csv").write_text("patient_id,split\np1,test\n")
+    cohort = read_cohort(tmp_path)
+    read = read_record(cohort.records[0], cohort.specs).modalities["clinical"]
+    assert read.values.tolist() == pytest.approx([0, 64, 90.078, 120])
+    assert "90.078 mg/dL, systolic 120 mmHg" in page.read_text(encoding="utf-8")
+
+
+def test_the_dataset_of_the_how_to_is_read(cohort_dir, tmp_path):
+    page = DOCS / "how-to" / "bids.md"
+    (described,) = code_blocks(page, "yaml")
+    (participants,), (splits,) = code_blocks(page, "tsv"), code_blocks(page, "csv")
+    for name, text in (
+        ("cohort.yaml", described),
+        ("participants.tsv", participants),
+        ("splits.csv", splits),
+        ("dataset_description.json", "{}"),
+    ):
+        (tmp_path / name).write_text(text)
+    for folder, name in (
+        ("sub-01/anat", "sub-01_T1w"),
+        ("sub-02/ses-a/anat", "sub-02_ses-a_acq-fast_T1w"),
+        ("sub-02/ses-a/anat", "sub-02_ses-a_acq-fast_FLAIR"),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        scan = cohort_dir / "patients" / "p000" / ("t2" if "FLAIR" in name else "t1")
+        (tmp_path / folder / f"{name}.nii.gz").symlink_to(f"{scan}.nii.gz")
+    cohort = read_cohort(tmp_path)
+    read = {e.record_id: read_record(e, cohort.specs, ("n/a",)) for e in cohort.records}
+    assert {r: list(record.modalities) for r, record in read.items()} == {
+        "sub-01": ["t1", "demographics"],
+        "sub-02_ses-a": ["t1", "flair", "demographics"],
+    }
+    filled = read["sub-02_ses-a"].modalities["demographics"].observed_fields
+    assert filled.tolist() == [False, True]
 
 
 def test_the_imputer_in_the_how_to_recovers(bundle, records, tmp_path, monkeypatch):
