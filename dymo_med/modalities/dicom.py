@@ -210,7 +210,11 @@ def is_dicom(path: Path) -> bool:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield a file, or all files of a folder and its subfolders but hidden ones, in order."""
+    """Yield a file, or all files of a folder and its subfolders but hidden ones, in order.
+
+    Links are followed, each folder once. One that leads nowhere is yielded too: reading it fails,
+    where passing over it might lose a slice.
+    """
     if not path.is_dir():
         yield path
         return
@@ -218,9 +222,18 @@ def _files(path: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for folder, subfolders, names in os.walk(path, onerror=refuse):
+    seen: set[Path] = set()
+    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder, name)
+            if not name.startswith(".") and (file.is_file() or not file.exists()):
+                yield file
 
 
 def _frames(file: Path) -> tuple[Frame, ...]:
@@ -264,15 +277,15 @@ def _header(file: Path) -> pydicom.Dataset | None:
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         image = bool(header.get("Rows")) and bool(header.get("Columns"))
         claims = kind is not None and "Image Storage" in UID(str(kind)).name
+        # Reports, plans and the like are passed over, but only if they are there as a whole: a
+        # slice that is cut short must not make the volume shorter without a word.
+        whole = kind == MediaStorageDirectoryStorage or (kind and header.get("SeriesInstanceUID"))
     except Exception as error:  # pydicom lets through whatever its converters raise
         if marked or named:
             raise _damaged(file, error) from error
         return None
     if image and (marked or kind is not None):
         return header
-    # Reports, plans and the like are passed over, but only if they are there as a whole: a slice
-    # that is cut short must not make the volume shorter without a word.
-    whole = kind == MediaStorageDirectoryStorage or (kind and header.get("SeriesInstanceUID"))
     cut = len(start) < 132 and (not start or b"\0" in start)
     if claims or cut or (not whole and (named or marked)):
         raise _damaged(file)

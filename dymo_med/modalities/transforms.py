@@ -77,8 +77,8 @@ UNREADABLE = (
     OverflowError,
 )
 
-# Size of a voxel of a NIfTI file in mm, by the header's unit.
-_UNIT_MM = {"meter": 1000.0, "micron": 1e-3}
+# Length of a NIfTI file's unit in mm, by its code in the header; 0 = not stated.
+_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
 
 # The way a viewer shows a slice, by the world axis it is perpendicular to.
 _SCREEN = {"S": "LPS", "I": "LPS", "A": "LIA", "P": "LIA", "R": "AIR", "L": "AIR"}
@@ -104,7 +104,14 @@ class NiftiReader(NibabelReader):  # type: ignore[misc]
         array = np.asarray(array)
         while array.ndim < 3:
             array = array[..., None]
-        unit_mm = _UNIT_MM.get(img.header.get_xyzt_units()[0], 1.0)
+        unit_mm = _UNIT_MM.get(int(img.header["xyzt_units"]) & 7)
+        if unit_mm is None:
+            raise ScanError(
+                "the header states lengths in a unit that there is not",
+                expected="metres, millimetres or micrometres",
+                got=f"code {int(img.header['xyzt_units']) & 7}",
+                remedy="Export the scan again",
+            )
         affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(img.affine, dtype=float)
         warning = _nifti_warning(img.header, array.shape, unit_mm)
         meta = {
@@ -129,13 +136,18 @@ def _nifti_warning(header: Any, size: Sequence[int], unit_mm: float) -> str:
         ScanError: If both claim to be the same coordinates and differ.
     """
     sform, sform_code = header.get_sform(coded=True)
-    qform, qform_code = header.get_qform(coded=True)
+    try:
+        qform, qform_code = header.get_qform(coded=True)
+    except (HeaderDataError, ValueError):
+        if sform is None:
+            raise
+        return "Its qform is no rotation; the sform was used."
     if sform is None and qform is None:
         return "The file does not state its orientation; the NIfTI default was used."
     if sform is None or qform is None:
         return ""
     apart = unit_mm * apart_mm(sform, qform, size)
-    if apart <= CORNER_MM:
+    if apart <= CORNER_MM or not math.isfinite(apart):  # what is broken is refused later
         return ""
     if sform_code == qform_code:
         raise ScanError(

@@ -1,8 +1,11 @@
 """DICOM: which series is taken, what is read, and each error."""
 
+import gzip
+import os
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -93,6 +96,30 @@ def test_a_damaged_file_is_never_a_missing_slice(tmp_path, stored, name):
         assert "damaged" in caught.value.what and name in caught.value.got, length
     (folder / "last.dcm").write_bytes(b"x" * 400)
     assert "last.dcm" in error_of(folder)
+
+
+def test_a_broken_type_in_the_header(tmp_path, stored):
+    folder = series(tmp_path / "a", stored, AFFINE)
+    last = max(folder.iterdir())
+    content = last.read_bytes()
+    place = content.index(b"\x20\x00\x0e\x00UI") + 4  # of the SeriesInstanceUID
+    last.write_bytes(content[:place] + b"U1" + content[place + 2 :])
+    assert "damaged" in error_of(folder)
+
+
+def test_links_are_followed_once_and_one_to_nothing_is_an_error(tmp_path, stored):
+    series(tmp_path / "store", stored, AFFINE)
+    folder = tmp_path / "t1"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "store")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.dcm")
+    assert np.array_equal(dicom.read(folder).values, stored)
+    (folder / "last.dcm").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match="last"):
+        dicom.read(folder)
+    with pytest.raises(PatientDataError, match="t1: the file is damaged"):
+        modality(VOLUME).read(tmp_path, "Patient p")
 
 
 # -- which series ----------------------------------------------------------------------------------
@@ -367,6 +394,26 @@ def test_directions_per_frame_are_split(tmp_path, stored):
     assert "2 stacks of slices in 1 series" in text
     scan = dicom.read(path, SeriesRule(slices=(4, 4)))
     assert np.array_equal(scan.values, stored[:, :, :4])
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def test_what_is_recovered_lies_where_the_scan_does_and_names_nobody(tmp_path, stored):
+    series(
+        tmp_path / "t1", stored, AFFINE, SeriesDescription="Doe^Jane", PatientComments="Doe^Jane"
+    )
+    kind = modality(VOLUME)
+    value = kind.read(tmp_path, "Patient p")
+    path = kind.write(tmp_path, value.values, None, value.source.affine)
+    image = nib.load(path)
+    for affine in (image.get_sform(), image.get_qform()):
+        assert apart_mm(affine, value.source.affine, VOLUME.shape[1:]) < 1e-4
+    middle = image.affine @ [7.5, 7.5, 7.5, 1]
+    assert np.allclose(middle, AFFINE @ [*((np.array(SHAPE) - 1) / 2), 1], atol=1e-4)
+    content = gzip.decompress(path.read_bytes())
+    assert not any(secret.encode() in content for secret in (*SECRETS, "Doe"))
+    assert str(tmp_path).encode() not in content
 
 
 # -- pictures --------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """NRRD, MetaImage and NIfTI: detached data, units, orientation, two geometries in one header."""
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -138,6 +140,14 @@ def test_a_slice_in_two_axes_stands_for_a_picture(tmp_path):
     assert value.warnings == ()
 
 
+def test_a_unit_that_there_is_not(tmp_path):
+    image = nib.Nifti1Image(VALUES, np.eye(4))
+    image.header["xyzt_units"] = 7
+    (tmp_path / "t1.nii").write_bytes(image.to_bytes())
+    with pytest.raises(PatientDataError, match=r"unit that there is not.*code 7"):
+        modality(SPEC).read(tmp_path, "Patient p")
+
+
 def write_both(path, sform, qform, codes=(1, 1)):
     image = nib.Nifti1Image(VALUES, np.eye(4))
     image.set_sform(sform, codes[0])
@@ -169,5 +179,10 @@ def test_two_geometries_in_a_nifti_header(tmp_path):
     value = read(tmp_path, "Patient p")
     assert "30 mm apart at the corners; the sform was used" in value.warnings[0]
     assert value.field_of_view.affine[0][3] == 0
+    image = nib.load(path)
+    image.header["quatern_b"] = image.header["quatern_c"] = 0.9
+    content = image.header.binaryblock + b"\0" * 4 + RAW
+    path.write_bytes(gzip.compress(content))
+    assert "qform is no rotation" in read(tmp_path, "Patient p").warnings[0]
     write_both(path, moved(5), moved(9), codes=(0, 1))
     assert read(tmp_path, "Patient p").field_of_view.affine[0][3] == 9
