@@ -226,6 +226,8 @@ def check(
             err_console.print(escape(str(problem)))
         if report.patterns and not quiet:
             _print_patterns(report.patterns)
+        if report.unused:
+            reporter.say(f"not looked at: {_first(report.unused, 10)}")
         if report.admitted is not None:
             same = "as stated" if report.reproduced else "not as stated"
             reporter.say(f"replayed: {', '.join(report.admitted) or 'nothing'} admitted, {same}")
@@ -237,6 +239,13 @@ def check(
 def _count(number: int, noun: str, nouns: str = "") -> str:
     """Return for example "no problem", "1 problem", "2 problems"."""
     return f"{number or 'no'} {(nouns or noun + 's') if number > 1 else noun}"
+
+
+def _first(files: Mapping[str, int], most: int) -> str:
+    """Return the names of the first files, with the number of records where there are several."""
+    shown = [f"{f} ({n} records)" if n > 1 else f for f, n in list(files.items())[:most]]
+    rest = len(files) - len(shown)
+    return ", ".join(shown) + (f" and {_count(rest, 'other file')}" if rest else "")
 
 
 def _print_patterns(patterns: Mapping[str, int]) -> None:

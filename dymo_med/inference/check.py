@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dymo_med.bundle import load_bundle, read_recipe
@@ -32,6 +33,8 @@ class CheckReport:
         patterns: For a cohort or patient, observed modalities joined by commas and the number of
             records that have just these, most frequent first.
         observed: For a cohort or patient, the number of records that have each modality.
+        unused: For a cohort or patient, files that no modality looks at, by their path in the
+            patient directory, and the number of records that have one; most frequent first.
         admitted: For a prediction, what the replayed decision admits; None = nothing was replayed.
         reproduced: For a prediction, whether that is the decision and the choice it states.
     """
@@ -42,6 +45,7 @@ class CheckReport:
     exit_code: int = 0
     patterns: Mapping[str, int] = field(default_factory=dict)
     observed: Mapping[str, int] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
     admitted: tuple[str, ...] | None = None
     reproduced: bool | None = None
 
@@ -58,6 +62,7 @@ class CheckReport:
             "problems": [asdict(problem) for problem in self.problems],
             "patterns": dict(self.patterns),
             "observed": dict(self.observed),
+            "unused": dict(self.unused),
             **(replayed if self.kind == "prediction" else {}),
         }
 
@@ -155,6 +160,7 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
     problems: list[Problem] = []
     patterns: Counter[str] = Counter()
     observed: dict[str, int] = dict.fromkeys((spec.name for spec in cohort.specs), 0)
+    unused: Counter[str] = Counter()
     for done, entry in enumerate(cohort.records, start=1):
         try:
             record = read_record(
@@ -166,11 +172,13 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
             patterns[_pattern(record, cohort.specs)] += 1
             for name in record.modalities:
                 observed[name] += 1
+        unused.update(_unused(entry.folder, cohort.specs))
         if progress is not None:
             progress(done, len(cohort.records))
     exit_code = PatientDataError.exit_code if problems else 0
     ordered = dict(patterns.most_common())
-    return CheckReport(path, "cohort", tuple(problems), exit_code, ordered, observed)
+    others = dict(unused.most_common())
+    return CheckReport(path, "cohort", tuple(problems), exit_code, ordered, observed, others)
 
 
 def _check_patient(path: Path, against: Path | None) -> CheckReport:
@@ -196,12 +204,32 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
         cohort = read_cohort(against)
         specs, missing_values = cohort.specs, cohort.missing_values
     kind: Kind = "patient directory"
+    unused = dict.fromkeys(_unused(path, specs), 1)
     try:
         record = read_patient(path, specs, missing_values=missing_values)
     except PatientDataError as error:
-        return CheckReport(path, kind, error.problems, error.exit_code)
+        return CheckReport(path, kind, error.problems, error.exit_code, unused=unused)
     observed = {spec.name: int(spec.name in record.modalities) for spec in specs}
-    return CheckReport(path, kind, patterns={_pattern(record, specs): 1}, observed=observed)
+    patterns = {_pattern(record, specs): 1}
+    return CheckReport(path, kind, patterns=patterns, observed=observed, unused=unused)
+
+
+def _unused(folder: Path, specs: Sequence[ModalitySpec]) -> Iterator[str]:
+    """Yield the files of a patient directory that no modality looks at, in order.
+
+    Hidden files, sidecars of the same name and whatever is in a modality's folder are not among
+    them.
+    """
+    declared = {
+        PurePosixPath(spec.file).with_name(PurePosixPath(spec.file).name.split(".")[0].lower())
+        for spec in specs
+    }
+    for parent, folders, names in os.walk(folder):
+        here = PurePosixPath(Path(parent).relative_to(folder).as_posix())
+        folders[:] = sorted(f for f in folders if f[0] != "." and here / f.lower() not in declared)
+        for name in sorted(names):
+            if name[0] != "." and here / name.split(".")[0].lower() not in declared:
+                yield (here / name).as_posix()
 
 
 def _pattern(record: PatientRecord, specs: tuple[ModalitySpec, ...]) -> str:

@@ -168,6 +168,7 @@ def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
         raise ScanError(
             "the DICOM file holds no image",
             expected="an object with rows, columns and pixels",
+            got="another DICOM object, or no DICOM",
             remedy="Put the scan itself in its place",
         )
     if not frames:
@@ -405,6 +406,7 @@ def _rescale(header: pydicom.Dataset) -> tuple[float, float] | None:
         raise ScanError(
             "a DICOM file states a rescale slope of 0",
             expected="a number other than 0",
+            got="0, which makes all voxels the same",
             remedy="Export the series again",
         )
     return (slope or (1.0,))[0], (intercept or (0.0,))[0]
@@ -575,6 +577,8 @@ def _geometry(stack: Sequence[Frame]) -> tuple[list[Frame], Matrix, bool]:
         raise ScanError(
             "the DICOM series does not state its pixel size",
             expected="PixelSpacing, two positive numbers",
+            got=f"{sum(not f.pixel_mm or min(f.pixel_mm) <= 0 for f in stack)} of {len(stack)}"
+            " slices without",
             remedy="Export the series again with its geometry",
         )
     planes = [_plane(frame) for frame in stack]
@@ -746,6 +750,8 @@ def _rescaled(values: np.ndarray, frame: Frame) -> np.ndarray:
     if np.abs(stored - whole).max() > 1e-3:
         raise ScanError(
             "the rescaling of a multi-frame DICOM file cannot be followed",
+            expected="whole numbers as they were stored",
+            got=f"numbers up to {np.abs(stored - whole).max():.2g} off",
             remedy="Export the series as one file per slice, or as NIfTI",
         )
     own_slope, own_intercept = frame.rescale
@@ -807,6 +813,7 @@ def _unread(frame: Frame) -> ScanError:
         )
     return ScanError(
         "the pixels of a DICOM file are damaged, cut short or of a kind that is not read",
+        expected=f"{times((frame.columns, frame.rows, frame.frames))} grey values",
         got=f"{frame.file.name}, {name}",
         remedy="Export or copy the series again",
     )

@@ -98,6 +98,7 @@ class NiftiReader(NibabelReader):  # type: ignore[misc]
             raise ScanError(
                 "the file holds colours, not grey values",
                 expected="one number per voxel",
+                got="several",
                 remedy="Save the scan as a greyscale image",
             )
         array, _ = super().get_data(img)
@@ -242,17 +243,24 @@ class LoadScand(MapTransform):  # type: ignore[misc]
         path = Path(data[KEY])
         try:
             if path.is_file() and path.stat().st_size == 0:
-                raise ScanError("the file is empty", remedy="Export or copy it again")
+                raise ScanError(
+                    "the file is empty",
+                    expected="a scan",
+                    got="0 bytes",
+                    remedy="Export or copy it again",
+                )
             array, meta = self._read(path)
         except PermissionError as error:
             raise ScanError(
                 "the file cannot be opened",
+                expected="a file that this user may read",
                 got=type(error).__name__,
                 remedy="Check its permissions",
             ) from error
         except UNREADABLE as error:
             raise ScanError(
                 "the file is damaged, cut short or not what its name says",
+                expected="a whole file of the format that its name states",
                 got=type(error).__name__,
                 remedy="Export or copy it again",
             ) from error
@@ -342,12 +350,15 @@ class CheckScand(MapTransform):  # type: ignore[misc]
         if self.dims == 2 and self.spec.spacing_mm and data[FACTS].spacing_mm is None:
             raise ScanError(
                 "a picture states no pixel size, and this modality declares spacing_mm",
+                expected="a pixel size in the file",
+                got="none",
                 remedy="Give the image as NIfTI or DICOM, or take spacing_mm out of cohort.yaml",
             )
         if isinstance(image, MetaTensor) and not has_volume(image.affine):
             raise ScanError(
                 "the header's geometry is broken: a voxel has no volume",
                 expected="a positive spacing along three different directions",
+                got="an axis without length or direction",
                 remedy="Export the scan again with its position and spacing",
             )
         values = _plain(image)
@@ -364,6 +375,7 @@ class CheckScand(MapTransform):  # type: ignore[misc]
             raise ScanError(
                 "every voxel has the same value",
                 expected="an image with contrast",
+                got="one value",
                 remedy="Remove the file if the scan was not made, or export it again",
                 refused="constant",
             )
@@ -372,6 +384,8 @@ class CheckScand(MapTransform):  # type: ignore[misc]
             if inside.min() == inside.max():
                 raise ScanError(
                     "all voxels other than zero have the same value, so zscore leaves nothing",
+                    expected="an image with contrast",
+                    got="two values, one of them 0",
                     remedy="Use intensity: percentile for masks",
                     refused="constant",
                 )

@@ -63,6 +63,7 @@ def read(path: Path) -> StoredScan:
     except RuntimeError as error:  # the one exception SimpleITK has
         raise ScanError(
             "the file is damaged or not what its name says",
+            expected="a whole NRRD or MetaImage file",
             got=type(error).__name__,
             remedy="Export or copy it again",
         ) from error
@@ -91,6 +92,7 @@ def _header(path: Path) -> tuple[dict[str, str], list[str]]:
         raise ScanError(
             "the file is damaged or not what its name says",
             expected="a NRRD header",
+            got="another beginning",
             remedy="Export or copy it again",
         )
     fields: dict[str, str] = {}
@@ -131,6 +133,7 @@ def _detached(path: Path, fields: dict[str, str], others: Sequence[str]) -> tupl
             raise ScanError(
                 "the header's data file is outside its folder",
                 expected="a file beside the header",
+                got="a path that leaves the folder",
                 remedy="Put both into the patient directory and name the file without its path",
             )
     files = tuple(path.parent / name for name in names)
