@@ -15,6 +15,7 @@ from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_patient, read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.inference.audit import audit
+from dymo_med.modalities.image import file_in
 from dymo_med.types import ModalitySpec, PatientRecord
 
 Kind = Literal["cohort", "patient directory", "recipe", "bundle", "prediction"]
@@ -161,6 +162,9 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
     patterns: Counter[str] = Counter()
     observed: dict[str, int] = dict.fromkeys((spec.name for spec in cohort.specs), 0)
     unused: Counter[str] = Counter()
+    looked_at = [spec.file for spec in cohort.specs]
+    if cohort.task.mask is not None:
+        looked_at.append(cohort.task.mask.file)
     for done, entry in enumerate(cohort.records, start=1):
         try:
             record = read_record(
@@ -172,7 +176,7 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
             patterns[_pattern(record, cohort.specs)] += 1
             for name in record.modalities:
                 observed[name] += 1
-        unused.update(_unused(entry.folder, cohort.specs))
+        unused.update(_unused(entry.folder, looked_at))
         if progress is not None:
             progress(done, len(cohort.records))
     exit_code = PatientDataError.exit_code if problems else 0
@@ -204,7 +208,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
         cohort = read_cohort(against)
         specs, missing_values = cohort.specs, cohort.missing_values
     kind: Kind = "patient directory"
-    unused = dict.fromkeys(_unused(path, specs), 1)
+    unused = dict.fromkeys(_unused(path, [spec.file for spec in specs]), 1)
     try:
         record = read_patient(path, specs, missing_values=missing_values)
     except PatientDataError as error:
@@ -214,16 +218,14 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
     return CheckReport(path, kind, patterns=patterns, observed=observed, unused=unused)
 
 
-def _unused(folder: Path, specs: Sequence[ModalitySpec]) -> Iterator[str]:
-    """Yield the files of a patient directory that no modality looks at, in order.
+def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
+    """Yield the files of a patient directory that are not among those declared, in order.
 
     Hidden files, sidecars of the same name and whatever is in a modality's folder are not among
     them.
     """
-    declared = {
-        PurePosixPath(spec.file).with_name(PurePosixPath(spec.file).name.split(".")[0].lower())
-        for spec in specs
-    }
+    names = [PurePosixPath(file_in(folder, file)) for file in files]
+    declared = {path.with_name(path.name.split(".")[0].lower()) for path in names}
     for parent, folders, names in os.walk(folder):
         here = PurePosixPath(Path(parent).relative_to(folder).as_posix())
         folders[:] = sorted(f for f in folders if f[0] != "." and here / f.lower() not in declared)

@@ -97,8 +97,9 @@ def test_files_that_nobody_looks_at_are_listed(cohort_dir, tmp_path):
 
 
 def test_study_folders_through_rules(tmp_path):
-    stored = np.random.default_rng(0).integers(0, 900, (8, 7, 6)).astype(np.uint16)
-    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    x, y, z = np.mgrid[-1:1:24j, -1:1:22j, -1:1:12j]
+    stored = (900 * np.clip(1 - x**2 - y**2 - z**2, 0, 1)).astype(np.uint16)
+    affine = np.diag([2.5, 2.5, 5.0, 1.0])
     for number in range(3):
         study = tmp_path / "patients" / f"p{number}" / "dicom"
         series(study, stored, affine, "1.2.3.1", SeriesDescription="t1 Doe^Jane")
