@@ -224,8 +224,8 @@ def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
     Hidden files, sidecars of the same name and whatever is in a modality's folder are not among
     them.
     """
-    names = [PurePosixPath(file_in(folder, file)) for file in files]
-    declared = {path.with_name(path.name.split(".")[0].lower()) for path in names}
+    paths = [PurePosixPath(file_in(folder, file)) for file in files]
+    declared = {path.with_name(path.name.split(".")[0].lower()) for path in paths}
     for parent, folders, names in os.walk(folder):
         here = PurePosixPath(Path(parent).relative_to(folder).as_posix())
         folders[:] = sorted(f for f in folders if f[0] != "." and here / f.lower() not in declared)
