@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dymo_med import __version__
 from dymo_med.backbones import BACKBONES, SEGMENTERS, FusionBackbone
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import Recipe
@@ -34,7 +37,7 @@ from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.conformal import Conformal
 from dymo_med.data.gate import Limits
 from dymo_med.errors import BundleError, ConfigError, Problem
-from dymo_med.files import complete_folder, write_bytes, write_json, write_text
+from dymo_med.files import complete_folder, read_json, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.modalities import MODALITIES, modality
 from dymo_med.modalities.base import Modality
@@ -59,6 +62,7 @@ TABLES: dict[str, Registry[Any]] = {
     "comparators": COMPARATORS,
 }
 SCHEMA_VERSION = 2
+_AGAIN = "Copy the bundle again from where it was made"
 _STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 
 
@@ -71,7 +75,14 @@ def read_recipe(path: Path) -> Recipe:
     any_backbone: Registry[Any] = Registry("backbone", {**BACKBONES, **SEGMENTERS})
     recipe = _read_recipe(path, {**TABLES, "backbone": any_backbone})
     if recipe.imputer is None and recipe.backbone.name in BACKBONES:
-        raise ConfigError(Problem(f"{path} imputer", "a required key is absent"))
+        raise ConfigError(
+            Problem(
+                f"{path} imputer",
+                "a required key is absent",
+                expected="the key imputer",
+                remedy="Add it; only a segmentation can do without",
+            )
+        )
     return recipe
 
 
@@ -84,10 +95,22 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not (name == "cuda" or name.removeprefix("cuda:").isdigit()):
-        raise ConfigError(Problem("--device", "unknown device", expected="auto, cpu or cuda"))
+        raise ConfigError(
+            Problem(
+                "--device",
+                "unknown device",
+                expected="auto, cpu or cuda",
+                remedy="Name one of these",
+            )
+        )
     if name != "cpu" and not torch.cuda.is_available():
         raise ConfigError(
-            Problem("--device", "this machine offers no CUDA device", remedy="Use --device cpu")
+            Problem(
+                "--device",
+                "this machine offers no CUDA device",
+                expected="a device that is there",
+                remedy="Use --device cpu",
+            )
         )
     return torch.device(name)
 
@@ -168,6 +191,7 @@ class ModelBundle:
                 Problem(
                     "--selector",
                     f"there is no selector called '{name}'",
+                    expected="one of the bundle's selectors",
                     remedy=nearest(name, list(self.selectors)),
                 )
             )
@@ -380,8 +404,7 @@ def task_of(path: Path) -> str:
         path: Bundle folder.
     """
     try:
-        metadata = json.loads((path / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        return str(metadata["target"]["type"])
+        return str(read_json(path / "configs" / "metadata.json")["target"]["type"])
     except (OSError, ValueError, KeyError, TypeError):
         return "classification"
 
@@ -433,19 +456,9 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
     require_task(path, segmentation=False)
     sums = verified(path)
     try:
-        metadata = json.loads((path / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        inference = json.loads((path / "configs" / "inference.json").read_text(encoding="utf-8"))
-        if metadata["schema_version"] != SCHEMA_VERSION:
-            raise BundleError(
-                Problem(
-                    str(path),
-                    "the bundle's format is not known to this version",
-                    expected=f"schema_version {SCHEMA_VERSION}",
-                    got=str(metadata["schema_version"]),
-                    remedy="Install the dymo-med version that made it "
-                    f"({metadata.get('version', 'unknown')})",
-                )
-            )
+        metadata = read_part(path, "configs/metadata.json")
+        inference = read_part(path, "configs/inference.json")
+        check_version(path, metadata)
         task = Task(
             metadata["target"]["type"],
             metadata["target"]["target"],
@@ -457,7 +470,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             _ = MODALITIES[spec.kind]
         imputer_class, imputer_options = table_entry("imputer", inference["imputer"])
         backbone_class, backbone_options = table_entry("backbone", inference["backbone"])
-        stored = json.loads((path / "configs" / "selectors.json").read_text(encoding="utf-8"))
+        stored = read_part(path, "configs/selectors.json")
         selectors = {}
         for name, entry in stored["entries"].items():
             found = SELECTORS[name]
@@ -473,7 +486,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             raise KeyError(choice.name)
         conformal = None
         if (path / "configs" / "conformal.json").is_file():
-            kept = json.loads((path / "configs" / "conformal.json").read_text(encoding="utf-8"))
+            kept = read_part(path, "configs/conformal.json")
             conformal = Conformal(
                 tuple(kept["patterns"]),
                 *(
@@ -486,13 +499,13 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             imputer = imputer_class(specs, imputer_options)
             backbone = backbone_class(specs, len(task.classes), backbone_options)
         imputer.tie(backbone)
-        imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
-        backbone.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
+        load_weights(imputer, path, "models/imputer.safetensors")
+        load_weights(backbone, path, "models/backbone.safetensors")
         comparators = _load_comparators(path, specs, len(task.classes), where)
-        statistics = SubsetStatistics(
-            distance=inference["distance"],
-            **dict(load_file(path / "models" / "statistics.safetensors").items()),
-        )
+        statistics = _load_statistics(path, inference["distance"], len(specs), len(task.classes))
+        temperature, base_rates = float(inference["temperature"]), tuple(inference["base_rates"])
+        if not 0 < temperature < math.inf or not _shares(base_rates, len(task.classes)):
+            raise ValueError("the temperature or the class shares cannot be right")
         bundle = ModelBundle(
             name=metadata["name"],
             description=metadata["description"],
@@ -506,21 +519,25 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             selectors=selectors,
             choice=choice,
             statistics=statistics.to(where),
-            temperature=float(inference["temperature"]),
-            base_rates=tuple(inference["base_rates"]),
+            temperature=temperature,
+            base_rates=base_rates,
             provenance=metadata["provenance"],
             conformal=conformal,
-            performance=_load_performance(path / "configs" / "performance.json"),
-            norms=_load_norms(path / "configs" / "quality.json"),
+            performance=_load_performance(path),
+            norms=_load_norms(path),
             comparators=comparators,
             bundle_id=identity(sums),
             device=where,
         )
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, ConfigError) as error:
+    except (
+        *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+        *(OverflowError, RuntimeError, OSError, SafetensorError, ConfigError),
+    ) as error:
         raise BundleError(
             Problem(
                 str(path),
                 "the bundle does not fit this version",
+                expected=f"what dymo-med {__version__} writes",
                 got=f"{type(error).__name__} while reading it",
                 remedy="Train it again, or install the version that made it",
             )
@@ -543,11 +560,149 @@ def table_entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     return found, found.Options.model_validate(options)
 
 
-def _load_performance(file: Path) -> Performance | None:
+def read_part(path: Path, name: str) -> Any:
+    """Return what a JSON file of a bundle holds.
+
+    Raises:
+        BundleError: If it cannot be read or could mean two things.
+    """
+    try:
+        return read_json(path / name)
+    except (OSError, ValueError) as error:
+        raise BundleError(
+            Problem(
+                f"{path}: {name}",
+                "the file cannot be used",
+                expected="JSON that this package wrote",
+                got=type(error).__name__ if isinstance(error, OSError) else str(error),
+                remedy=_AGAIN,
+            )
+        ) from None
+
+
+def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse a bundle of another format, or of a version that this one cannot know.
+
+    Raises:
+        BundleError: Saying which.
+    """
+    made_by = str(metadata.get("version", "unknown"))[:40]
+    if metadata["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(
+            Problem(
+                str(path),
+                "the bundle's format is not known to this version",
+                expected=f"schema_version {SCHEMA_VERSION}",
+                got=str(metadata["schema_version"])[:40],
+                remedy=f"Install the dymo-med version that made it ({made_by})",
+            )
+        )
+    # Numbers alone: 0.2.0rc1 counts as 0.2.0.
+    made, here = (tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (made_by, __version__))
+    if not made or made > here:
+        raise BundleError(
+            Problem(
+                str(path),
+                "the bundle was made by a newer version of this package",
+                expected=f"dymo-med {__version__} or earlier",
+                got=made_by,
+                remedy=f"Install dymo-med {made_by}",
+            )
+        )
+
+
+def load_weights(network: nn.Module, path: Path, name: str) -> None:
+    """Put a file's weights into a network.
+
+    Raises:
+        BundleError: If names, shapes or types differ, or a weight is not a number.
+    """
+    stored, wanted = load_file(path / name), network.state_dict()
+    weights = {key for key, _ in network.named_parameters()}
+    wrong = []
+    for key in sorted({*stored, *wanted}):
+        theirs, ours = stored.get(key), wanted.get(key)
+        if theirs is None or ours is None or _form(theirs) != _form(ours):
+            wrong.append(f"{key} is {_form(theirs)} and not {_form(ours)}")
+        # A buffer may hold infinity: a limit that was never reached.
+        elif theirs.isnan().any() or (key in weights and not theirs.isfinite().all()):
+            wrong.append(f"{key} holds NaN or infinity")
+    if wrong:
+        raise _wrong_tensors(path, name, wrong)
+    network.load_state_dict(stored)
+
+
+def _form(tensor: Tensor | None) -> str:
+    """Return a tensor's type and shape for people."""
+    if tensor is None:
+        return "absent"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _wrong_tensors(path: Path, name: str, wrong: Sequence[str]) -> BundleError:
+    """Return the error of a file whose tensors are not the right ones."""
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return BundleError(
+        Problem(
+            f"{path}: {name}",
+            "the tensors are not those of this model",
+            expected="the names, shapes and types that configs/inference.json asks for, all finite",
+            got="; ".join(wrong[:3]) + more,
+            remedy=_AGAIN,
+        )
+    )
+
+
+def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -> SubsetStatistics:
+    """Return the subset statistics of a bundle.
+
+    Raises:
+        BundleError: If their shapes or types do not belong together, or a number is not finite.
+        ValueError: If the distance is unknown.
+    """
+    if distance not in ("cosine", "euclidean"):
+        raise ValueError("the distance is not known")
+    name = "models/statistics.safetensors"
+    stored = load_file(path / name)
+    overall = stored.get("overall", torch.empty(0, 0))
+    count, dim = len(stored.get("subsets", ())), overall.shape[-1]
+    forms = {
+        "subsets": f"bool {(count, modalities)}",
+        "prototypes": f"float32 {(count, classes, dim)}",
+        "overall": f"float32 {(classes, dim)}",
+        "spread": f"float32 {(count, classes)}",
+        "counts": f"int64 {(count, classes)}",
+        "borrowed_from": f"int64 {(count, classes)}",
+    }
+    wrong = [
+        f"{key} is {_form(stored.get(key))} and not {forms.get(key, 'absent')}"
+        for key in sorted({*stored, *forms})
+        if _form(stored.get(key)) != forms.get(key, "absent")
+    ]
+    if not wrong:
+        wrong += [f"{k} holds NaN or infinity" for k, v in stored.items() if not v.isfinite().all()]
+        source = stored["borrowed_from"]
+        if not count or bool(((source < 0) | (source >= count)).any()):
+            wrong.append("borrowed_from leads nowhere")
+    if wrong:
+        raise _wrong_tensors(path, name, wrong)
+    return SubsetStatistics(distance=distance, **stored)
+
+
+def _shares(numbers: Sequence[Any], classes: int) -> bool:
+    """Return whether these are the shares of so many classes."""
+    return (
+        len(numbers) == classes
+        and all(isinstance(n, float | int) and 0 <= n <= 1 for n in numbers)
+        and math.isclose(sum(numbers), 1, abs_tol=1e-3)
+    )
+
+
+def _load_performance(path: Path) -> Performance | None:
     """Return how good a bundle is; None where it does not say."""
-    if not file.is_file():
+    if not (path / "configs" / "performance.json").is_file():
         return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_part(path, "configs/performance.json")
     rows = tuple(
         PerformanceRow(**{**row, **{k: Interval(**row[k]) for k in ("auroc", "brier", "ece")}})
         for row in stored["rows"]
@@ -555,15 +710,15 @@ def _load_performance(file: Path) -> Performance | None:
     return Performance(rows, stored["patients"], stored["fewest"])
 
 
-def _load_norms(file: Path) -> Norms | None:
+def _load_norms(path: Path) -> Norms | None:
     """Return what training records were like; None where a bundle does not say.
 
     Raises:
         ConfigError: If a limit is unknown or not a number that it can be.
     """
-    if not file.is_file():
+    if not (path / "configs" / "quality.json").is_file():
         return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_part(path, "configs/quality.json")
     Limits.model_validate(stored["limits"])
     return Norms(
         stored["limits"],
@@ -589,13 +744,13 @@ def _load_comparators(
         raise ValueError("comparators.json and comparators.safetensors belong together")
     if not config.is_file():
         return {}
-    stored = json.loads(config.read_text(encoding="utf-8"))
+    stored = read_part(path, "configs/comparators.json")
     networks = nn.ModuleDict()
     with torch.random.fork_rng(devices=[]):
         for name, entry in stored.items():
             kind, options = table_entry("comparators", {"name": name, **entry["options"]})
             networks[name] = kind(specs, classes, options)
-    networks.load_state_dict(load_file(weights))
+    load_weights(networks, path, "models/comparators.safetensors")
     networks.to(where).eval().requires_grad_(False)
     return {
         name: FittedComparator(
@@ -616,15 +771,17 @@ def verified(path: Path) -> dict[str, str]:
         BundleError: Naming every file that differs.
     """
     try:
-        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        sums = read_json(path / "checksums.json")
         if not isinstance(sums, dict):
-            raise ValueError
-    except (OSError, ValueError):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
         raise BundleError(
             Problem(
                 str(path / "checksums.json"),
                 "the list of checksums is absent or unreadable",
-                remedy="Copy the bundle again from where it was made",
+                expected="a SHA-256 by file name, in JSON",
+                got=type(error).__name__ if isinstance(error, OSError) else str(error),
+                remedy=_AGAIN,
             )
         ) from None
     now = checksums_of(path)
@@ -639,7 +796,8 @@ def verified(path: Path) -> dict[str, str]:
                     else "the file is not part of the bundle"
                     if name not in sums
                     else "the file has changed since the bundle was made",
-                    remedy="Copy the bundle again from where it was made",
+                    expected="the files of checksums.json, unchanged and no others",
+                    remedy=_AGAIN,
                 )
                 for name in differing
             )
@@ -648,13 +806,42 @@ def verified(path: Path) -> dict[str, str]:
 
 
 def checksums_of(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of the bundle but the list itself."""
-    return {
-        str(file.relative_to(folder).as_posix()): hashlib.sha256(file.read_bytes()).hexdigest()
-        for part in ("configs", "docs", "models")
-        for file in sorted((folder / part).rglob("*"))
-        if file.is_file() and not file.name.startswith(".")  # a file browser's own notes
-    }
+    """Return the SHA-256 of every file of the bundle but the list itself.
+
+    Raises:
+        BundleError: If a file is a link that leads out of the bundle, or cannot be read.
+    """
+    sums = {}
+    inside = folder.resolve()
+    for part in ("configs", "docs", "models"):
+        for file in sorted((folder / part).rglob("*")):
+            name = file.relative_to(folder).as_posix()
+            if file.name.startswith("."):  # a file browser's own notes
+                continue
+            try:
+                if not file.resolve().is_relative_to(inside):
+                    raise BundleError(
+                        Problem(
+                            f"{folder}: {name}",
+                            "the file is a link that leads out of the bundle",
+                            expected="files inside the bundle's own folder",
+                            remedy="Copy the bundle with what its links lead to (cp -rL)",
+                        )
+                    )
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+                raise BundleError(
+                    Problem(
+                        f"{folder}: {name}",
+                        "the file cannot be read",
+                        expected="a file that you may read",
+                        got=type(error).__name__,
+                        remedy="Check its permissions, or copy the bundle again",
+                    )
+                ) from None
+    return sums
 
 
 def identity(sums: Mapping[str, str]) -> str:

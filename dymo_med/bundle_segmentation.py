@@ -11,7 +11,6 @@ BUNDLE/checksums.json             SHA-256 of every file above
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,12 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dymo_med import __version__
 from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
 from dymo_med.bundle import (
     SCHEMA_VERSION,
+    check_version,
     checksums_of,
     identity,
+    load_weights,
     on_cpu,
+    read_part,
     require_task,
     resolve_device,
     table_entry,
@@ -126,6 +129,7 @@ class SegmentationBundle:
                 Problem(
                     "--selector",
                     f"this bundle has no selector called '{name}'",
+                    expected="one of the bundle's selectors",
                     remedy=nearest(name, known),
                 )
             )
@@ -294,10 +298,9 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
     require_task(path, segmentation=True)
     sums = verified(path)
     try:
-        metadata = _json(path, "metadata")
-        inference = _json(path, "inference")
-        if metadata["schema_version"] != SCHEMA_VERSION:
-            raise ValueError("schema_version")
+        metadata = read_part(path, "configs/metadata.json")
+        inference = read_part(path, "configs/inference.json")
+        check_version(path, metadata)
         target = metadata["target"]
         task = Task(
             "segmentation",
@@ -311,7 +314,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
         # Random initial weights are overwritten at once; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             network = kind(specs, len(task.classes), kind.Options.model_validate(options))
-        network.load_state_dict(load_file(path / "models" / "backbone.safetensors"))
+        load_weights(network, path, "models/backbone.safetensors")
         bundle = SegmentationBundle(
             name=metadata["name"],
             description=metadata["description"],
@@ -327,13 +330,14 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             device=where,
         )
     except (
-        *(KeyError, TypeError, ValueError, RuntimeError, OSError),
-        *(SafetensorError, ConfigError),
+        *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+        *(OverflowError, RuntimeError, OSError, SafetensorError, ConfigError),
     ) as error:
         raise BundleError(
             Problem(
                 str(path),
                 "the bundle does not fit this version",
+                expected=f"what dymo-med {__version__} writes",
                 got=f"{type(error).__name__} while reading it",
                 remedy="Train it again, or install the version that made it",
             )
@@ -350,9 +354,9 @@ def _load_trust(
     kind, options = table_entry("imputer", inference["imputer"])
     with torch.random.fork_rng(devices=[]):
         imputer = kind(specs, options)
-    imputer.load_state_dict(load_file(path / "models" / "imputer.safetensors"))
+    load_weights(imputer, path, "models/imputer.safetensors")
     tensors: dict[str, Tensor] = load_file(path / "models" / "statistics.safetensors")
-    stored = _json(path, "selectors")
+    stored = read_part(path, "configs/selectors.json")
     selectors = {name: SELECTORS[name]() for name in stored["entries"]}
     choice = Choice(
         inference["selector"],
@@ -370,10 +374,3 @@ def _load_trust(
         selectors,
         choice,
     )
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        (path / "configs" / f"{name}.json").read_text(encoding="utf-8")
-    )
-    return found

@@ -15,9 +15,12 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.registry import Registry, nearest
 
 _REGION = re.compile(r"[A-Za-z0-9_-]{1,32}")
-
+# How pydantic begins what it would have liked.
+_SHOULD = "Input should be "
 ModelT = TypeVar("ModelT", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
+# No recipe or cohort needs more: a table of ten thousand columns has half of that.
+_MOST_BYTES, _MOST_PARTS = 1 << 24, 200_000
 
 
 class Strict(BaseModel):
@@ -332,6 +335,35 @@ class _LineLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _parts(node: yaml.Node) -> int:
+    """Return of how many parts a YAML node consists once its aliases are written out.
+
+    A few lines of aliases to aliases can stand for more than any memory holds.
+
+    Raises:
+        ValueError: If they are too many, or one contains itself.
+    """
+    known: dict[int, int] = {}
+
+    def count(part: yaml.Node) -> int:
+        if id(part) not in known:
+            known[id(part)] = _MOST_PARTS  # until it is counted: whoever contains itself has it
+            inside: list[yaml.Node] = []
+            if part.tag == "tag:yaml.org,2002:int" and len(part.value) > 20:
+                raise ValueError("a number of more than 64 bits")
+            if isinstance(part, yaml.MappingNode):
+                inside = [node for pair in part.value for node in pair]
+            elif isinstance(part, yaml.SequenceNode):
+                inside = part.value
+            known[id(part)] = 1 + sum(map(count, inside))
+        return known[id(part)]
+
+    total = count(node)
+    if total > _MOST_PARTS:
+        raise ValueError(f"more than {_MOST_PARTS:,} parts")
+    return total
+
+
 def _lines(node: yaml.Node | None, path: KeyPath = ()) -> dict[KeyPath, int]:
     """Return the 1-based line of every key path below a YAML node."""
     found: dict[KeyPath, int] = {}
@@ -361,36 +393,76 @@ class Document:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            with path.open("rb") as stream:
+                content = stream.read(_MOST_BYTES + 1)
+            text = content.decode("utf-8-sig")
         except FileNotFoundError:
             raise ConfigError(
-                Problem(str(path), "there is no such file", remedy="Check the path")
+                Problem(
+                    str(path), "there is no such file", expected="a file", remedy="Check the path"
+                )
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                Problem(str(path), "the file cannot be read as text", got=type(error).__name__)
+                Problem(
+                    str(path),
+                    "the file cannot be read as text",
+                    expected="UTF-8 text",
+                    got=type(error).__name__,
+                    remedy="Check the path and its permissions, and save the file in UTF-8",
+                )
             ) from None
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(
+                Problem(
+                    str(path),
+                    "the file is too large for a description",
+                    expected=f"at most {_MOST_BYTES:,} bytes",
+                    remedy="Check that it is the right file",
+                )
+            )
         try:
             loader = _LineLoader(text)
             node = loader.get_single_node()
+            if node is not None:
+                _parts(node)
             self.data = loader.construct_document(node) if node is not None else None
             duplicates = loader.duplicates
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
+            got = getattr(error, "problem", None) or (
+                str(error) if type(error) is ValueError else "too many lists in one another"
+            )
             raise ConfigError(
-                Problem(where, "the file is not valid YAML", remedy="Check indentation and quotes")
+                Problem(
+                    where,
+                    "the file is not valid YAML",
+                    expected="key: value lines that PyYAML's safe loader reads",
+                    got=got[:100],
+                    remedy="Check indentation and quotes",
+                )
             ) from None
         if duplicates:
             raise ConfigError(
                 *(
-                    Problem(f"{path}:{line}", f"key '{key}' occurs twice")
+                    Problem(
+                        f"{path}:{line}",
+                        f"key '{key}' occurs twice",
+                        expected="each key once",
+                        remedy="Remove one of the two",
+                    )
                     for line, key in duplicates
                 )
             )
         if not isinstance(self.data, dict):
             raise ConfigError(
-                Problem(str(path), "the file does not hold a mapping", expected="key: value lines")
+                Problem(
+                    str(path),
+                    "the file does not hold a mapping",
+                    expected="key: value lines",
+                    remedy="Check that it is the right file",
+                )
             )
         self.lines = _lines(node)
 
@@ -413,17 +485,40 @@ class Document:
             prefix: Where in the document the validated part sits.
         """
         found = []
-        for item in error.errors(include_url=False, include_input=False):
+        for item in error.errors(include_url=False):
             path: KeyPath = (*prefix, *item["loc"])
             if item["type"] == "extra_forbidden":
                 known = _known_keys(model, item["loc"][:-1])
                 found.append(
-                    Problem(self.where(path), "unknown key", remedy=nearest(str(path[-1]), known))
+                    Problem(
+                        self.where(path),
+                        "unknown key",
+                        expected="a key that is known here",
+                        remedy=nearest(str(path[-1]), known),
+                    )
                 )
             elif item["type"] == "missing":
-                found.append(Problem(self.where(path), "a required key is absent"))
+                found.append(
+                    Problem(
+                        self.where(path),
+                        "a required key is absent",
+                        expected=f"the key {path[-1]}",
+                        remedy="Add it",
+                    )
+                )
             else:
-                found.append(Problem(self.where(path), item["msg"].removeprefix("Value error, ")))
+                what, expected = item["msg"].removeprefix("Value error, "), ""
+                if what.startswith(_SHOULD):
+                    what, expected = "the value cannot be used", what.removeprefix(_SHOULD)
+                found.append(
+                    Problem(
+                        self.where(path),
+                        what,
+                        expected=expected,
+                        got=_told(item["input"]),
+                        remedy="Correct the value",
+                    )
+                )
         return found
 
     def parse(self, model: type[ModelT]) -> ModelT:
@@ -444,6 +539,13 @@ class Document:
             return model.model_validate(data)
         except ValidationError as error:
             raise ConfigError(*self.problems(error, model, prefix)) from None
+
+
+def _told(value: Any) -> str:
+    """Return a value of a description in a few words; descriptions hold no patient's data."""
+    if isinstance(value, dict | list | tuple):
+        return f"{'keys and values' if isinstance(value, dict) else 'a list'} ({len(value)})"
+    return f"{value!r:.60}"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
@@ -486,6 +588,7 @@ def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
                     Problem(
                         where,
                         f"there is no {table.noun} called '{entry.name}'",
+                        expected="a name from the table",
                         remedy=nearest(entry.name, list(table)),
                     )
                 )
@@ -495,7 +598,8 @@ def read_recipe(path: Path, tables: Mapping[str, Registry[Any]]) -> Recipe:
                     Problem(
                         where,
                         f"{table.noun} '{entry.name}' is named twice",
-                        remedy="Name each once",
+                        expected="each once",
+                        remedy="Remove one of them",
                     )
                 )
             seen.add(entry.name)

@@ -61,6 +61,7 @@ def run_demo(out: Path, *, device: str, seed: int, train_first: bool, reporter: 
                 Problem(
                     str(out),
                     "the folder holds something that is not an earlier demo",
+                    expected="a new or empty folder, or an earlier demo",
                     remedy="Choose another folder with --out",
                 )
             )

@@ -56,6 +56,49 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, text + "\n")
 
 
+def read_json(path: Path, most_bytes: int = 1 << 26) -> Any:
+    """Read a JSON file that this package wrote, and nothing that could mean two things.
+
+    Args:
+        path: The file.
+        most_bytes: A larger one is refused before it is read.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is too large, not JSON, too deep, or holds a key twice or a number that is
+            not finite; the message says which and repeats nothing of the content.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"more than {most_bytes:,} bytes")
+
+    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key that occurs twice")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError("a number that is not finite")
+        return float(text)
+
+    try:
+        return json.loads(
+            path.read_bytes().decode(),
+            object_pairs_hook=as_object,
+            parse_float=finite,
+            parse_constant=finite,
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON in line {error.lineno}") from None
+    except UnicodeDecodeError:
+        raise ValueError("text that is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("lists or objects too deep in one another") from None
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
     """Write a table; see `csv_text`."""
     write_text(path, csv_text(header, rows))
@@ -121,7 +164,12 @@ def check_replaceable(out: Path, marker: str, names: Collection[str]) -> None:
         return
     if out.resolve() == Path.cwd():
         raise ConfigError(
-            Problem(str(out), "is the folder you are in", remedy="Name a folder inside it")
+            Problem(
+                str(out),
+                "is the folder you are in",
+                expected="a folder that can be replaced",
+                remedy="Name a folder inside it",
+            )
         )
     if not out.is_dir():
         raise ConfigError(
@@ -144,6 +192,7 @@ def check_replaceable(out: Path, marker: str, names: Collection[str]) -> None:
             Problem(
                 str(out),
                 "holds files that this command did not write and would delete",
+                expected="nothing else",
                 got=", ".join(others[:5]),
                 remedy="Move them away, or name another folder with --out",
             )

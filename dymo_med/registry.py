@@ -49,6 +49,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 Problem(
                     where=self.noun,
                     what=f"there is no {self.noun} called '{name}'",
+                    expected="a name from the table",
                     remedy=nearest(name, list(self._entries)),
                 )
             )

@@ -230,6 +230,7 @@ class Pages:
                     str(out),
                     "it is not there" if not out.exists() else "it is a file",
                     expected="a folder that `predict` or `evaluate` wrote",
+                    remedy="Check the path",
                 )
             )
         self.root = out.resolve()
@@ -380,7 +381,9 @@ class ReviewServer(ThreadingHTTPServer):
             raise ConfigError(
                 Problem(
                     f"port {port}",
-                    f"it cannot be listened on ({getattr(error, 'strerror', None) or error})",
+                    "it cannot be listened on",
+                    expected="a free port",
+                    got=str(getattr(error, "strerror", None) or error),
                     remedy="Name another one with --port",
                 )
             ) from None

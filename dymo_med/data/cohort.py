@@ -73,7 +73,10 @@ def read_cohort(path: Path) -> Cohort:
         _require_one_grid(document, entry, specs, problems)
     if len(set(entry.task.classes)) != len(entry.task.classes):
         where = document.where(("task", "classes"))
-        raise ConfigError(*problems, Problem(where, "a class occurs twice"))
+        raise ConfigError(
+            *problems,
+            Problem(where, "a class occurs twice", "each class once", remedy="Remove one of them"),
+        )
     task = _task(document, entry)
     missing_values = tuple(entry.missing_values)
     if entry.layout == "bids" and bids.BLANK not in missing_values:
@@ -122,7 +125,14 @@ def _task(document: Document, entry: CohortFile) -> Task:
     try:
         scale = Scale(low, high, tuple(centers), task.unit)
     except ValueError as error:
-        raise ConfigError(Problem(document.where(("task", "bands")), str(error)[:-1])) from None
+        raise ConfigError(
+            Problem(
+                document.where(("task", "bands")),
+                str(error)[:-1],
+                expected="centres that can be told apart",
+                remedy="Name fewer bands, or a wider range",
+            )
+        ) from None
     return Task(task.type, task.target, scale.names, scale)
 
 
@@ -195,7 +205,10 @@ def _read_subgroups(
         if asked not in columns:
             problems.append(
                 Problem(
-                    where, f"no table has a column '{asked}'", remedy=nearest(asked, list(columns))
+                    where,
+                    f"no table has a column '{asked}'",
+                    expected="a column of a table, or label_column",
+                    remedy=nearest(asked, list(columns)),
                 )
             )
             continue
@@ -206,6 +219,7 @@ def _read_subgroups(
                 Problem(
                     where,
                     "a number needs bands" if number else "categories have no bands",
+                    expected="edges between bands" if number else "no edges",
                     remedy="Add edges: [40, 60]" if number else "Remove edges",
                 )
             )
@@ -223,6 +237,7 @@ def _refuse_booleans(document: Document) -> None:
             Problem(
                 document.where(("task", "classes")),
                 "a class is not text: YAML reads yes, no, on, off as booleans and 0 as a number",
+                expected="text",
                 remedy='Quote the classes, for example classes: ["no", "yes"]',
             )
         )
@@ -258,10 +273,22 @@ def _require_one_grid(
     try:
         plain_name(entry.task.file)
     except ValueError as error:
-        problems.append(Problem(document.where(("task", "file")), str(error)))
+        problems.append(
+            Problem(
+                document.where(("task", "file")),
+                str(error),
+                expected="for example seg.nii.gz",
+                remedy="Name the file as it is called in each patient directory",
+            )
+        )
     if not entry.task.file.endswith((".nii", ".nii.gz")):
         problems.append(
-            Problem(document.where(("task", "file")), "a mask must be NIfTI", "name.nii.gz")
+            Problem(
+                document.where(("task", "file")),
+                "a mask must be NIfTI",
+                expected="name.nii.gz",
+                remedy="Convert the masks",
+            )
         )
 
 
@@ -278,6 +305,7 @@ def _read_specs(
                     document.where(key),
                     "a modality's name cannot be used",
                     expected="lower-case letters, digits and underscores, a letter first",
+                    remedy="Rename it; `file` may stay as it is",
                 )
             )
         elif hasattr(nn.ModuleDict(), name):
@@ -286,6 +314,7 @@ def _read_specs(
                 Problem(
                     document.where(key),
                     f"'{name}' cannot be a modality's name: networks use the word themselves",
+                    expected="another name",
                     remedy=f"Call it {name}_1, or by what it holds; `file` may stay as it is",
                 )
             )
@@ -293,7 +322,8 @@ def _read_specs(
         if not isinstance(kind, str) or kind not in list(MODALITIES):
             where = document.where((*key, "kind"))
             what = "the modality has no kind" if kind is None else "the kind is not known"
-            problems.append(Problem(where, what, remedy=nearest(str(kind), list(MODALITIES))))
+            remedy = nearest(str(kind), list(MODALITIES))
+            problems.append(Problem(where, what, expected="a known kind", remedy=remedy))
             continue
         cls = MODALITIES[kind]
         if kind == "table":
@@ -325,6 +355,7 @@ def _read_specs(
                 "there are too many modalities",
                 expected=f"at most {MOST_MODALITIES}",
                 got=str(len(entry.modalities)),
+                remedy="Leave some out, or make columns of them",
             )
         )
     return tuple(specs)
@@ -344,7 +375,12 @@ def _bids_entry(document: Document, part: dict[str, Any], key: KeyPath) -> dict[
         return part
     if "file" in others:
         raise ConfigError(
-            Problem(document.where((*key, "file")), "give either file or suffix, not both")
+            Problem(
+                document.where((*key, "file")),
+                "file and suffix both say which scan is meant",
+                expected="one of them",
+                remedy="Remove one",
+            )
         )
     return {**others, "file": document.parse_part(own, bids.ScanName, key).file}
 
@@ -366,6 +402,7 @@ def _visits(
                 f"{where} {column}",
                 "the id cannot be a folder's name",
                 expected="1 to 128 letters, digits, spaces or any of _ . + @ -",
+                remedy="Rename it here and everywhere else",
             )
             for column, value in (("patient_id", patient_id), ("record_id", record_id))
             if not _ID.fullmatch(value)
@@ -381,6 +418,7 @@ def _visits(
                 where,
                 "the row names no subject or session of BIDS",
                 expected=f"sub-LABEL under {_PARTICIPANT}, ses-LABEL or n/a under {_SESSION}",
+                remedy="Call it as its folder is called",
             )
         )
         return []
@@ -448,6 +486,7 @@ def _read_records(
                         f"{where} {subgroup.column}",
                         "the cell is not a number",
                         expected="a number, or blank",
+                        remedy="Correct the cell, or list the word under missing_values",
                     )
                 )
         for record_id, folder in visits:
@@ -508,7 +547,12 @@ def _read_splits(
         patient_id, split = line.cells[patient_column], line.cells["split"]
         if split not in SPLITS:
             problems.append(
-                Problem(f"{where} split", "unknown split", remedy=nearest(split, list(SPLITS)))
+                Problem(
+                    f"{where} split",
+                    "unknown split",
+                    expected=" or ".join(SPLITS),
+                    remedy=nearest(split, list(SPLITS)),
+                )
             )
             splits.setdefault(patient_id, "train")  # do not report the patient a second time
         elif splits.setdefault(patient_id, split) != split:
@@ -523,7 +567,13 @@ def _read_splits(
     if not unreadable:
         without = dict.fromkeys(r.patient_id for r in records if r.patient_id not in splits)
         problems.extend(
-            Problem(str(path), f"patient {p} has no split", remedy="Add a row") for p in without
+            Problem(
+                str(path),
+                f"patient {p} has no split",
+                expected="a row for each patient",
+                remedy="Add a row",
+            )
+            for p in without
         )
     return splits
 
@@ -540,7 +590,11 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
                 if any(cell.strip() for cell in row)
             ]
     except FileNotFoundError:
-        problems.append(Problem(str(path), "there is no such file", remedy="Add it to the cohort"))
+        problems.append(
+            Problem(
+                str(path), "there is no such file", expected="a file", remedy="Add it to the cohort"
+            )
+        )
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problems.append(
@@ -549,6 +603,7 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
                 "the file cannot be read",
                 expected=f"{sign}-separated values in UTF-8",
                 got=type(error).__name__,
+                remedy="Check its permissions and quotes, and save it in UTF-8",
             )
         )
         return []
@@ -574,6 +629,7 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
                     "the row does not have one cell per header",
                     expected=f"{len(header)} cells",
                     got=f"{len(cells)} cells",
+                    remedy="Quote cells that contain a comma",
                 )
             )
             continue

@@ -328,7 +328,11 @@ def _stored(path: Path, where: str) -> tuple[NDArray[Any], Grid]:
         data = LoadScand(1)({KEY: str(path)})
         image = data[KEY]
         if image.ndim != 4 or len(image) != 1:
-            raise ScanError("the file does not hold one volume", remedy="Export it again")
+            raise ScanError(
+                "the file does not hold one volume",
+                expected="3 axes and one number per voxel",
+                remedy="Export it again",
+            )
     except ScanError as error:
         raise PatientDataError(
             Problem(f"{where}: {path.name}", error.what, error.expected, error.got, error.remedy)

@@ -122,7 +122,14 @@ def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
             except ValueError:
                 share = -1.0
             if not 0 <= share <= 1:
-                raise ConfigError(Problem(where, "the share is wrong", "a number from 0 to 1"))
+                raise ConfigError(
+                    Problem(
+                        where,
+                        "the share is wrong",
+                        expected="a number from 0 to 1",
+                        remedy="Correct it, for example rate:0.4",
+                    )
+                )
             if kind != "rate":
                 _require_constants(kind, where, specs)
             return Scenario(kind, f"{kind}:{share:g}", share=share)
@@ -130,7 +137,12 @@ def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
             known = [spec.name for spec in specs]
             asked = [name.strip() for name in argument.split(",")]
             problems = [
-                Problem(where, f"there is no modality '{name}'", remedy=nearest(name, known))
+                Problem(
+                    where,
+                    f"there is no modality '{name}'",
+                    expected="modalities of the bundle",
+                    remedy=nearest(name, known),
+                )
                 for name in asked
                 if name not in known
             ]
@@ -393,12 +405,20 @@ def _require_constants(kind: str, where: str, specs: Sequence[ModalitySpec]) -> 
     """
     columns = _columns(specs).values()
     if not columns:
-        raise ConfigError(Problem(where, "there is no table whose cells could be removed"))
+        raise ConfigError(
+            Problem(
+                where,
+                "there is no table whose cells could be removed",
+                expected="a bundle with a table",
+                remedy="Use rate or drop, which remove whole modalities",
+            )
+        )
     if kind in ("columns-most", "columns-least") and any(c.importance is None for c in columns):
         raise ConfigError(
             Problem(
                 where,
                 "the bundle holds no importances of table columns",
+                expected="a bundle of this version",
                 remedy="Train it again with this version, or use columns",
             )
         )
@@ -407,12 +427,18 @@ def _require_constants(kind: str, where: str, specs: Sequence[ModalitySpec]) -> 
             Problem(
                 where,
                 "the bundle holds neither percentiles nor frequencies of table columns",
+                expected="what training patients' cells were like",
                 remedy="Train with at least 20 filled cells in a column, or use mcar",
             )
         )
     if kind == "mar" and len(columns) < 2:
         raise ConfigError(
-            Problem(where, "there is no other column to depend on", remedy="Use mcar or mnar")
+            Problem(
+                where,
+                "there is no other column to depend on",
+                expected="two columns or more",
+                remedy="Use mcar or mnar",
+            )
         )
 
 
@@ -430,7 +456,14 @@ def _read_replay(argument: str, where: str, specs: Sequence[ModalitySpec]) -> Sc
     if not mark or Path(argument).is_file():
         path, choice = argument, ""
     if not path.strip():
-        raise ConfigError(Problem(where, "no file is named", expected="replay:file.csv"))
+        raise ConfigError(
+            Problem(
+                where,
+                "no file is named",
+                expected="replay:file.csv",
+                remedy="Name the hidden.csv of an evaluation",
+            )
+        )
     file = Path(path.strip())
     rows = _hidden_rows(file, where)
     texts = list(dict.fromkeys(row["scenario"] for row in rows))
@@ -457,12 +490,13 @@ def _read_replay(argument: str, where: str, specs: Sequence[ModalitySpec]) -> Sc
         known = places.get(name)
         if known is None:
             remedy = nearest(name, list(places))
-            problems[Problem(where, f"there is no modality '{name}'", remedy=remedy)] = None
+            what, expected = f"there is no modality '{name}'", "modalities of the bundle"
+            problems[Problem(where, what, expected=expected, remedy=remedy)] = None
         elif column not in known:
-            what = f"modality '{name}' has no column '{column}'"
+            what, expected = f"modality '{name}' has no column '{column}'", "its columns, or blank"
             columns = list(known)[1:]
             remedy = nearest(column, columns) if columns else "Leave the column blank"
-            problems[Problem(where, what, remedy=remedy)] = None
+            problems[Problem(where, what, expected=expected, remedy=remedy)] = None
         else:
             taken.setdefault(row["record_id"], set()).add((name, known[column]))
     if problems:

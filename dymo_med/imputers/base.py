@@ -149,6 +149,7 @@ class Imputer(nn.Module, ABC):
                         f"Patient {batch.record_ids[i]}",
                         "no modality is observed, so nothing can be recovered",
                         expected=f"at least one of {', '.join(batch.observed.names)}",
+                        remedy="Leave the record out",
                     )
                     for i in nothing
                 )
@@ -284,6 +285,7 @@ def require_recovery(imputer: Imputer, name: str) -> None:
             Problem(
                 f"Imputer {name}",
                 f"it can recover none of {', '.join(spec.name for spec in specs)}",
+                expected="a modality of a kind that it knows",
                 remedy="Choose an imputer in the recipe that recovers modalities of these kinds",
             )
         )

@@ -77,6 +77,7 @@ class Cyclic(LikelihoodImputer):
                 Problem(
                     "Imputer and backbone cyclic",
                     f"they share latents, but differ in {', '.join(differing)}",
+                    expected="the same options",
                     remedy="Give both the same values in the recipe",
                 )
             )

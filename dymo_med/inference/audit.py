@@ -34,6 +34,7 @@ from dymo_med.inference.report import render
 _EXACT, _NETWORK = 1e-9, 1e-5
 _TINY = 2.2250738585072014e-308  # smallest normal number, as the reward has it
 
+_AGAIN = "Predict again"
 Decision = Literal["admitted", "rejected", "not yet", "stopped"]
 
 
@@ -74,16 +75,22 @@ def audit(folder: Path) -> Audit:
                 str(path),
                 "it was changed after it was written",
                 expected="content_sha256 to be that of its content",
-                remedy="Predict again",
+                remedy=_AGAIN,
             )
         )
     problems += _files(folder, file)
-    problems += [Problem(f"{path}: {where}", what) for where, what in _contradictions(file)]
+    problems += [_contradiction(path, *found) for found in _contradictions(file)]
     admitted, wrong = replay(file)
-    problems += [Problem(f"{path}: {where}", what) for where, what in wrong]
-    final = [Problem(f"{path}: {where}", what) for where, what in _final(file, admitted)]
+    problems += [_contradiction(path, *found) for found in wrong]
+    final = [_contradiction(path, *found) for found in _final(file, admitted)]
     problems += final
     return Audit(tuple(problems), admitted, not wrong and not final)
+
+
+def _contradiction(path: Path, where: str, what: str) -> Problem:
+    """Return the problem of a place in a prediction that contradicts another."""
+    expected = "numbers that follow from one another"
+    return Problem(f"{path}: {where}", what, expected=expected, remedy=_AGAIN)
 
 
 def replay(file: PredictionFile) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
@@ -375,19 +382,28 @@ def _files(folder: Path, file: PredictionFile) -> Iterator[Problem]:
             "the recovered files are not those of what was recovered",
             expected=_listed(file.recovered),
             got=_listed(file.recovered_files),
+            remedy=_AGAIN,
         )
     for name, made in file.recovered_files.items():
         where, path = f"{folder}: {made.file:.300}", folder / made.file
         if Path(made.file).is_absolute() or not path.resolve().is_relative_to(root):
-            yield Problem(where, f"the file of {name} is not in the folder")
+            what = f"the file of {name} is not in the folder"
+            yield Problem(where, what, expected="a file inside it", remedy=_AGAIN)
         elif not path.is_file():
-            yield Problem(where, f"the recovered file of {name} is absent", remedy="Predict again")
+            what = f"the recovered file of {name} is absent"
+            yield Problem(where, what, expected="the file as it was written", remedy=_AGAIN)
         elif hashlib.sha256(path.read_bytes()).hexdigest() != made.sha256:
-            yield Problem(where, f"the recovered file of {name} was changed or swapped")
+            what = f"the recovered file of {name} was changed or swapped"
+            yield Problem(where, what, expected="the file as it was written", remedy=_AGAIN)
     for path in sorted((folder / "recovered").rglob("*")):
         relative = path.relative_to(folder).as_posix()
         if path.is_file() and relative not in listed and not path.name.startswith("."):
-            yield Problem(f"{folder}: {relative}", "the file is not part of the prediction")
+            yield Problem(
+                f"{folder}: {relative}",
+                "the file is not part of the prediction",
+                expected="the files that prediction.json lists",
+                remedy="Remove it, or predict again",
+            )
     expected: Mapping[str, Callable[[], str]] = {
         "report.html": lambda: render(file),
         "selection.csv": lambda: csv_text(
@@ -398,7 +414,7 @@ def _files(folder: Path, file: PredictionFile) -> Iterator[Problem]:
         path = folder / name
         if not path.is_file():
             if whole or name == "report.html":
-                yield Problem(str(path), "the file is absent")
+                yield Problem(str(path), "the file is absent", expected="a file", remedy=_AGAIN)
             continue
         if name == "report.html" and file.versions.get("dymo_med") != __version__:
             continue  # another version words and lays out pages differently
@@ -406,9 +422,10 @@ def _files(folder: Path, file: PredictionFile) -> Iterator[Problem]:
             yield Problem(
                 str(path),
                 "the file is not what prediction.json says",
+                expected="the same bytes that the command would write",
                 remedy="`dymo-med report` makes the page again"
                 if name == "report.html"
-                else "Predict again",
+                else _AGAIN,
             )
 
 

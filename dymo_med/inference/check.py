@@ -122,6 +122,7 @@ def _kind(path: Path) -> Kind:
                 str(path),
                 "this kind of file cannot be checked",
                 expected="a folder, or a YAML file",
+                remedy="Name the folder that the file is in",
             )
         )
     keys = set(Document(path).data or {})
@@ -134,6 +135,7 @@ def _kind(path: Path) -> Kind:
             str(path),
             "the file is neither a recipe nor a cohort description",
             expected="the keys imputer and backbone, or task and modalities",
+            remedy="Check that it is the right file",
         )
     )
 
@@ -197,6 +199,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
             Problem(
                 str(path),
                 "a patient directory can only be checked against a bundle or a cohort",
+                expected="what files to look for",
                 remedy="Add --against BUNDLE or --against COHORT; a cohort's own folder holds"
                 " cohort.yaml, a bundle's holds configs/metadata.json",
             )

@@ -33,6 +33,7 @@ def comparator_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Ten
                     f"Patient {batch.record_ids[i]}",
                     "no modality is observed, so there is nothing to answer from",
                     expected=f"at least one of {', '.join(batch.observed.names)}",
+                    remedy="Leave the record out",
                 )
                 for i in nothing
             )

@@ -70,6 +70,7 @@ from dymo_med.types import (
 )
 
 _PROGRESS = ".progress"
+_ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
 _FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _AHEAD = 2  # batches that are read while one is answered
@@ -164,7 +165,13 @@ def evaluate(
     quality.check_draws(draws)
     if not 0 <= part_id < num_parts:
         raise ConfigError(
-            Problem("--part-id", "there is no such part", f"0 to {num_parts - 1}", str(part_id))
+            Problem(
+                "--part-id",
+                "there is no such part",
+                expected=f"0 to {num_parts - 1}",
+                got=str(part_id),
+                remedy="Count parts from 0",
+            )
         )
     seen = _seen(bundle, records)
     if seen and not allow_overlap:
@@ -391,13 +398,17 @@ class _Run:
                     }
                 )
             else:
-                problem = Problem(
-                    f"Patient {record.record_id}",
-                    "the scenario leaves nothing to predict from",
-                    expected="a modality besides those that are taken away",
-                    remedy="Choose another scenario",
+                nothing = PatientDataError(
+                    Problem(
+                        f"Patient {record.record_id}",
+                        "the scenario leaves nothing to predict from",
+                        expected="a modality besides those that are taken away",
+                        remedy="Choose another scenario",
+                    )
                 )
-                rows["failures"].append(_failure(record.record_id, rule.text, "hide", str(problem)))
+                rows["failures"].append(
+                    _failure(record.record_id, rule.text, "hide", _message(nothing))
+                )
         for index, (answers, oracle, compared) in self._answers(
             remaining, whole, rule, rows["failures"]
         ):
@@ -609,7 +620,12 @@ def _split(name: str) -> Split:
         if name == known:
             return known
     raise ConfigError(
-        Problem("--split", f"there is no split '{name}'", remedy=nearest(name, list(SPLITS)))
+        Problem(
+            "--split",
+            f"there is no split '{name}'",
+            expected=" or ".join(SPLITS),
+            remedy=nearest(name, list(SPLITS)),
+        )
     )
 
 
@@ -628,13 +644,19 @@ def _rules(
         where = f"scenario '{rule.text}'"
         if sum(other.text == rule.text for other in rules) > 1:
             problems.append(
-                Problem(where, "two different files hide under this name", remedy="Replay one")
+                Problem(
+                    where,
+                    "two different files hide under this name",
+                    expected="one file per scenario",
+                    remedy="Replay one",
+                )
             )
         if rule.kind == "replay" and not ids & set(rule.taken):
             problems.append(
                 Problem(
                     where,
                     f"it names no record of cohort {cohort.name}",
+                    expected="record ids of this cohort",
                     remedy="Replay what was hidden from this cohort",
                 )
             )
@@ -655,6 +677,7 @@ def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
             Problem(
                 f"cohort {cohort.name}",
                 f"split '{split}' has no record whose {cohort.task.target} is known",
+                expected="a record to judge an answer by",
                 remedy="Choose another split, or add labels",
             )
         )
@@ -677,12 +700,20 @@ def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
                 "the classes differ",
                 expected=", ".join(bundle.task.classes),
                 got=", ".join(cohort.task.classes),
+                remedy=_ANOTHER,
             )
         )
     for spec in bundle.specs:
         other = theirs.get(spec.name)
         if other is None:
-            problems.append(Problem(where, f"the cohort does not describe modality '{spec.name}'"))
+            problems.append(
+                Problem(
+                    where,
+                    f"the cohort does not describe modality '{spec.name}'",
+                    expected="every modality of the bundle",
+                    remedy=_ANOTHER,
+                )
+            )
         elif _form(other) != _form(spec):
             problems.append(
                 Problem(
@@ -690,6 +721,7 @@ def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
                     f"modality '{spec.name}' is described differently",
                     expected=_form_text(spec),
                     got=_form_text(other),
+                    remedy=_ANOTHER,
                 )
             )
     if problems:
@@ -734,7 +766,9 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
     """
     marker = out / _PROGRESS / "settings.json"
     if out.exists() and not out.is_dir():
-        raise ConfigError(Problem(str(out), "is a file", remedy="Name a folder with --out"))
+        raise ConfigError(
+            Problem(str(out), "is a file", expected="a folder", remedy="Name a folder with --out")
+        )
     out.mkdir(parents=True, exist_ok=True)
     # A start that was killed before its settings took their name has left nothing to go on with.
     if not any(p for p in out.iterdir() if not p.name.startswith(f"{_PROGRESS}.")):
@@ -754,12 +788,15 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
     # The parts of one evaluation meet in one folder, whichever starts first.
     if not resume and num_parts == 1:
         remedy = "Go on with it by --resume, or name another folder with --out"
-        raise ConfigError(Problem(str(out), "is not empty", remedy=remedy))
+        raise ConfigError(
+            Problem(str(out), "is not empty", expected="a new or empty folder", remedy=remedy)
+        )
     if not marker.is_file():
         raise ConfigError(
             Problem(
                 str(out),
                 "holds no evaluation to go on with",
+                expected="an evaluation that was interrupted",
                 remedy="Name another folder with --out",
             )
         )
@@ -771,6 +808,7 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
             Problem(
                 str(out),
                 f"holds an evaluation with another {', '.join(differing)}",
+                expected="an evaluation with the same settings",
                 remedy="Repeat its settings, or name another folder with --out",
             )
         )

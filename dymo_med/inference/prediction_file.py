@@ -488,6 +488,7 @@ def read_prediction(path: Path) -> PredictionFile:
                 "this is not a readable prediction",
                 expected="the prediction.json that `dymo-med predict` wrote",
                 got=type(error).__name__,
+                remedy="Check the path, or predict again",
             )
         ) from error
     if version != SCHEMA_VERSION:
@@ -506,7 +507,12 @@ def read_prediction(path: Path) -> PredictionFile:
         # Never the value: it may be health data.
         raise PatientDataError(
             *(
-                Problem(f"{path}: {'.'.join(map(str, e['loc']))}"[:300], e["msg"][:200])
+                Problem(
+                    f"{path}: {'.'.join(map(str, e['loc']))}"[:300],
+                    f"the file is no prediction: {e['msg'][:200]}",
+                    expected="what docs/reference/prediction.schema.json describes",
+                    remedy="Predict again",
+                )
                 for e in error.errors(include_url=False, include_input=False)
             )
         ) from error

@@ -127,7 +127,13 @@ def check_draws(draws: int) -> None:
     """
     if draws and draws < FEWEST_DRAWS:
         raise ConfigError(
-            Problem("--draws", "too few", expected=f"0, or at least {FEWEST_DRAWS}", got=str(draws))
+            Problem(
+                "--draws",
+                "too few",
+                expected=f"0, or at least {FEWEST_DRAWS}",
+                got=str(draws),
+                remedy="Ask for more, or for none",
+            )
         )
 
 

@@ -138,6 +138,7 @@ def parse(
         return Problem(
             where,
             "the number often stands for 'not measured', and the cohort does not say what it is",
+            expected="a measurement, or a declared word for blank",
             remedy="Give the column a range if it is a measurement; " + _DECLARE,
         )
     converted = _convert(value, cell.unit, column, rules, where)
@@ -237,7 +238,12 @@ def _convert(
     try:
         return convert(value, unit, column.unit, rules.molar_mass)
     except UnitError as error:
-        return Problem(where, str(error), remedy="See units and molar_mass in cohort.yaml")
+        return Problem(
+            where,
+            str(error),
+            expected=f"a number that can be converted to {column.unit}",
+            remedy="See units and molar_mass in cohort.yaml",
+        )
 
 
 def _within(value: float, column: Column, where: str) -> float | Problem:

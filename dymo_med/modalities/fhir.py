@@ -115,7 +115,12 @@ def _at(place: str, number: int) -> str:
 
 
 def _malformed(where: str) -> Problem:
-    return Problem(where, "the element is not what FHIR R4 says", remedy="Export the record again")
+    return Problem(
+        where,
+        "the element is not what FHIR R4 says",
+        expected="a resource of FHIR R4 in JSON",
+        remedy="Export the record again",
+    )
 
 
 # -- resources -------------------------------------------------------------------------------------

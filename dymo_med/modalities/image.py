@@ -224,6 +224,7 @@ class Image(Modality):
             f"{where}: {self.spec.name}",
             "several files could be this scan",
             expected=f"{exact.name} or one other",
+            remedy="Keep the one that belongs to this visit",
         )
         return the_one(found, exact, where, ambiguous)
 

@@ -22,7 +22,11 @@ from dymo_med.types import Native
 
 Matrix = NDArray[np.float64]
 
-MOST_VOXELS = 2**31
+MOST_VOXELS = 2**30
+# Deflate cannot shrink anything further (RFC 1951: 258 bytes in 2 bits).
+_MOST_PACKED = 1032
+# A scan of at least so many bytes is no thinner than this: the emptiest of masks, 100 to 1.
+_LARGE, _LARGEST_SHARE = 2**28, 200
 CORNER_MM = 0.1
 """Two statements of one geometry may differ by this much at the volume's corners."""
 
@@ -132,6 +136,33 @@ def refuse_size(shape: Sequence[int]) -> None:
             expected=f"at least one and at most {MOST_VOXELS} voxels",
             got=f"shape {tuple(sides)}",
             remedy="Export the scan again",
+        )
+
+
+def refuse_packed(path: Path, unpacked_bytes: int) -> None:
+    """Refuse a packed file that cannot hold, or should not hold, what its header says.
+
+    Args:
+        path: The file.
+        unpacked_bytes: What its header says that its voxels take.
+
+    Raises:
+        ScanError: If it is too short for that, or so thin that only memory is filled with it.
+    """
+    times_larger = unpacked_bytes / max(1, path.stat().st_size)
+    if times_larger > _MOST_PACKED:
+        raise ScanError(
+            "the header states a size that cannot be right",
+            expected=f"at most {_MOST_PACKED} times the size of the packed file",
+            got=f"{times_larger:.0f} times",
+            remedy="Export or copy the scan again",
+        )
+    if unpacked_bytes > _LARGE and times_larger > _LARGEST_SHARE:
+        raise ScanError(
+            "the file unpacks to much more than a scan of its size holds",
+            expected=f"at most {_LARGEST_SHARE} times the size of the packed file",
+            got=f"{times_larger:.0f} times",
+            remedy="If there is a scan in it, crop what is empty and save it again",
         )
 
 

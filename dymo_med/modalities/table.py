@@ -363,6 +363,7 @@ class Table(Modality):
             where,
             "two files hold the same table",
             expected=f"one of {', '.join(p.name for p in names)}",
+            remedy="Keep the one that belongs to this visit",
         )
         path = the_one(found, declared, where, ambiguous)
         return path, path is not None and path == shared

@@ -254,6 +254,7 @@ def _row(grid: _Grid, number: int, wanted: frozenset[str], where: str, *, whole:
                         f"{place}, column {name}",
                         "the cell holds a list or an object",
                         expected='a value, or {"value": …, "unit": …}',
+                        remedy="Write one value, and what else there is in columns of their own",
                     )
                 )
             continue
@@ -272,6 +273,7 @@ def _row(grid: _Grid, number: int, wanted: frozenset[str], where: str, *, whole:
                     f"{place}, column {name}",
                     "the file states two units for one number",
                     expected="one unit, in the header or beside the number",
+                    remedy="Find out which is right and remove the other",
                 )
             )
         cells[name] = replace(cells[name], unit=min(stated, default=""))
@@ -305,7 +307,12 @@ def content(path: Path, where: str) -> bytes:
     try:
         if not path.is_file():
             raise PatientDataError(
-                Problem(where, "is not a plain file", remedy="Put the table's file in its place")
+                Problem(
+                    where,
+                    "is not a plain file",
+                    expected="a file",
+                    remedy="Put the table's file in its place",
+                )
             )
         if path.stat().st_size > LARGEST_BYTES:
             raise PatientDataError(
@@ -346,7 +353,12 @@ def decode(data: bytes, encoding: str, where: str) -> str:
         )
     if encoding == "utf-16" and marked is None:
         raise PatientDataError(
-            Problem(where, "UTF-16 needs a byte-order mark", remedy="Save the table as UTF-8")
+            Problem(
+                where,
+                "UTF-16 needs a byte-order mark",
+                expected="text in UTF-8, or UTF-16 with its mark",
+                remedy="Save the table as UTF-8",
+            )
         )
     try:
         text = data.decode(marked or declared)
@@ -367,6 +379,7 @@ def decode(data: bytes, encoding: str, where: str) -> str:
             Problem(
                 f"{where}, line {line}",
                 "the file holds NUL bytes, which no text does",
+                expected="text",
                 remedy="Copy it again, or save it as UTF-8 (UTF-16 needs a byte-order mark)",
             )
         )
@@ -377,6 +390,7 @@ def decode(data: bytes, encoding: str, where: str) -> str:
                     Problem(
                         f"{where}, line {number}",
                         f"the line is in UTF-8, though the cohort declares {declared}",
+                        expected="one encoding from the first line to the last",
                         remedy="Save the table in one encoding, UTF-8 for choice",
                     )
                 )
@@ -409,6 +423,7 @@ def _repeated(names: Sequence[str], where: str) -> list[Problem]:
         Problem(
             f"{where}, column {name}",
             "the header occurs twice",
+            expected="each header once",
             remedy="Keep one of the two, or rename the other",
         )
         for name in twice
@@ -446,6 +461,7 @@ def _lines(text: str, separator: str, where: str) -> Iterator[tuple[int, list[st
             Problem(
                 f"{where}, line {reader.line_num}",
                 "the file is not valid CSV",
+                expected="cells of which those with a quote or a line break are quoted",
                 remedy="Check the quotes",
             )
         ) from error
@@ -513,6 +529,7 @@ def _csv(text: str, digest: str, separator: str, wanted: frozenset[str], where: 
                 "the table has too many columns",
                 expected=f"at most {MOST_HEADERS}",
                 got=str(len(header)),
+                remedy="Keep the columns that are needed",
             )
         ]
     if problems:
@@ -563,13 +580,21 @@ def load_json(text: str, where: str) -> Any:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise PatientDataError(
             Problem(
-                f"{where}{line}", "the file is not valid JSON", remedy="Check commas and quotes"
+                f"{where}{line}",
+                "the file is not valid JSON",
+                expected="an object of column: value, or a list of them",
+                remedy="Check commas and quotes",
             )
         ) from error
     if repeated:
         raise PatientDataError(
             *(
-                Problem(f"{where}, column {n}", "the name occurs twice", remedy="Keep one of them")
+                Problem(
+                    f"{where}, column {n}",
+                    "the name occurs twice",
+                    expected="each name once",
+                    remedy="Keep one of them",
+                )
                 for n in sorted(set(repeated))
             )
         )
@@ -634,6 +659,7 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
     broken = Problem(
         where,
         "the file is not valid Parquet",
+        expected="a Parquet file",
         remedy="Write it again, or save the table as CSV in UTF-8",
     )
     try:
@@ -665,7 +691,14 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
         ]
         sizes = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
         if sizes > 4 * LARGEST_BYTES:
-            problems.append(Problem(where, "the file is too large for a table when unpacked"))
+            problems.append(
+                Problem(
+                    where,
+                    "the file is too large for a table when unpacked",
+                    expected=f"at most {4 * LARGEST_BYTES >> 20} MB",
+                    remedy="Keep the rows and columns that are needed",
+                )
+            )
         if problems:
             raise PatientDataError(*problems)
         table = file.read(columns=[raw[i] for i in keep], use_threads=False)

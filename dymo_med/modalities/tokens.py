@@ -119,6 +119,7 @@ class TokenSequence(Modality):
             f"{where}: {self.spec.name}",
             "several files could be this sequence",
             expected=f"{self.spec.file} or one other",
+            remedy="Keep the one that belongs to this visit",
         )
         return the_one(found, declared, where, ambiguous)
 

@@ -6,6 +6,7 @@ must lie in the header's folder: a header that came from elsewhere must not open
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ from dymo_med.modalities.scan import (
     ScanError,
     ScanFacts,
     StoredScan,
+    refuse_packed,
     refuse_size,
     spacing_of,
     to_ras,
@@ -59,6 +61,10 @@ def read(path: Path) -> StoredScan:
                 got=f"{axes} axes, {numbers} numbers per voxel",
                 remedy="Split the series or save it as greyscale",
             )
+        packed = fields.get("encoding", fields.get("compresseddata", "")).lower()
+        if packed in ("gzip", "gz", "bzip2", "bz2", "true"):
+            voxel = SimpleITK.Image(1, 1, reader.GetPixelID()).GetSizeOfPixelComponent()
+            refuse_packed(files[-1], math.prod(reader.GetSize()) * voxel)
         image = reader.Execute()
     except RuntimeError as error:  # the one exception SimpleITK has
         raise ScanError(

@@ -262,13 +262,19 @@ def _restore(
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError, OSError):
         raise ConfigError(
-            Problem(str(path), "the checkpoint is damaged", remedy="Remove it to train again")
+            Problem(
+                str(path),
+                "the checkpoint is damaged",
+                expected="a checkpoint that `dymo-med train` wrote",
+                remedy="Remove it to train again",
+            )
         ) from None
     if about.pop("fingerprint") != fingerprint:
         raise ConfigError(
             Problem(
                 str(path),
                 "the checkpoint belongs to another recipe, cohort or version",
+                expected="a checkpoint of this run",
                 remedy="Choose another --out folder, or remove this one",
             )
         )

@@ -99,6 +99,7 @@ def train(
             Problem(
                 str(out),
                 "the folder is not empty",
+                expected="a new or empty folder",
                 remedy="Add --resume to go on with this run, or choose another folder",
             )
         )
@@ -118,6 +119,7 @@ def train(
             Problem(
                 f"Cohort {described.name}",
                 f"no training record has {', '.join(never)}",
+                expected="each modality in some record",
                 remedy="Remove it from cohort.yaml, or move a patient who has it into train",
             )
         )
@@ -492,6 +494,7 @@ def _require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) 
             Problem(
                 f"Cohort {cohort.name}",
                 f"split '{split}' has no labelled record of class {', '.join(absent)}",
+                expected="each class in each split but test",
                 remedy="Move patients between splits in splits.csv",
             )
         )
