@@ -354,12 +354,8 @@ class CheckScand(MapTransform):  # type: ignore[misc]
         if self.dims == 2 and self.spec.spacing_mm and data[FACTS].spacing_mm is None:
             raise ScanError(
                 "a picture states no pixel size, and this modality declares spacing_mm",
-<<<<<<< HEAD
                 expected="a pixel size in the file",
                 got="none",
-=======
-                expected="an image that states its pixel size",
->>>>>>> beed3c3 (Corruption suite of patients, cohorts, recipes and bundles; every error has a remedy and is listed; bundles say what differs; NIfTI geometry is never made up)
                 remedy="Give the image as NIfTI or DICOM, or take spacing_mm out of cohort.yaml",
             )
         if isinstance(image, MetaTensor) and not has_volume(image.affine):
@@ -393,10 +389,7 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 raise ScanError(
                     "all voxels other than zero have the same value, so zscore leaves nothing",
                     expected="an image with contrast",
-<<<<<<< HEAD
                     got="two values, one of them 0",
-=======
->>>>>>> beed3c3 (Corruption suite of patients, cohorts, recipes and bundles; every error has a remedy and is listed; bundles say what differs; NIfTI geometry is never made up)
                     remedy="Use intensity: percentile for masks",
                     refused="constant",
                 )
