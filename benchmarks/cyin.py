@@ -24,7 +24,9 @@ import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dymo_med.backbones import BACKBONES
 from dymo_med.backbones.bottleneck import CyclicFusion
@@ -34,9 +36,9 @@ NAMES = ("l", "a", "v")
 LENGTH, WIDTH = 4, 12  # tokens of a modality, and numbers in each
 SHARED, PRIVATE, CLASSES = 3, 2, 3
 NOISE = {"l": 1.0, "a": 2.0, "v": 2.0}  # of a token's number, whose signal has variance 1
-COUNTS = {"train": 640, "validation": 400, "test": 1000}
+COUNTS = {"train": 640, "validation": 300, "test": 1000}
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-EPOCHS, BATCH, RATE, DECAY = 16, 80, 4e-3, 1e-2
+EPOCHS, BATCH, RATE, DECAY = 16, 128, 5e-3, 1e-2
 LOOKED_AT = (0.2, 0.6)  # rates on validation samples
 COLUMNS = ("seed", "variant", "rate", "accuracy", "validation", "seconds")
 Data = dict[str, tuple[dict[str, Tensor], Tensor]]
@@ -53,7 +55,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no label bottleneck": {"label_bottleneck": False},
     "no cyclic interaction": {"cyclic_interaction": False},
     "no translation loss": {"translation": False},
-    "no bottleneck space": {"bottleneck_space": False},
     "no translated latents": {"translated_latents": False},
     "zero filling": OFF,
     "sum of translations": {"combine": "sum"},
@@ -128,11 +129,37 @@ def build(options: dict[str, object], seed: int) -> CyclicFusion:
     return network
 
 
-def as_batch(values: dict[str, Tensor], labels: Tensor) -> Batch:
-    n = len(labels)
-    ids = tuple(str(i) for i in range(n))
-    everything = ModalityMask(NAMES, torch.ones(n, len(NAMES), dtype=torch.bool))
-    return Batch(ids, ids, values, everything, {}, labels)
+class Network(nn.Module):
+    """The network, and what is asked of it, so that several can be asked at once (`vmap`)."""
+
+    def __init__(self, options: dict[str, object], seed: int) -> None:
+        super().__init__()
+        self.network = build(options, seed)
+
+    def forward(
+        self, values: dict[str, Tensor], labels: Tensor, progress: float, generator: torch.Generator
+    ) -> Tensor:
+        """Return the loss of complete samples."""
+        n = len(labels)
+        ids = tuple(str(i) for i in range(n))
+        everything = ModalityMask(NAMES, torch.ones(n, len(NAMES), dtype=torch.bool))
+        batch = Batch(ids, ids, values, everything, {}, labels)
+        return self.network.own_loss(
+            batch, progress, lambda z: F.cross_entropy(z, labels, reduction="none"), generator
+        ).mean()
+
+
+class Asked(nn.Module):
+    """The answers of such a network where modalities are missing."""
+
+    def __init__(self, network: CyclicFusion) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, values: dict[str, Tensor], left: Tensor) -> Tensor:
+        tokens = torch.cat([self.network.encode(n, values[n]).values for n in NAMES], 1)
+        available = left.repeat_interleave(self.network.options.length, dim=1)
+        return self.network.fuse(*self.network.fill(tokens, available)).logits
 
 
 def missing(n: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -143,63 +170,92 @@ def missing(n: int, rate: float, generator: torch.Generator) -> Tensor:
     return rank >= count.clamp_max(len(NAMES) - 1)[:, None]
 
 
-@torch.no_grad()
-def answer(network: CyclicFusion, tokens: Tensor, left: Tensor) -> Tensor:
-    available = left.repeat_interleave(network.options.length, dim=1)
-    return network.fuse(*network.fill(tokens, available)).logits
+State = dict[str, Tensor]
 
 
-@torch.no_grad()
-def encoded(network: CyclicFusion, values: dict[str, Tensor]) -> Tensor:
-    return torch.cat([network.encode(n, values[n]).values for n in NAMES], 1)
+def answers(
+    options: dict[str, object], state: State, values: dict[str, Tensor], left: Tensor
+) -> Tensor:
+    """Return the logits `(seeds, n, K)` of all seeds' networks."""
+    asked = Asked(build(options, 0)).eval()
+    with torch.no_grad():
+        found: Tensor = vmap(lambda p, v: functional_call(asked, p, (v, left)), randomness="same")(
+            state, values
+        )
+    return found
 
 
-def train(
-    options: dict[str, object],
-    data: Data,
-    seed: int,
-    epochs: int = EPOCHS,
-) -> tuple[CyclicFusion, float]:
-    """Return the network at its best epoch, and its validation log-loss there."""
-    network = build(options, seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+def train(options: dict[str, object], data: Data, seeds: int) -> tuple[State, Tensor]:
+    """Return the networks of all seeds, trained side by side, at their best epochs.
+
+    Each has data and initial weights of its own; noise and order of samples are common.
+
+    Returns:
+        Stacked weights, and each one's validation log-loss.
+    """
+    networks = [Network(options, seed) for seed in range(seeds)]
+    state, _ = stack_module_state(networks)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(state.values(), RATE, weight_decay=DECAY, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+    base, generator = networks[0], torch.Generator().manual_seed(0)
     values, labels = data["train"]
-    whole = as_batch(values, labels)
-    generator = torch.Generator().manual_seed(seed)
-    masks = torch.cat(
-        [missing(COUNTS["validation"], r, torch.Generator().manual_seed(7)) for r in LOOKED_AT]
-    )
-    best, state = float("inf"), {}
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(epochs):
-        network.train()
-        for index in torch.randperm(len(labels), generator=generator).split(BATCH):
-            batch = whole.rows(index)
-            loss = network.own_loss(
-                batch,
-                epoch / epochs,
-                lambda z, y=batch.labels: F.cross_entropy(z, y, reduction="none"),
-                generator,
-            ).mean()
+    held, truth = data["validation"]
+    masks = [missing(truth.shape[1], r, torch.Generator().manual_seed(7)) for r in LOOKED_AT]
+    best = torch.full((seeds,), torch.inf)
+    kept = {k: v.detach().clone() for k, v in state.items()}
+    for epoch in range(EPOCHS):
+
+        def loss(
+            p: State, v: dict[str, Tensor], y: Tensor, progress: float = epoch / EPOCHS
+        ) -> Tensor:
+            found: Tensor = functional_call(base, p, (v, y, progress, generator))
+            return found
+
+        for index in torch.randperm(labels.shape[1], generator=generator).split(BATCH):
+            batch = {n: v[:, index] for n, v in values.items()}
+            total = vmap(loss, randomness="same")(state, batch, labels[:, index]).sum()
             optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            total.backward()
+            clip(state, 5.0)
             optimizer.step()
         schedule.step()
-        network.eval()
-        held, truth = data["validation"]
-        tokens = encoded(network, held).repeat(len(LOOKED_AT), 1, 1)
-        found = float(F.cross_entropy(answer(network, tokens, masks), truth.repeat(len(LOOKED_AT))))
-        if found < best:
-            best, state = found, {k: v.clone() for k, v in network.state_dict().items()}
-    network.load_state_dict(state)
-    return network, best
+        found = torch.zeros(seeds)
+        for left in masks:
+            logits = answers(options, state, held, left)
+            found += F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(1)
+        better = found < best
+        best = torch.where(better, found, best)
+        for key, value in state.items():
+            kept[key][better] = value.detach()[better]
+    return kept, best / len(masks)
 
 
-def make(seed: int) -> tuple[Mixture, Data]:
-    mixture = Mixture(seed)
-    generator = torch.Generator().manual_seed(seed)
-    return mixture, {split: mixture.sample(n, generator) for split, n in COUNTS.items()}
+def clip(state: State, most: float) -> None:
+    """Bound the norm of each seed's gradient."""
+    gradients = [p.grad.flatten(1) for p in state.values() if p.grad is not None]
+    norm = torch.stack([g.square().sum(1) for g in gradients]).sum(0).sqrt()
+    factor = (most / (norm + 1e-6)).clamp_max(1)
+    for g in gradients:
+        g *= factor[:, None]
+
+
+def make(seeds: int) -> Data:
+    """Return the samples of all seeds, `(seeds, n, ...)`, and tell what there is to know."""
+    made = []
+    for seed in range(seeds):
+        mixture, generator = Mixture(seed), torch.Generator().manual_seed(seed)
+        rest = (mixture.information((n,), tuple(x for x in NAMES if x != n)) for n in NAMES)
+        told = ", ".join(f"{n} {i:.2f}" for n, i in zip(NAMES, rest, strict=True))
+        pairs = (f"{a}{b} {mixture.information((a,), (b,)):.2f}" for a, b in combinations(NAMES, 2))
+        print(f"Seed {seed}, nats between pairs: {', '.join(pairs)}; with the rest: {told}")
+        made.append({split: mixture.sample(n, generator) for split, n in COUNTS.items()})
+    return {
+        split: (
+            {n: torch.stack([m[split][0][n] for m in made]) for n in NAMES},
+            torch.stack([m[split][1] for m in made]),
+        )
+        for split in COUNTS
+    }
 
 
 def interval(x: np.ndarray) -> tuple[float, float]:
@@ -208,16 +264,14 @@ def interval(x: np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(half)
 
 
-def ask(network: CyclicFusion, data: Data, latents: str) -> dict[float, float]:
-    """Return the accuracy in percent at every missing rate, from means or draws of latents."""
+def ask(options: dict[str, object], state: State, data: Data) -> dict[float, Tensor]:
+    """Return the accuracies in percent of all seeds at every missing rate."""
     values, labels = data["test"]
-    network.latents.options = network.options.model_copy(update={"latents": latents})
-    tokens = encoded(network, values)
     found = {}
     for rate in (0.0, *RATES):
-        left = missing(len(labels), rate, torch.Generator().manual_seed(99))
-        right = answer(network, tokens, left).argmax(1) == labels
-        found[rate] = 100 * float(right.float().mean())
+        left = missing(labels.shape[1], rate, torch.Generator().manual_seed(99))
+        right = answers(options, state, values, left).argmax(-1) == labels
+        found[rate] = 100 * right.float().mean(1)
     return found
 
 
@@ -244,42 +298,33 @@ def tables(results: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="CSV file; networks that are in it are not repeated")
+    parser.add_argument("out", type=Path, help="CSV file; variants that are in it are not repeated")
     parser.add_argument("--seeds", type=int, default=5)
     parsed = parser.parse_args()
     done = pd.read_csv(parsed.out) if parsed.out.exists() else pd.DataFrame(columns=COLUMNS)
-    for seed in range(parsed.seeds):
-        mixture, data = make(seed)
-        rest = (mixture.information((n,), tuple(x for x in NAMES if x != n)) for n in NAMES)
-        told = ", ".join(f"{n} {i:.2f}" for n, i in zip(NAMES, rest, strict=True))
-        pairs = (f"{a}{b} {mixture.information((a,), (b,)):.2f}" for a, b in combinations(NAMES, 2))
-        print(
-            f"Seed {seed}, nats between pairs: {', '.join(pairs)}; with the rest: {told}",
-            flush=True,
-        )
-        for name, options in VARIANTS.items():
-            if ((done.seed == seed) & (done.variant == name)).any():
-                continue
-            start = time.process_time()
-            network, score = train(options, data, seed)
-            seconds = time.process_time() - start
-            asked = {name: ask(network, data, "mean")}
-            if name == "full":
-                asked["sampled latents"] = ask(network, data, "sample")
-            rows = [
-                (seed, label, rate, accuracy, score, seconds)
-                for label, found in asked.items()
-                for rate, accuracy in found.items()
-            ]
-            done = pd.concat([done, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
-            done.to_csv(parsed.out, index=False)
+    data = make(parsed.seeds)
+    for name, options in VARIANTS.items():
+        if (done.variant == name).any():
+            continue
+        start = time.process_time()
+        state, score = train(options, data, parsed.seeds)
+        seconds = time.process_time() - start
+        asked = {name: ask(options, state, data)}
+        if name == "full":
+            asked["sampled latents"] = ask({**options, "latents": "sample"}, state, data)
+        rows = [
+            (seed, label, rate, float(accuracy[seed]), float(score[seed]), seconds)
+            for label, found in asked.items()
+            for rate, accuracy in found.items()
+            for seed in range(parsed.seeds)
+        ]
+        done = pd.concat([done, pd.DataFrame(rows, columns=COLUMNS)], ignore_index=True)
+        done.to_csv(parsed.out, index=False)
+        print(f"{name}: {seconds:.0f} CPU seconds", flush=True)
     tables(done)
-    each = done.groupby(["variant", "seed"]).seconds.first()
-    print(
-        f"\n{parsed.seeds} seeds, {each.mean():.1f} CPU seconds per network;"
-        f" {platform.machine()}, {torch.get_num_threads()} thread"
-    )
+    print(f"\n{parsed.seeds} seeds; {platform.machine()}, {torch.get_num_threads()} thread")
 
 
 if __name__ == "__main__":
-    main()
+    with sdpa_kernel(SDPBackend.MATH):  # the one that several networks at once can share
+        main()

@@ -459,6 +459,12 @@ def evaluate(
     ] = False,
     identify: Identify = False,
     without_refused: WithoutRefused = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against", help="Bundle of the same cohort to set beside this one; repeatable."
+        ),
+    ] = None,
     num_parts: Annotated[
         int, typer.Option("--num-parts", min=1, help="How many processes share the work.")
     ] = 1,
@@ -490,6 +496,7 @@ def evaluate(
             allow_overlap=allow_overlap,
             identify=identify,
             treat_refused_as_missing=without_refused,
+            against=tuple(load_bundle(other, device) for other in against or ()),
             num_parts=num_parts,
             part_id=part_id,
             command=shlex.join(["dymo-med", *sys.argv[1:]]),

@@ -309,24 +309,18 @@ class CyclicLatents(nn.Module):
         Args:
             batch: B records; values where nothing was observed are not looked at.
         """
-        o, b, m = self.options, len(batch), len(self.specs)
-        like = next(self.parameters())
-        features = like.new_zeros(m, b, o.length, o.dim)
-        mean = like.new_zeros(m, b, o.length, o.bottleneck)
-        log_variance = torch.zeros_like(mean)
-        available = torch.zeros(m, b, o.length, dtype=torch.bool, device=like.device)
+        found: list[tuple[Tensor, ...]] = []
         for i, spec in enumerate(self.specs):
             rows = batch.observed.available[:, i].nonzero().squeeze(1)
             fields = batch.observed_fields.get(spec.name)
             tokens = self.features(
                 spec.name, batch.values[spec.name][rows], None if fields is None else fields[rows]
             )
+            mean, log_variance = self.bottlenecks[spec.name](tokens.values)
             keep = tokens.available[..., None]
-            found = self.bottlenecks[spec.name](tokens.values)
-            features[i, rows] = tokens.values
-            mean[i, rows], log_variance[i, rows] = (part * keep for part in found)
-            available[i, rows] = tokens.available
-        return Encoded(*(x.transpose(0, 1) for x in (features, mean, log_variance, available)))
+            parts = (tokens.values, mean * keep, log_variance * keep, tokens.available)
+            found.append(tuple(_spread(part, rows, len(batch)) for part in parts))
+        return Encoded(*(torch.stack(parts, 1) for parts in zip(*found, strict=True)))
 
     def draw(self, encoded: Encoded, generator: torch.Generator) -> Tensor:
         """Return one draw of every latent, `(B, M, L, C)`; the means without a bottleneck space."""
@@ -650,6 +644,13 @@ def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator) -> Ten
     """Return one draw of N(mean, e^log_variance)."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
     return mean + noise * (0.5 * log_variance).exp()
+
+
+def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Return `part` placed at `rows` of an otherwise zero (False) tensor with `size` rows."""
+    if len(rows) == size:
+        return part
+    return part.new_zeros(size, *part.shape[1:]).index_copy(0, rows, part)
 
 
 def _token_mean(x: Tensor, available: Tensor) -> Tensor:

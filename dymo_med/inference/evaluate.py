@@ -111,6 +111,7 @@ def evaluate(
     allow_overlap: bool = False,
     identify: bool = False,
     treat_refused_as_missing: bool = False,
+    against: Sequence[ModelBundle] = (),
     num_parts: int = 1,
     part_id: int = 0,
     command: str = "",
@@ -141,6 +142,8 @@ def evaluate(
         identify: Whether reports show the identifier that headers state, instead of a pseudonym.
         treat_refused_as_missing: Answer without what the quality gate refuses; else such a record
             is a failure.
+        against: Other bundles for the same cohort, whose methods are set beside this one's as
+            `<bundle>:<method>`.
         num_parts: How many processes share the evaluation.
         part_id: Which of them this is, from 0. Each does every `num_parts`-th batch; whoever
             finds all batches done writes the tables (two that find it at the same moment write
@@ -154,7 +157,8 @@ def evaluate(
     Raises:
         ConfigError: If the split, a scenario, the number of draws, a part or `out` is wrong, or
             patients were used to make the bundle and that is not allowed.
-        BundleError: If the bundle is for another task or other modalities.
+        BundleError: If the bundle, or one it is set against, is for another task or other
+            modalities.
     """
     start = time.perf_counter()
     specs = _specs(bundle, cohort)
@@ -173,7 +177,18 @@ def evaluate(
                 remedy="Count parts from 0",
             )
         )
-    seen = _seen(bundle, records)
+    _distinct((bundle, *against))
+    for other in against:
+        if {s.name for s in _specs(other, cohort)} != {s.name for s in specs}:
+            raise BundleError(
+                Problem(
+                    f"bundle {other.name}",
+                    f"it is for other modalities than bundle {bundle.name}",
+                    expected=", ".join(s.name for s in specs),
+                    got=", ".join(s.name for s in other.specs),
+                )
+            )
+    seen = max(_seen(one, records) for one in (bundle, *against))
     if seen and not allow_overlap:
         raise ConfigError(
             Problem(
@@ -184,7 +199,9 @@ def evaluate(
             )
         )
     most_reports = None if reports is True else int(reports)
-    run = _Run(bundle, cohort, split, specs, seed, most_reports, methods, draws, identify)
+    run = _Run(
+        bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
+    )
     known = {
         "bundle": bundle.bundle_id,
         "cohort": cohort.name,
@@ -197,6 +214,7 @@ def evaluate(
         "selectors": [bundle.choice.name, *methods],
         "draws": draws,
         "treatment of refused modalities": treat_refused_as_missing,
+        "set of bundles": [other.bundle_id for other in against],
         "records, label or patient": _digest(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
         "subgroup of a record": sha256(
@@ -251,6 +269,7 @@ def evaluate(
         "patients_seen_in_training": seen,
         "refused_as_missing": treat_refused_as_missing,
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
+        "against": [{"name": b.name, "version": b.version, "id": b.bundle_id} for b in against],
         "records_sha256": known["records, label or patient"],
         "device": str(bundle.device),
         "versions": versions(),
@@ -333,7 +352,7 @@ def _write(
     return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table))
 
 
-_Asked = tuple[Answers, Answers | None, dict[str, Tensor]]
+_Asked = tuple[Answers, Answers | None, dict[str, Tensor], dict[str, Answers]]
 
 
 @dataclass(frozen=True)
@@ -350,6 +369,7 @@ class _Run:
         methods: Selectors to compare besides the usual ones.
         draws: Draws of the imputer, to judge their spread.
         identify: Whether reports show identifiers.
+        against: Other bundles to compare with.
     """
 
     bundle: ModelBundle
@@ -361,6 +381,7 @@ class _Run:
     methods: Sequence[str]
     draws: int
     identify: bool
+    against: tuple[ModelBundle, ...] = ()
 
     def batch(
         self,
@@ -409,7 +430,7 @@ class _Run:
                 rows["failures"].append(
                     _failure(record.record_id, rule.text, "hide", _message(nothing))
                 )
-        for index, (answers, oracle, compared) in self._answers(
+        for index, (answers, oracle, compared, others) in self._answers(
             remaining, whole, rule, rows["failures"]
         ):
             if oracle is not None:
@@ -430,7 +451,7 @@ class _Run:
                     "subgroups": levels[i],
                 }
                 rows["predictions"] += self._predictions(
-                    rule, record, answers, oracle, compared, members, row
+                    rule, record, answers, oracle, compared, others, members, row
                 )
                 rows["selections"] += [
                     {"scenario": rule.text, "record_id": record.record_id, **asdict(step)}
@@ -471,12 +492,14 @@ class _Run:
     def _ask(
         self, records: Sequence[PatientRecord], whole: Sequence[PatientRecord], rule: Scenario
     ) -> _Asked:
-        """Return the answers, those on the whole records, and those of the comparators."""
+        """Return the answers, those on the whole records, of comparators and other bundles."""
         answers = answer(self.bundle, records, seed=self.seed, methods=self.methods)
         oracle = None
         if rule.kind != "as-is":
             oracle = answer(self.bundle, whole, seed=self.seed, methods=self.methods)
-        return answers, oracle, comparator_probabilities(self.bundle, answers.batch)
+        compared = comparator_probabilities(self.bundle, answers.batch)
+        others = {b.name: answer(b, records, seed=self.seed) for b in self.against}
+        return answers, oracle, compared, others
 
     def _points_to(self, answers: Answers) -> list[dict[str, int]]:
         """Return per record the class that each recovery, alone, points to."""
@@ -513,6 +536,7 @@ class _Run:
         answers: Answers,
         oracle: Answers | None,
         compared: dict[str, Tensor],
+        others: dict[str, Answers],
         members: Sequence[int],
         row: int,
     ) -> list[Row]:
@@ -526,6 +550,11 @@ class _Run:
             # They see what was observed and nothing else.
             base = self._prediction(rule, record, answers, "observed_only", name, row)
             rows.append({**base, **self._answer(probabilities[row])})
+        rows += [
+            self._prediction(rule, record, theirs, method, f"{bundle}:{method}", row)
+            for bundle, theirs in others.items()
+            for method in theirs.traces
+        ]
         if oracle is not None:
             rows.append(self._prediction(rule, record, oracle, "observed_only", ORACLE, row))
         return rows
@@ -750,6 +779,24 @@ def _form_text(spec: ModalitySpec) -> str:
     columns = ", ".join(c.name for c in spec.columns)
     detail = columns or f"spacing {spec.spacing_mm} mm, intensity {spec.intensity}"
     return f"{spec.kind} {shape} ({detail})"
+
+
+def _distinct(bundles: Sequence[ModelBundle]) -> None:
+    """Refuse bundles that one cannot tell apart by name.
+
+    Raises:
+        ConfigError: If two have the same.
+    """
+    names = [bundle.name for bundle in bundles]
+    same = sorted({name for name in names if names.count(name) > 1})
+    if same:
+        raise ConfigError(
+            Problem(
+                "--against",
+                f"several bundles are called {', '.join(same)}",
+                remedy="Give each recipe a name of its own, and train again",
+            )
+        )
 
 
 def _seen(bundle: ModelBundle, records: Sequence[CohortRecord]) -> int:

@@ -1,5 +1,8 @@
 """CyIN from a recipe to answers: imputer and backbone of one network in one bundle."""
 
+import csv
+import dataclasses
+
 import pytest
 import torch
 import yaml
@@ -7,6 +10,8 @@ from safetensors.torch import load_file
 
 from dymo_med.bundle import load_bundle
 from dymo_med.data.batch import collate
+from dymo_med.errors import BundleError, ConfigError
+from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import answer, predict_batch
 from dymo_med.training.train import train
 
@@ -79,3 +84,32 @@ def test_an_explanation_adds_up_to_the_answer(cyclic_bundle, records):
         # Cells and voxels that nobody fused move nothing.
         made = {a.modality for a in prediction.attributions if a.name and a.recovered}
         assert not made & set(prediction.trusted)
+
+
+def test_bundles_are_set_side_by_side(cyclic_bundle, cohort, tmp_path, plain):
+    other = dataclasses.replace(cyclic_bundle, name="other").with_selector("dymo")
+    evaluate(
+        cyclic_bundle,
+        cohort,
+        tmp_path / "out",
+        scenarios=("rate:0.4",),
+        reports=False,
+        against=(other,),
+    )
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for method in ("observed_only", "trust_all", "dymo"):
+        mine = [r for r in rows if r["method"] == method]
+        theirs = [r for r in rows if r["method"] == f"other:{method}"]
+        assert mine and len(mine) == len(theirs)
+        for one, two in zip(mine, theirs, strict=True):  # the same network under another name
+            assert {**one, "method": "", "prediction_set": ""} == {**two, "method": ""}
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        methods = {r["method"] for r in csv.DictReader(file)}
+    assert f"{cyclic_bundle.choice.name} - other:trust_all" in methods
+    with pytest.raises(ConfigError, match="several bundles are called cyclic"):
+        evaluate(cyclic_bundle, cohort, tmp_path / "two", against=(cyclic_bundle,))
+    assert not (tmp_path / "two").exists()
+    fewer = dataclasses.replace(other, specs=other.specs[:-1])
+    with pytest.raises(BundleError, match="other modalities than bundle cyclic"):
+        evaluate(cyclic_bundle, cohort, tmp_path / "two", against=(fewer,))
