@@ -186,6 +186,7 @@ def evaluate(
                     f"it is for other modalities than bundle {bundle.name}",
                     expected=", ".join(s.name for s in specs),
                     got=", ".join(s.name for s in other.specs),
+                    remedy="Compare bundles that were trained on the same cohort.yaml",
                 )
             )
     seen = max(_seen(one, records) for one in (bundle, *against))
@@ -794,6 +795,7 @@ def _distinct(bundles: Sequence[ModelBundle]) -> None:
             Problem(
                 "--against",
                 f"several bundles are called {', '.join(same)}",
+                expected="bundles of different names",
                 remedy="Give each recipe a name of its own, and train again",
             )
         )

@@ -197,6 +197,8 @@ class FusionObjective(Objective):
                         "backbone_training.gradient",
                         "gmd decouples losses of subsets, and this backbone has one of its own",
                         expected="a backbone that is trained by subsets",
+                        expected="sum",
+                        got="gmd",
                         remedy="Use gradient: sum with it",
                     )
                 )
