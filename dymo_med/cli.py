@@ -245,7 +245,7 @@ def _first(files: Mapping[str, int], most: int) -> str:
     """Return the names of the first files, with the number of records where there are several."""
     shown = [f"{f} ({n} records)" if n > 1 else f for f, n in list(files.items())[:most]]
     rest = len(files) - len(shown)
-    return ", ".join(shown) + (f" and {_count(rest, 'other file')}" if rest else "")
+    return ", ".join(shown) + (f" and {_count(rest, 'other')}" if rest else "")
 
 
 def _print_patterns(patterns: Mapping[str, int]) -> None:

@@ -34,8 +34,9 @@ class CheckReport:
         patterns: For a cohort or patient, observed modalities joined by commas and the number of
             records that have just these, most frequent first.
         observed: For a cohort or patient, the number of records that have each modality.
-        unused: For a cohort or patient, files that no modality looks at, by their path in the
-            patient directory, and the number of records that have one; most frequent first.
+        unused: For a cohort or patient, files and folders that no modality looks at, by their
+            path in the patient directory, and the number of records that have one; most frequent
+            first.
         admitted: For a prediction, what the replayed decision admits; None = nothing was replayed.
         reproduced: For a prediction, whether that is the decision and the choice it states.
     """
@@ -222,19 +223,24 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
 
 
 def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
-    """Yield the files of a patient directory that are not among those declared, in order.
+    """Yield what is in a patient directory and not among the files declared, in order.
+
+    A folder that no declared file is in is one entry, with a slash at its end.
 
     Hidden files, sidecars of the same name and whatever is in a modality's folder are not among
     them.
     """
     paths = [PurePosixPath(file_in(folder, file)) for file in files]
     declared = {path.with_name(path.name.split(".")[0].lower()) for path in paths}
-    for parent, folders, names in os.walk(folder):
-        here = PurePosixPath(Path(parent).relative_to(folder).as_posix())
-        folders[:] = sorted(f for f in folders if f[0] != "." and here / f.lower() not in declared)
-        for name in sorted(names):
-            if name[0] != "." and here / name.split(".")[0].lower() not in declared:
-                yield (here / name).as_posix()
+    within = {parent for path in paths for parent in path.parents}
+    for root, folders, names in os.walk(folder):
+        here = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        others = [n for n in names if here / n.split(".")[0].lower() not in declared]
+        others += [
+            f"{n}/" for n in folders if not {here / n, here / n.lower()} & (within | declared)
+        ]
+        yield from (f"{here}/{n}".removeprefix("./") for n in sorted(others) if n[0] != ".")
+        folders[:] = sorted(n for n in folders if here / n in within)
 
 
 def _pattern(record: PatientRecord, specs: tuple[ModalitySpec, ...]) -> str:
