@@ -196,8 +196,7 @@ class FusionObjective(Objective):
                     Problem(
                         "backbone_training.gradient",
                         "gmd decouples losses of subsets, and this backbone has one of its own",
-                        expected="a backbone that is trained by subsets",
-                        expected="sum",
+                        expected="sum, or a backbone that is trained by subsets",
                         got="gmd",
                         remedy="Use gradient: sum with it",
                     )
