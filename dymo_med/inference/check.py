@@ -185,7 +185,9 @@ def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> Ch
     exit_code = PatientDataError.exit_code if problems else 0
     ordered = dict(patterns.most_common())
     others = dict(unused.most_common())
-    return CheckReport(path, "cohort", tuple(problems), exit_code, ordered, observed, others)
+    # A table that all records share is at fault once.
+    told = tuple(dict.fromkeys(problems))
+    return CheckReport(path, "cohort", told, exit_code, ordered, observed, others)
 
 
 def _check_patient(path: Path, against: Path | None) -> CheckReport:

@@ -107,7 +107,7 @@ def read_record(
         raise PatientDataError(*problems)
     if days:
         cells[_LATEST_DAY] = Cell(max(days).isoformat())
-    return Row(cells, where, digest, _identifiers(patients, observations))
+    return Row(cells, where, digest, _identifiers(patients))
 
 
 def _at(place: str, number: int) -> str:
@@ -268,18 +268,15 @@ def _ends_alike(name: str, own: set[str]) -> bool:
     return any(tail == "/".join(other.split("/")[-2:]) for other in own)
 
 
-def _identifiers(patients: Sequence[Json], observations: Sequence[Json]) -> tuple[str, ...]:
-    """Return what the record calls the patient: identifiers, else the id."""
-    if not patients:
-        return tuple(dict.fromkeys(filter(None, map(_subject, observations))))
-    stated = patients[0].get("identifier")
+def _identifiers(patients: Sequence[Json]) -> tuple[str, ...]:
+    """Return the patient's identifiers; an id is the server's own and says nothing elsewhere."""
+    stated = patients[0].get("identifier") if patients else None
     values = [
-        str(part["value"]).strip()
+        part["value"].strip()
         for part in (stated if isinstance(stated, list) else [])
         if isinstance(part, dict) and isinstance(part.get("value"), str)
     ]
-    own = patients[0].get("id")
-    return tuple(dict.fromkeys(values or ([own] if isinstance(own, str) else [])))
+    return tuple(dict.fromkeys(filter(None, values)))
 
 
 # -- observations ----------------------------------------------------------------------------------

@@ -110,10 +110,18 @@ def test_one_session_alone_reads_the_same(dataset):
     assert alone.modalities["labs"].source.file == "phenotype/ehr.tsv"
 
 
-def test_check_reads_a_dataset(dataset):
-    report = check(dataset)
+def test_check_reads_a_dataset_and_tells_of_a_shared_table_once(dataset, tmp_path):
+    root = edited(dataset, tmp_path, "phenotype/ehr.tsv", "\tsession\t", "\tvisit\t")
+    for scans in root.glob("sub-*/ses-*/*"):
+        shutil.rmtree(scans) if scans.is_dir() else scans.unlink()
+    report = check(root)
+    [problem] = report.problems
+    assert problem.where == "ehr.tsv" and "a column session" in problem.expected
+    assert report.exit_code == 3
+    shutil.copy(dataset / "phenotype" / "ehr.tsv", root / "phenotype")
+    report = check(root)
     assert report.kind == "cohort" and report.problems == ()
-    assert sum(report.patterns.values()) == 24
+    assert sum(report.patterns.values()) == 24 and "demographics, labs" in report.patterns
 
 
 def test_a_subject_without_sessions_is_the_record(dataset, tmp_path):

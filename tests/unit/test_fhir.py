@@ -337,7 +337,7 @@ def test_no_part_of_a_record_causes_anything_but_our_errors(tmp_path):
     kind, refused = table(), 0
     record = bundle(observation(), PRESSURE, SMOKER)
     for spot in range(len(places(record))):
-        for odd in ODD:
+        for odd in ODD[spot % 3 :: 3]:
             copy = json.loads(json.dumps(record))
             container, key = places(copy)[spot]
             container[key] = odd
