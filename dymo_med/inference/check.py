@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -234,10 +235,16 @@ def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
     """
     paths = [PurePosixPath(file_in(folder, file)) for file in files]
     declared = {path.with_name(path.name.split(".")[0].lower()) for path in paths}
+    # In names of BIDS `*` stands for anything.
+    open_names = [str(path) for path in declared if "*" in path.name]
     within = {parent for path in paths for parent in path.parents}
+
+    def known(path: PurePosixPath) -> bool:
+        return path in declared or any(fnmatchcase(str(path), name) for name in open_names)
+
     for root, folders, names in os.walk(folder):
         here = PurePosixPath(Path(root).relative_to(folder).as_posix())
-        others = [n for n in names if here / n.split(".")[0].lower() not in declared]
+        others = [n for n in names if not known(here / n.split(".")[0].lower())]
         others += [
             f"{n}/" for n in folders if not {here / n, here / n.lower()} & (within | declared)
         ]

@@ -8,7 +8,7 @@ import yaml
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_patient, read_record
 from dymo_med.errors import ConfigError, PatientDataError
-from dymo_med.inference.check import check
+from dymo_med.inference.check import _unused, check
 from tests.conftest import COHORT, SPLIT_OF_PATIENT
 
 SCAN = {"kind": "image", "dims": 3, "size": [16, 16, 16], "spacing_mm": [2, 2, 2]}
@@ -112,8 +112,8 @@ def test_one_session_alone_reads_the_same(dataset):
 
 def test_check_reads_a_dataset_and_tells_of_a_shared_table_once(dataset, tmp_path):
     root = edited(dataset, tmp_path, "phenotype/ehr.tsv", "\tsession\t", "\tvisit\t")
-    for scans in root.glob("sub-*/ses-*/*"):
-        shutil.rmtree(scans) if scans.is_dir() else scans.unlink()
+    for scans in [*root.glob("sub-*/ses-*/anat/*"), *root.glob("sub-*/ses-*/*.png")]:
+        scans.unlink()
     report = check(root)
     [problem] = report.problems
     assert problem.where == "ehr.tsv" and "a column session" in problem.expected
@@ -122,6 +122,16 @@ def test_check_reads_a_dataset_and_tells_of_a_shared_table_once(dataset, tmp_pat
     report = check(root)
     assert report.kind == "cohort" and report.problems == ()
     assert sum(report.patterns.values()) == 24 and "demographics, labs" in report.patterns
+
+
+def test_scans_are_known_to_check_and_others_are_listed(dataset):
+    cohort = read_cohort(dataset)
+    folder = cohort.records[0].folder
+    files = [spec.file for spec in cohort.specs]
+    assert list(_unused(folder, files)) == []
+    assert list(_unused(folder, files[1:])) == [
+        f"anat/sub-p000_ses-1_run-1_T1w{end}" for end in (".json", ".nii.gz")
+    ]
 
 
 def test_a_subject_without_sessions_is_the_record(dataset, tmp_path):
