@@ -164,7 +164,12 @@ WRONG = {
     "twice": ("participants.tsv", "sub-p001\t", "sub-p000\t", "occurs twice"),
     "entity": ("cohort.yaml", "acq: tse", "acquisition: tse", "no entities of BIDS"),
     "suffix": ("cohort.yaml", "suffix: T1w", "suffix: '*'", "suffix"),
-    "file too": ("cohort.yaml", "suffix: T1w", "suffix: T1w\n    file: a.nii", "both say which scan"),
+    "file too": (
+        "cohort.yaml",
+        "suffix: T1w",
+        "suffix: T1w\n    file: a.nii",
+        "both say which scan",
+    ),
     "patients": ("cohort.yaml", "layout: bids", "layout: bids\npatients: p", "leave patients out"),
     "commas": ("participants.tsv", "participant_id\t", "participant_id,", "separated by tabs"),
 }
