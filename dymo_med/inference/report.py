@@ -243,11 +243,12 @@ def _gate_words(check: str) -> str:
 def _gate(part: QualityPart | None) -> list[str]:
     """Return what the quality gate found in one modality, in full."""
     text = words()["gate"]
+    findings = part.findings if part is not None else ()
     return [
-        text["detail" if finding.expected else "detail_alone"].format(
-            what=_gate_words(finding.check), got=finding.got, expected=finding.expected
-        )
-        for finding in (part.findings if part is not None else ())
+        text[
+            "detail" if f.got and f.expected else "detail_got" if f.got else "detail_alone"
+        ].format(what=_gate_words(f.check), got=f.got, expected=f.expected)
+        for f in findings
     ]
 
 

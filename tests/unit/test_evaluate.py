@@ -208,9 +208,9 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     with pytest.raises(ConfigError, match="another seed"):
         evaluate(bundle, cohort, out, **given, seed=1, resume=True)
     read = []
-    original = module.read_record
+    original = module.examine_record
     monkeypatch.setattr(
-        module, "read_record", lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1]
+        module, "examine_record", lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1]
     )
     evaluate(bundle, cohort, out, **given, resume=True)
     assert 0 < len(read) < done.records

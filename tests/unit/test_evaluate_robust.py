@@ -153,7 +153,7 @@ def rows_of(path):
 
 def same_tables(one, other):
     names = sorted(p.name for p in other.glob("*.csv"))
-    assert len(names) == 9 and sorted(p.name for p in one.glob("*.csv")) == names
+    assert len(names) == 10 and sorted(p.name for p in one.glob("*.csv")) == names
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -340,14 +340,14 @@ def test_a_bug_while_reading_ahead_surfaces(model, clinic, tmp_path, monkeypatch
     def bug(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "read_record", bug)
+    monkeypatch.setattr(module, "examine_record", bug)
     with pytest.raises(ZeroDivisionError):
         evaluate(model, read_cohort(clinic), tmp_path / "o")
     assert not (tmp_path / "o" / "failures.csv").exists()
 
 
 def test_an_interruption_does_not_wait_for_what_is_being_read(model, clinic, tmp_path, monkeypatch):
-    original, read = module.read_record, []
+    original, read = module.examine_record, []
     interrupted = threading.Event()
 
     def slow(entry, *others, **given):
@@ -362,7 +362,7 @@ def test_an_interruption_does_not_wait_for_what_is_being_read(model, clinic, tmp
         interrupted.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "read_record", slow)
+    monkeypatch.setattr(module, "examine_record", slow)
     cohort = read_cohort(clinic)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, cohort, tmp_path / "o", batch_size=4, reports=False, progress=stop)
