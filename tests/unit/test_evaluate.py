@@ -210,7 +210,9 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     read = []
     original = module.examine_record
     monkeypatch.setattr(
-        module, "examine_record", lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1]
+        module,
+        "examine_record",
+        lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1],
     )
     evaluate(bundle, cohort, out, **given, resume=True)
     assert 0 < len(read) < done.records
