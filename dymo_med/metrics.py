@@ -1,4 +1,4 @@
-"""How good probabilities are: weighted metrics, and intervals that resample patients.
+"""How good probabilities and numbers are: weighted metrics, and intervals that resample patients.
 
 Every metric here takes rows of weights `(R, n)` and returns R values, so that the point estimate
 (one row) and a thousand bootstrap resamples (a thousand rows) are one code path. scikit-learn
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +130,32 @@ def f1(labels: Integers, probabilities: Floats, weights: Floats) -> Floats:
             score = 2 * (weights @ (said * true)) / (weights @ said + occurs)
         scores.append(np.where(occurs > 0, score, np.nan))
     return scores[0] if classes == 2 else _over_classes(scores)
+
+
+def weighted_f1(labels: Integers, probabilities: Floats, weights: Floats) -> Floats:
+    """Return the F1 of every class, averaged by how often the class occurs.
+
+    Args:
+        labels: `(n,)`.
+        probabilities: `(n, K)`.
+        weights: `(R, n)`.
+
+    Returns:
+        `(R,)`; NaN where there is no record.
+    """
+    return _weighted_f1(labels, probabilities.argmax(1), probabilities.shape[1], weights)
+
+
+def _weighted_f1(labels: Integers, answer: Integers, classes: int, weights: Floats) -> Floats:
+    """Return the F1 of classes averaged by how often they occur; of given answers `(n,)`."""
+    total = np.zeros(len(weights))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for k in range(classes):
+            said, true = (answer == k).astype(np.float64), (labels == k).astype(np.float64)
+            occurs = weights @ true
+            score = 2 * (weights @ (said * true)) / (weights @ said + occurs)
+            total += np.where(occurs > 0, occurs * score, 0.0)
+        return np.asarray(total / weights.sum(1))
 
 
 def auroc(labels: Integers, probabilities: Floats, weights: Floats) -> Floats:
@@ -298,12 +325,157 @@ METRICS: Mapping[str, Callable[[Integers, Floats, Floats], Floats]] = {
     "balanced_accuracy": balanced_accuracy,
     "accuracy": accuracy,
     "f1": f1,
+    "weighted_f1": weighted_f1,
     "brier": brier,
     "log_loss": log_loss,
     "ece": ece,
     "calibration_slope": calibration_slope,
     "calibration_intercept": calibration_intercept,
 }
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def mae(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the mean absolute error, `(R,)`.
+
+    Args:
+        truth: `(n,)`.
+        values: `(n,)`, what was answered.
+        weights: `(R, n)`, not negative.
+    """
+    return _mean(np.abs(values - truth), weights)
+
+
+def rmse(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the square root of the mean squared error, `(R,)`; arguments as of `mae`."""
+    return np.asarray(np.sqrt(_mean(np.square(values - truth), weights)))
+
+
+def pearson(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the correlation of answer and truth, `(R,)`; arguments as of `mae`.
+
+    NaN where either does not vary.
+    """
+    x, y = _centered(truth, weights), _centered(values, weights)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both = np.einsum("rn,rn,rn->r", weights, x, y)
+        sizes = np.einsum("rn,rn->r", weights, x * x) * np.einsum("rn,rn->r", weights, y * y)
+        return np.where(sizes > 1e-24, both / np.sqrt(sizes), np.nan)
+
+
+def r2(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the share of the truth's variance that is explained, `(R,)`; at most 1.
+
+    Arguments as of `mae`. 0 is what the mean of these very records would get; NaN where the truth
+    does not vary.
+    """
+    whole = np.einsum("rn,rn->r", weights, np.square(_centered(truth, weights)))
+    left = weights @ np.square(values - truth)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(whole > 1e-24, 1 - left / whole, np.nan)
+
+
+def acc7(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the share of answers that are right once rounded, of a scale from -3 to 3, `(R,)`.
+
+    Both are clipped to the scale and rounded to the nearest whole number, halves to even, as the
+    published codes do. Arguments as of `mae`.
+    """
+    rounded = [np.round(np.clip(x, -3, 3)) for x in (truth, values)]
+    return _mean((rounded[0] == rounded[1]).astype(np.float64), weights)
+
+
+def acc2_nonnegative(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the share of answers on the right side of 0, where 0 counts as positive, `(R,)`.
+
+    The convention "non-negative against negative". Arguments as of `mae`.
+    """
+    return _mean(((truth >= 0) == (values >= 0)).astype(np.float64), weights)
+
+
+def acc2_nonzero(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the share of answers on the right side of 0, of records whose truth is not 0, `(R,)`.
+
+    The convention "positive against negative". Arguments as of `mae`.
+    """
+    right = ((truth > 0) == (values > 0)).astype(np.float64)
+    return _mean(right, weights * (truth != 0))
+
+
+def f1_nonnegative(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the weighted F1 of the two sides of `acc2_nonnegative`, `(R,)`."""
+    sides = [(x >= 0).astype(np.int64) for x in (truth, values)]
+    return _weighted_f1(sides[0], sides[1], 2, weights)
+
+
+def f1_nonzero(truth: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return the weighted F1 of the two sides of `acc2_nonzero`, `(R,)`."""
+    sides = [(x > 0).astype(np.int64) for x in (truth, values)]
+    return _weighted_f1(sides[0], sides[1], 2, weights * (truth != 0))
+
+
+def _centered(x: Floats, weights: Floats) -> Floats:
+    """Return values minus their weighted mean, `(R, n)`."""
+    return np.asarray(x[None, :] - _mean(x, weights)[:, None])
+
+
+NUMBER_METRICS: Mapping[str, Callable[[Floats, Floats, Floats], Floats]] = {
+    "mae": mae,
+    "rmse": rmse,
+    "pearson": pearson,
+    "r2": r2,
+    "acc7": acc7,
+    "acc2_nonnegative": acc2_nonnegative,
+    "acc2_nonzero": acc2_nonzero,
+    "f1_nonnegative": f1_nonnegative,
+    "f1_nonzero": f1_nonzero,
+}
+
+
+def number_metrics(low: float, high: float) -> tuple[str, ...]:
+    """Return the metrics that mean something on a scale.
+
+    `acc7` needs one from -3 to 3, those that are about the sign one with 0 within it.
+    """
+    about_sign = ("acc2_nonnegative", "acc2_nonzero", "f1_nonnegative", "f1_nonzero")
+    left_out = {"acc7"} if (low, high) != (-3.0, 3.0) else set()
+    left_out |= set() if low < 0 < high else set(about_sign)
+    return tuple(name for name in NUMBER_METRICS if name not in left_out)
+
+
+def bootstrap_numbers(
+    truth: Floats,
+    values: Mapping[str, Floats],
+    patient_ids: Sequence[Hashable],
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+    metrics: Sequence[str] = tuple(NUMBER_METRICS),
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict[str, dict[str, Estimate]]:
+    """Return every metric of every method's numbers, as `bootstrap` does of probabilities.
+
+    Args:
+        truth: `(n,)`.
+        values: Per method `(n,)`.
+        patient_ids: n ids.
+        pairs: Differences to estimate besides.
+        metrics: Names out of `NUMBER_METRICS`.
+        seed: Seed of the draws.
+        resamples: Number of draws.
+
+    Example:
+        >>> y = np.array([0.0, 1.0, 2.0])
+        >>> bootstrap_numbers(y, {"m": y + 1}, ["a", "b", "c"], resamples=10)["m"]["mae"].value
+        1.0
+    """
+    chosen = {name: NUMBER_METRICS[name] for name in metrics}
+    return _resampled(truth, values, patient_ids, pairs, chosen, seed, resamples)
+
+
+# --- Resampling -----------------------------------------------------------------------------------
 
 
 def bootstrap(
@@ -350,11 +522,25 @@ def bootstrap(
         1.0
     """
     y = np.asarray(labels, dtype=np.int64)
+    chosen = {name: METRICS[name] for name in metrics}
+    return _resampled(y, probabilities, patient_ids, pairs, chosen, seed, resamples)
+
+
+def _resampled(
+    y: NDArray[Any],
+    answers: Mapping[str, Floats],
+    patient_ids: Sequence[Hashable],
+    pairs: Sequence[tuple[str, str]],
+    metrics: Mapping[str, Callable[[Any, Floats, Floats], Floats]],
+    seed: int,
+    resamples: int,
+) -> dict[str, dict[str, Estimate]]:
+    """Return metrics and paired differences with intervals over resamples of patients."""
     owner, count = _owners(patient_ids)
     own = patient_weights(patient_ids)
     whole = {
-        (method, metric): METRICS[metric](y, p, own[None, :])
-        for method, p in probabilities.items()
+        (method, metric): metrics[metric](y, p, own[None, :])
+        for method, p in answers.items()
         for metric in metrics
     }
     draws: dict[tuple[str, str], list[Floats]] = {key: [] for key in whole}
@@ -364,15 +550,15 @@ def bootstrap(
         rows = min(chunk, resamples - start)
         times = generator.multinomial(count, np.full(count, 1 / count), size=rows)  # (R, patients)
         weights = times[:, owner] * own  # (R, n)
-        for method, p in probabilities.items():
+        for method, p in answers.items():
             for metric in metrics:
-                draws[method, metric].append(METRICS[metric](y, p, weights))
+                draws[method, metric].append(metrics[metric](y, p, weights))
     drawn = {key: np.concatenate([np.empty(0), *parts]) for key, parts in draws.items()}
     result = {
         method: {
             metric: _estimate(whole[method, metric], drawn[method, metric]) for metric in metrics
         }
-        for method in probabilities
+        for method in answers
     }
     for a, b in pairs:
         result[f"{a} - {b}"] = {

@@ -35,6 +35,7 @@ from dymo_med.files import csv_stream, write_csv, write_json
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
+from dymo_med.inference.number_page import write_number_page
 from dymo_med.inference.predict import (
     COMPARED,
     STEP_COLUMNS,
@@ -44,6 +45,7 @@ from dymo_med.inference.predict import (
     explain_record,
     prediction_file,
     selection_steps,
+    value_of,
     versions,
     write_prediction,
 )
@@ -66,6 +68,7 @@ from dymo_med.types import (
     ModalitySpec,
     Norms,
     PatientRecord,
+    Scale,
     Split,
 )
 
@@ -73,6 +76,7 @@ _PROGRESS = ".progress"
 _ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
 _FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
+_NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
 _AHEAD = 2  # batches that are read while one is answered
 
 
@@ -275,7 +279,9 @@ def evaluate(
         "device": str(bundle.device),
         "versions": versions(),
     }
-    return _write(out, facts, rules, len(chunks), specs, start)
+    if bundle.task.scale is not None:
+        facts["scale"] = asdict(bundle.task.scale)
+    return _write(out, facts, rules, len(chunks), specs, start, bundle.task.scale)
 
 
 def _write(
@@ -285,17 +291,18 @@ def _write(
     batches: int,
     specs: Sequence[ModalitySpec],
     start: float,
+    scale: Scale | None,
 ) -> EvaluateResult:
     """Write tables, plots and the page from the finished batches, one batch at a time."""
     (out / "run.json").unlink(missing_ok=True)  # while it is there, everything belongs together
     classes, names, seed = facts["classes"], facts["modalities"], facts["seed"]
     on_page = {*COMPARED, facts["selector"]}
-    collectors = [Collector(r.text, classes, names, facts["selector"]) for r in rules]
+    collectors = [Collector(r.text, classes, names, facts["selector"], scale) for r in rules]
     recoveries = quality.Collector(specs)
     failures: dict[tuple[object, ...], Row] = {}
     listed: list[Row] = []
     columns = {
-        "predictions": _prediction_columns(classes),
+        "predictions": _prediction_columns(classes, scale),
         "selections": ("scenario", "record_id", *STEP_COLUMNS),
         "hidden": HIDDEN_COLUMNS,
         "recovery": quality.COLUMNS,
@@ -337,7 +344,7 @@ def _write(
         "failed_records": len({row["record_id"] for row in failures.values()}),
     }
     recovery = recoveries.write(out, facts["scenarios"], seed)
-    write_pages(
+    (write_pages if scale is None else write_number_page)(
         out,
         facts,
         scores,
@@ -547,6 +554,7 @@ class _Run:
         for one in rows:
             if one["method"] == answers.method:
                 one["prediction_set"] = "+".join(_escaped(classes[k]) for k in members)
+                one |= self._interval(answers, row)
         for name, probabilities in compared.items():
             # They see what was observed and nothing else.
             base = self._prediction(rule, record, answers, "observed_only", name, row)
@@ -560,13 +568,21 @@ class _Run:
             rows.append(self._prediction(rule, record, oracle, "observed_only", ORACLE, row))
         return rows
 
+    def _interval(self, answers: Answers, row: int) -> Row:
+        """Return the columns of a regression's interval; none of a classification."""
+        found = value_of(self.bundle, answers, row)
+        return {} if found is None else {"value_low": found.low, "value_high": found.high}
+
     def _answer(self, probabilities: Tensor) -> Row:
         """Return the columns that say what a method answers."""
         classes, values = self.bundle.task.classes, probabilities.tolist()
-        return {
+        answer: Row = {
             **{f"prob_{c}": p for c, p in zip(classes, values, strict=True)},
             "predicted": classes[int(np.argmax(values))],
         }
+        if self.bundle.task.scale is not None:
+            answer["value"] = float(self.bundle.task.scale.value(probabilities))
+        return answer
 
     def _prediction(
         self,
@@ -589,6 +605,7 @@ class _Run:
             "label": self.bundle.task.classes[label],
             "method": name,
             **self._answer(answers.probabilities[method][row]),
+            **({} if record.value is None else {"value_true": record.value, **_NO_INTERVAL}),
             "prediction_set": "",
             "observed": _joined(trace.names, trace.observed[row]),
             "trusted": _joined(trace.names, trace.admitted[row]),
@@ -632,9 +649,10 @@ def _failure(record_id: str, scenario: str, stage: str, message: str) -> Row:
     return {"record_id": record_id, "scenario": scenario, "stage": stage, "message": message}
 
 
-def _prediction_columns(classes: Sequence[str]) -> tuple[str, ...]:
+def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[str, ...]:
     return (
         *("scenario", "record_id", "patient_id", "split", "label", "method"),
+        *(() if scale is None else ("value_true", "value", *_NO_INTERVAL)),
         *(f"prob_{c}" for c in classes),
         *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
     )

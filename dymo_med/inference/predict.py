@@ -434,14 +434,20 @@ def assemble(
         seed=seed,
         base_rates=bundle.base_rates,
         subsets=weighted_subsets(trace, row),
-        value=_value(bundle, answers, row),
+        value=value_of(bundle, answers, row),
         quality=quality,
         refused=tuple(record.refused),
     )
 
 
-def _value(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
-    """Return the number of a regression with its interval; None without a scale."""
+def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
+    """Return the number that a regression answers, with its interval; None of other tasks.
+
+    Args:
+        bundle: The model.
+        answers: Of a batch.
+        row: Which record of it.
+    """
     scale, conformal = bundle.task.scale, bundle.conformal
     if scale is None:
         return None

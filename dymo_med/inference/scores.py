@@ -15,10 +15,13 @@ from dymo_med.metrics import (
     Floats,
     bootstrap,
     bootstrap_means,
+    bootstrap_numbers,
     delong,
     holm,
+    number_metrics,
     selection_quality,
 )
+from dymo_med.types import Scale
 
 Row = dict[str, Any]
 Bools = NDArray[np.bool_]
@@ -45,6 +48,40 @@ _QUALITY = ("admitted", "harmed", "rescued", "trusted_right", "rejected_right")
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """What a regression answered in one scenario: n records in order.
+
+    Attributes:
+        scale: Of the regression.
+        truth: `(n,)`.
+        answers: Per method `(n,)`.
+        low: `(n,)` lower ends of the bundle's own intervals; NaN where it cannot tell.
+        high: `(n,)` upper ends.
+    """
+
+    scale: Scale
+    truth: Floats
+    answers: Mapping[str, Floats]
+    low: Floats
+    high: Floats
+
+    def rows(self, index: Integers) -> Numbers:
+        """Return some of the records."""
+        return Numbers(
+            self.scale,
+            self.truth[index],
+            {m: values[index] for m, values in self.answers.items()},
+            self.low[index],
+            self.high[index],
+        )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that mean something on the scale."""
+        return number_metrics(self.scale.low, self.scale.high)
+
+
+@dataclass(frozen=True)
 class Scores:
     """One scenario: n records in order, every method's answer for each.
 
@@ -64,6 +101,7 @@ class Scores:
         sets: Bool `(n, K)`: prediction sets; None where the bundle has no calibration for them.
         calibrated_on: `(n,)` how many cases a set was calibrated on.
         subgroups: Per subgroup n levels.
+        numbers: Of a regression, whose bands `classes` are; else None.
     """
 
     scenario: str
@@ -81,6 +119,7 @@ class Scores:
     sets: Bools | None
     calibrated_on: Integers
     subgroups: Mapping[str, tuple[str, ...]]
+    numbers: Numbers | None = None
 
     def __len__(self) -> int:
         """Return n."""
@@ -110,6 +149,7 @@ class Scores:
             sets=None if self.sets is None else self.sets[index],
             calibrated_on=self.calibrated_on[index],
             subgroups={name: pick(levels) for name, levels in self.subgroups.items()},
+            numbers=None if self.numbers is None else self.numbers.rows(index),
         )
 
 
@@ -121,17 +161,25 @@ class Collector:
         classes: K class names.
         modalities: M names.
         own: The bundle's selector.
+        scale: Of a regression.
     """
 
     def __init__(
-        self, scenario: str, classes: Sequence[str], modalities: Sequence[str], own: str
+        self,
+        scenario: str,
+        classes: Sequence[str],
+        modalities: Sequence[str],
+        own: str,
+        scale: Scale | None = None,
     ) -> None:
-        self.scenario, self.own = scenario, own
+        self.scenario, self.own, self.scale = scenario, own, scale
         self.classes, self.modalities = tuple(classes), tuple(modalities)
         self._ids: list[tuple[str, str, str]] = []
         self._levels: dict[str, list[str]] = {}
         self._probabilities: dict[str, list[Floats]] = {}
         self._numbers: list[Integers] = []
+        self._values: dict[str, list[float]] = {}
+        self._known: list[tuple[float, float, float]] = []
 
     def add(self, predictions: Sequence[Row], facts: Mapping[str, Row]) -> None:
         """Take the rows of one batch.
@@ -148,9 +196,15 @@ class Collector:
         for method, rows in by_method.items():
             values = np.array([[row[c] for c in columns] for row in rows], dtype=np.float64)
             self._probabilities.setdefault(method, []).append(values)
+            if self.scale is not None:
+                self._values.setdefault(method, []).extend(row["value"] for row in rows)
         numbers = []
         for row in by_method.get(self.own, []):
             known = facts[row["record_id"]]
+            if self.scale is not None:
+                ends = (row[end] for end in ("value_low", "value_high"))
+                low, high = (float("nan") if end is None else float(end) for end in ends)
+                self._known.append((row["value_true"], low, high))
             pattern = row["pattern"].replace("~", "")
             # Ids and patterns come again in every scenario; one copy is enough.
             ids = (row["record_id"], row["patient_id"], pattern)
@@ -179,6 +233,11 @@ class Collector:
             numbers, np.cumsum([2, m, m, m]), axis=1
         )
         records, patients, patterns = zip(*self._ids, strict=True) if self._ids else ((), (), ())
+        answered = None
+        if self.scale is not None:
+            truth, low, high = np.array(self._known, dtype=np.float64).reshape(-1, 3).T
+            values = {m: np.array(v, dtype=np.float64) for m, v in self._values.items()}
+            answered = Numbers(self.scale, truth, values, low, high)
         return Scores(
             scenario=self.scenario,
             classes=self.classes,
@@ -197,6 +256,7 @@ class Collector:
             sets=sets.astype(bool) if sets.any() else None,
             calibrated_on=facts[:, 1].copy(),
             subgroups={name: tuple(levels) for name, levels in self._levels.items()},
+            numbers=answered,
         )
 
 
@@ -206,7 +266,7 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
     Per scenario every metric of every method; the difference of the bundle's selector to every
     other method; for two classes that of AUROC also by DeLong's test; how good its prediction
     sets and its choices are. `p_holm` adjusts a metric's p-values for the number of comparisons
-    made with it in this run.
+    made with it in this run. Of a regression the metrics are those of its numbers and intervals.
 
     Args:
         scenarios: In order.
@@ -219,11 +279,15 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
             continue
         own = scores.own
         others = [m for m in scores.probabilities if m not in (own, ORACLE)]
+        pairs = [(own, other) for other in others]
+        if scores.numbers is not None:
+            rows += _rows(scores, _number_estimates(scores, scores.numbers, pairs, seed), seen)
+            continue
         estimates = bootstrap(
             scores.labels.tolist(),
             scores.probabilities,
             scores.patient_ids,
-            pairs=[(own, other) for other in others],
+            pairs=pairs,
             seed=seed,
         )
         if len(scores.classes) == 2:
@@ -245,20 +309,7 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
             scores.patient_ids,
             seed=seed,
         )
-        rows += [
-            {
-                "scenario": scores.scenario,
-                "method": method,
-                "metric": metric,
-                **asdict(estimate),
-                "p_holm": None,
-                "records": len(scores),
-                "patients": scores.patients,
-                "seen_in_training": seen,
-            }
-            for method, by_metric in estimates.items()
-            for metric, estimate in by_metric.items()
-        ]
+        rows += _rows(scores, estimates, seen)
     families: dict[str, list[Row]] = {}
     for row in rows:
         if row["p"] is not None and not np.isnan(row["p"]):
@@ -267,6 +318,56 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
         for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p
     return rows
+
+
+def _rows(scores: Scores, estimates: Mapping[str, Mapping[str, Estimate]], seen: int) -> list[Row]:
+    """Return a scenario's rows of `metrics.csv`, not yet adjusted."""
+    return [
+        {
+            "scenario": scores.scenario,
+            "method": method,
+            "metric": metric,
+            **asdict(estimate),
+            "p_holm": None,
+            "records": len(scores),
+            "patients": scores.patients,
+            "seen_in_training": seen,
+        }
+        for method, by_metric in estimates.items()
+        for metric, estimate in by_metric.items()
+    ]
+
+
+def _number_estimates(
+    scores: Scores,
+    numbers: Numbers,
+    pairs: Sequence[tuple[str, str]],
+    seed: int,
+    resamples: int = 1000,
+) -> dict[str, dict[str, Estimate]]:
+    """Return how good the numbers of every method are, and the bundle's own intervals."""
+    estimates = bootstrap_numbers(
+        numbers.truth,
+        numbers.answers,
+        scores.patient_ids,
+        pairs=pairs,
+        metrics=numbers.metrics,
+        seed=seed,
+        resamples=resamples,
+    )
+    if not np.isnan(numbers.low).all():
+        inside = (numbers.low <= numbers.truth) & (numbers.truth <= numbers.high)
+        table = np.stack([inside, numbers.high - numbers.low], 1).astype(np.float64)
+        coverage, width = bootstrap_means(table, scores.patient_ids, seed=seed, resamples=resamples)
+        estimates[scores.own] |= {"interval_coverage": coverage, "interval_width": width}
+    if scores.candidates.any():
+        with np.errstate(invalid="ignore"):
+            share = scores.admitted.sum(1) / scores.candidates.sum(1)
+        (admitted,) = bootstrap_means(
+            share[:, None], scores.patient_ids, seed=seed, resamples=resamples
+        )
+        estimates[scores.own]["admitted"] = admitted
+    return estimates
 
 
 def by_pattern(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
@@ -280,7 +381,7 @@ def by_pattern(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
         for pattern, part in parts(scores, scores.patterns):
             calibrated = int(part.calibrated_on.min())
             for row in _part(part, seed):
-                on = calibrated if row["metric"].startswith("set_") else None
+                on = calibrated if row["metric"].startswith(("set_", "interval_")) else None
                 yield {
                     "scenario": scores.scenario,
                     "pattern": pattern,
@@ -323,15 +424,18 @@ def parts(scores: Scores, values: Sequence[str]) -> Iterator[tuple[str, Scores]]
 def _part(scores: Scores, seed: int) -> Iterator[Row]:
     """Yield the metrics of some of a scenario's records; no intervals for a handful of patients."""
     resamples = 1000 if scores.patients >= _FEWEST else 0
-    estimates = bootstrap(
-        scores.labels.tolist(),
-        scores.probabilities,
-        scores.patient_ids,
-        metrics=_PART_METRICS,
-        seed=seed,
-        resamples=resamples,
-    )
-    estimates[scores.own] |= _set_quality(scores, seed, resamples)
+    if scores.numbers is not None:
+        estimates = _number_estimates(scores, scores.numbers, (), seed, resamples)
+    else:
+        estimates = bootstrap(
+            scores.labels.tolist(),
+            scores.probabilities,
+            scores.patient_ids,
+            metrics=_PART_METRICS,
+            seed=seed,
+            resamples=resamples,
+        )
+        estimates[scores.own] |= _set_quality(scores, seed, resamples)
     for method, by_metric in estimates.items():
         for metric, estimate in by_metric.items():
             yield {

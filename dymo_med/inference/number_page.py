@@ -1,0 +1,173 @@
+"""The page of a cohort on which a regression was evaluated: how far are answers from the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from dymo_med.conformal import COVERAGE
+from dymo_med.files import write_text
+from dymo_med.inference.predict import COMPARED
+from dymo_med.inference.report import environment, percent, words
+from dymo_med.inference.scores import Scores
+
+Row = Mapping[str, Any]
+
+_COLOURS = ("#1f5a82", "#6d7681", "#a9570c")
+_SOFT = "#55616e"
+
+
+def write_number_page(
+    out: Path,
+    facts: Row,
+    scores: Sequence[Scores],
+    metrics: Sequence[Row],
+    listed: Sequence[Row],
+    failures: Sequence[Row],
+    **_: Any,
+) -> None:
+    """Write `index.html` and `plots/scatter.png` of a regression.
+
+    Args:
+        out: Folder of the evaluation; reports in it are linked.
+        facts: What `run.json` says.
+        scores: Every scenario, in order.
+        metrics: Rows of `metrics.csv`.
+        listed: Rows of `predictions.csv` of the first scenario.
+        failures: Rows of `failures.csv`.
+        **_: What the page of a classification shows besides; of a regression it is in tables only.
+    """
+    (out / "plots").mkdir(exist_ok=True)
+    picture = out / "plots" / "scatter.png"
+    picture.unlink(missing_ok=True)
+    some = [s for s in scores if len(s)]
+    if some:
+        _plot(picture, facts, some[0])
+    page = environment().get_template("numbers.html.j2")
+    shown = _view(out, facts, metrics, listed, failures)
+    write_text(out / "index.html", page.render(shown, drawn=bool(some)))
+
+
+def _view(
+    out: Path,
+    facts: Row,
+    metrics: Sequence[Row],
+    listed: Sequence[Row],
+    failures: Sequence[Row],
+) -> dict[str, Any]:
+    """Return what the template needs."""
+    text, own, methods = words()["numbers"], facts["selector"], facts["methods"]
+    found = {(r["scenario"], r["method"], r["metric"]): r for r in metrics}
+    scenarios = [s for s in facts["scenarios"] if (s, own, "mae") in found]
+    present = [m for m in text["names"] if any(r["metric"] == m for r in metrics)]
+    others = [m for m in methods if f"{own} - {m}" in {r["method"] for r in metrics}]
+    unit = facts["scale"]["unit"]
+    return {
+        "f": facts,
+        "unit": f" ({unit})" if unit else "",
+        "methods": methods,
+        "others": others,
+        "coverage": percent(COVERAGE),
+        "errors": [(s, [_estimate(found.get((s, m, "mae"))) for m in methods]) for s in scenarios],
+        "differences": [
+            (s, [_estimate(found.get((s, f"{own} - {m}", "mae"))) for m in others])
+            for s in scenarios
+        ],
+        "intervals": [
+            (
+                s,
+                _estimate(found[s, own, "interval_coverage"], 100),
+                _estimate(found[s, own, "interval_width"]),
+            )
+            for s in scenarios
+            if (s, own, "interval_coverage") in found
+        ],
+        "heads": [text["names"][m] for m in present],
+        "metrics": [
+            (s, m, [_estimate(found.get((s, m, metric))) for metric in present])
+            for s in scenarios
+            for m in methods
+            if (s, m, "mae") in found
+        ],
+        "records": [
+            {
+                "id": row["record_id"],
+                "link": _link(out, row["record_id"]),
+                "truth": _number(row["value_true"]),
+                "value": _number(row["value"]),
+                "interval": ""
+                if row["value_low"] is None
+                else f"{_number(row['value_low'])} to {_number(row['value_high'])}",
+                "error": _number(row["value"] - row["value_true"]),
+            }
+            for row in listed
+            if row["method"] == own
+        ],
+        "failures": failures,
+    }
+
+
+def _link(out: Path, record_id: str) -> str:
+    report = f"reports/{record_id}/report.html"
+    return quote(report) if (out / report).is_file() else ""
+
+
+def _number(value: float) -> str:
+    text = f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _estimate(row: Row | None, scale: float = 1) -> tuple[str, str]:
+    """Return an estimate and its interval as text; shares in per cent with a scale of 100."""
+    if row is None or math.isnan(row["value"]):
+        return "–", ""
+    sign = " %" if scale == 100 else ""
+
+    def said(value: float) -> str:
+        text = f"{scale * value:.{0 if sign else 3}f}"
+        return text.replace("-", "\N{MINUS SIGN}")
+
+    between = f"{said(row['low'])} to {said(row['high'])}" if row["low"] < row["high"] else ""
+    return said(row["value"]) + sign, between
+
+
+def _plot(path: Path, facts: Row, scores: Scores) -> None:
+    """Draw answers against the truth, a panel per method."""
+    from matplotlib.figure import Figure
+
+    text, names = words()["numbers"], words()["cohort"]["methods"]
+    numbers = scores.numbers
+    assert numbers is not None
+    own, scale = facts["selector"], numbers.scale
+    shown = [m for m in dict.fromkeys((own, *COMPARED[:2])) if m in numbers.answers]
+    figure = Figure(figsize=(3.2 * len(shown), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    margin = 0.04 * (scale.high - scale.low)
+    ends = (scale.low - margin, scale.high + margin)
+    for method, colour, axes in zip(shown, _COLOURS, panels, strict=False):
+        answers = numbers.answers[method]
+        axes.plot(ends, ends, color="#b8c0c8", lw=1, zorder=1)
+        if method == own and not np.isnan(numbers.low).all():
+            axes.vlines(
+                numbers.truth, numbers.low, numbers.high, color=colour, lw=0.6, alpha=0.35, zorder=2
+            )
+        axes.plot(numbers.truth, answers, "o", color=colour, ms=3.5, alpha=0.7, mew=0, zorder=3)
+        axes.set_title(names.get(method, method).replace("$", r"\$"), fontsize=9, loc="left")
+        axes.set_xlim(ends)
+        axes.set_ylim(ends)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    unit = f" ({scale.unit})" if scale.unit else ""
+    target = text["truth"].format(target=facts["target"], unit=unit).replace("$", r"\$")
+    figure.supxlabel(target, fontsize=9, color=_SOFT)
+    panels[0].set_ylabel(
+        text["answered"].format(unit=unit).replace("$", r"\$"), fontsize=9, color=_SOFT
+    )
+    figure.savefig(path, dpi=200)
