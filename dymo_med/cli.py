@@ -433,8 +433,9 @@ def evaluate(
         typer.Option(
             "--missing",
             "-m",
-            help="as-is, rate:0.4, drop:t1ce,labs, cells:0.3, columns:0.3, columns-most:0.3, "
-            "columns-least:0.3, mcar:0.3, mar:0.3, mnar:0.3 or replay:FILE; repeatable.",
+            help="as-is, rate:0.4, mean-rate:0.4, batch-rate:0.4, drop:t1ce,labs, keep:t1+t2, "
+            "keep:*, cells:0.3, columns:0.3, columns-most:0.3, columns-least:0.3, mcar:0.3, "
+            "mar:0.3, mnar:0.3 or replay:FILE; repeatable.",
         ),
     ] = None,
     resume: Annotated[
@@ -506,6 +507,8 @@ def evaluate(
         still = _count(result.open_batches, "unfinished batch", "unfinished batches")
         reporter.say(f"part {part_id} of {num_parts} is done; {still} left to other parts")
         return
+    for note in result.notes:
+        reporter.say(f"note: {note}")
     reporter.say(f"cohort page: {out / 'index.html'}")
     if result.failures:
         failed = _count(result.failures, "failure")

@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,10 @@ from dymo_med.types import Column, ModalitySpec, ModalityValue, PatientRecord
 Kind = Literal[
     "as-is",
     "rate",
+    "mean-rate",
+    "batch-rate",
     "drop",
+    "keep",
     "cells",
     "columns",
     "columns-most",
@@ -42,13 +46,15 @@ Kind = Literal[
     "replay",
 ]
 KINDS: tuple[Kind, ...] = (
-    *("as-is", "rate", "drop", "cells", "columns", "columns-most", "columns-least"),
+    *("as-is", "rate", "mean-rate", "batch-rate", "drop", "keep"),
+    *("cells", "columns", "columns-most", "columns-least"),
     *("mcar", "mar", "mnar", "replay"),
 )
 HIDDEN_COLUMNS = ("scenario", "record_id", "modality", "column")
 _FORMS = (
-    "as-is, rate:0.4, drop:name,name, cells:0.3, columns:0.3, columns-most:0.3,"
-    " columns-least:0.3, mcar:0.3, mar:0.3, mnar:0.3 or replay:file.csv"
+    "as-is, rate:0.4, mean-rate:0.4, batch-rate:0.4, drop:name,name, keep:name+name, keep:*,"
+    " cells:0.3, columns:0.3, columns-most:0.3, columns-least:0.3, mcar:0.3, mar:0.3, mnar:0.3 or"
+    " replay:file.csv"
 )
 
 # From the lowest rank to the highest the log-odds of being blanked rise by this much: at a rate
@@ -56,6 +62,13 @@ _FORMS = (
 _SLOPE = 6.0
 # Share of the columns that `mar` keeps and lets the others depend on; as Muzellec et al.
 _DRIVERS = 0.3
+
+# `batch-rate`, as published: records that share a draw, how near their share must come to the one
+# asked for, and after how many draws that is doubled.
+BATCH = 128
+_NEAR, _TRIES = 0.005, 100
+# `keep:*` lists every pattern of so many modalities at most: 62 of them.
+_MOST_LISTED = 6
 
 Cell = tuple[str, int]
 
@@ -66,16 +79,18 @@ class Scenario:
 
     Attributes:
         kind: `as-is` hides nothing; `rate` a share of each patient's modalities, never all;
-            `drop` these modalities for everyone; `cells` a share of each patient's table cells;
-            `columns` a share of the table columns, the same for everyone, `columns-most` and
-            `columns-least` those that tell most and least about the target; `mcar`, `mar` and
-            `mnar` each table cell with a probability; `replay` what a file lists.
+            `mean-rate` that share on average; `batch-rate` likewise, drawn for batches of records;
+            `drop` these modalities for everyone, `keep` all but these; `cells` a share of each
+            patient's table cells; `columns` a share of the table columns, the same for everyone,
+            `columns-most` and `columns-least` those that tell most and least about the target;
+            `mcar`, `mar` and `mnar` each table cell with a probability; `replay` what a file lists.
         text: The rule in its canonical spelling; names outputs and seeds the choice.
         share: From 0 to 1: the share of `rate`, `cells` and `columns`, the expected one of
-            `mcar`, `mar` and `mnar`.
-        names: The modalities of `drop` in canonical order.
+            `mean-rate`, `batch-rate`, `mcar`, `mar` and `mnar`.
+        names: The modalities of `drop` (of `keep`, those that stay) in canonical order.
         digest: SHA-256 of what a `replay` hides; its text does not say which file it was.
         taken: What a `replay` hides, by record: modality and column, -1 for a whole modality.
+        kept: What a `batch-rate` leaves, by record, the first one for certain (`planned`).
     """
 
     kind: Kind
@@ -84,10 +99,122 @@ class Scenario:
     names: tuple[str, ...] = ()
     digest: str = ""
     taken: Mapping[str, frozenset[Cell]] = field(default_factory=dict, compare=False, repr=False)
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         """Return the canonical spelling."""
         return self.text
+
+
+def expanded(texts: Sequence[str], specs: Sequence[ModalitySpec]) -> list[str]:
+    """Return the texts with `keep:*` replaced by every pattern in which something is missing.
+
+    Args:
+        texts: Scenarios.
+        specs: Modalities of the cohort in canonical order.
+
+    Raises:
+        ConfigError: If there are too many modalities to list all patterns.
+
+    Example:
+        >>> expanded(["as-is", "keep:*"], [ModalitySpec(n, "", "", ()) for n in "ab"])
+        ['as-is', 'keep:a', 'keep:b']
+    """
+    names = [spec.name for spec in specs]
+    result = []
+    for text in texts:
+        if "".join(text.split()) != "keep:*":
+            result.append(text)
+            continue
+        if len(names) > _MOST_LISTED:
+            raise ConfigError(
+                Problem(
+                    f"scenario '{text}'",
+                    f"{len(names)} modalities have too many patterns",
+                    expected=f"at most {_MOST_LISTED} modalities",
+                    remedy="List the patterns that matter, as keep:name+name",
+                )
+            )
+        for size in range(1, len(names)):
+            result += [f"keep:{'+'.join(kept)}" for kept in combinations(names, size)]
+    return result
+
+
+def planned(
+    scenario: Scenario, record_ids: Sequence[str], specs: Sequence[ModalitySpec], seed: int
+) -> Scenario:
+    """Return the scenario with what it decides for records together; most decide nothing so.
+
+    `batch-rate` is the published protocol of CyIN: of 128 records at a time, in the given order,
+    one modality of each record is kept for certain, drawn evenly; others are kept with the
+    probability that makes the expected share right. Draws are repeated until the batch's share of
+    kept modalities is within 0.005 of `1 - share`, which is doubled after each 100 draws. Where
+    `1 - share` is at most one modality exactly one is kept, so no more than `1 - 1/M` is hidden
+    (`hidden_share`). What one record keeps depends on the others of its batch; `hidden` lists it,
+    and `replay` repeats it. The share is that of complete records: what a record lacks anyway is
+    not made up for, but one modality that it has stays.
+
+    Args:
+        scenario: What `parse_scenario` returned.
+        record_ids: All records of the evaluation, in its order.
+        specs: Modalities in canonical order.
+        seed: Any integer.
+
+    References:
+        CyIN, NeurIPS 2025 (published code, snapshot da04a3d8: MissingProtocol). There, batches
+        come from a shuffled loader, and draws are not seeded.
+    """
+    if scenario.kind != "batch-rate":
+        return scenario
+    names = [spec.name for spec in specs]
+    kept: dict[str, tuple[str, ...]] = {}
+    for start in range(0, len(record_ids), BATCH):
+        batch = record_ids[start : start + BATCH]
+        stays, order = _batch_draw(scenario, batch, len(names), seed)
+        for record, row, ranked in zip(batch, stays.tolist(), order.tolist(), strict=True):
+            kept[record] = tuple(names[m] for m in ranked if row[m])
+    return replace(scenario, kept=kept)
+
+
+def _batch_draw(
+    scenario: Scenario, batch: Sequence[str], modalities: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which modalities stay, bool `(n, M)`, and a random order of each record's `(n, M)`."""
+    generator = _generator(seed, scenario.text, *batch)
+    wanted = max(1 - scenario.share, 1 / modalities)
+    chance = (wanted * modalities - 1) / max(modalities - 1, 1)
+    near, tries = _NEAR, 0
+    while True:
+        order = generator.random((len(batch), modalities)).argsort(1)
+        stays = generator.random((len(batch), modalities)) < chance
+        stays[np.arange(len(batch)), order[:, 0]] = True
+        tries += 1
+        if abs(stays.mean() - wanted) <= near:
+            # The certain one comes first.
+            return stays, order
+        if tries % _TRIES == 0:
+            near *= 2
+
+
+def hidden_share(scenario: Scenario, modalities: int) -> float | None:
+    """Return the share of a complete record's modalities that is hidden; None where none is asked.
+
+    Less than the share asked for where one modality has to stay, and for `rate` rounded to whole
+    modalities.
+
+    Args:
+        scenario: What `parse_scenario` returned.
+        modalities: M.
+
+    Example:
+        >>> hidden_share(Scenario("rate", "rate:0.1", share=0.1), 3)
+        0.0
+    """
+    if scenario.kind == "rate":
+        return min(round(scenario.share * modalities), modalities - 1) / modalities
+    if scenario.kind in ("mean-rate", "batch-rate"):
+        return min(scenario.share, 1 - 1 / modalities)
+    return None
 
 
 def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
@@ -109,6 +236,8 @@ def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
             return Scenario("as-is", "as-is")
         case (
             "rate"
+            | "mean-rate"
+            | "batch-rate"
             | "cells"
             | "columns"
             | "columns-most"
@@ -130,12 +259,14 @@ def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
                         remedy="Correct it, for example rate:0.4",
                     )
                 )
-            if kind != "rate":
+            if not kind.endswith("rate"):
                 _require_constants(kind, where, specs)
             return Scenario(kind, f"{kind}:{share:g}", share=share)
-        case "drop":
+        case "drop" | "keep":
             known = [spec.name for spec in specs]
-            asked = [name.strip() for name in argument.split(",")]
+            mark = "," if kind == "drop" else "+"
+            listed = argument if kind == "drop" else argument.replace("+", ",")
+            asked = [name.strip() for name in listed.split(",")]
             problems = [
                 Problem(
                     where,
@@ -149,7 +280,7 @@ def parse_scenario(text: str, specs: Sequence[ModalitySpec]) -> Scenario:
             if problems:
                 raise ConfigError(*problems)
             names = tuple(name for name in known if name in asked)
-            return Scenario("drop", f"drop:{','.join(names)}", names=names)
+            return Scenario(kind, f"{kind}:{mark.join(names)}", names=names)
         case "replay":
             return _read_replay(argument, where, specs)
         case _:
@@ -172,7 +303,9 @@ def apply(
     the seed and the scenario, that of `mar` and `mnar` also on the record's cells), not on the
     order or number of records.
 
-    `rate` hides exactly `round(share * observed)` modalities and leaves at least one; `cells`
+    `rate` hides exactly `round(share * observed)` modalities and leaves at least one; `mean-rate`
+    one more or one less, so that `share * observed` are hidden on average, and leaves at least
+    one; `batch-rate` what was `planned`; `cells`
     exactly `round(share * filled)` cells over all tables; the `columns` scenarios exactly
     `round(share * columns)` columns over all tables. `mcar` blanks each cell with probability
     `share`. In `mnar` the probability rises with the cell's own rank among training patients, in
@@ -197,6 +330,14 @@ def apply(
             return record
         case "drop":
             return record.without(scenario.names)
+        case "keep":
+            return record.without([n for n in record.modalities if n not in scenario.names])
+        case "batch-rate":
+            there = [n for n in scenario.kept[record.record_id] if n in record.modalities]
+            if not there:  # what was drawn to stay is missing anyway
+                seeded = _generator(seed, scenario.text, record.record_id)
+                there = [str(seeded.choice(sorted(record.modalities)))]
+            return record.without([n for n in record.modalities if n not in there])
         case "replay":
             taken = scenario.taken.get(record.record_id)
             if taken is None:
@@ -205,14 +346,16 @@ def apply(
                 record.without([name for name, column in taken if column < 0]),
                 [cell for cell in taken if cell[1] >= 0],
             )
-        case "rate":
+        case "rate" | "mean-rate":
             observed = [spec.name for spec in specs if spec.name in record.modalities]
-            count = min(round(scenario.share * len(observed)), len(observed) - 1)
+            generator = _generator(seed, scenario.text, record.record_id)
+            count = round(scenario.share * len(observed))
+            if scenario.kind == "mean-rate":
+                count = math.floor(scenario.share * len(observed) + generator.random())
+            count = min(count, len(observed) - 1)
             if count <= 0:
                 return record
-            drawn = _generator(seed, scenario.text, record.record_id).choice(
-                observed, count, replace=False
-            )
+            drawn = generator.choice(observed, count, replace=False)
             return record.without([str(name) for name in drawn])
         case "cells":
             cells = _filled_cells(record, specs)

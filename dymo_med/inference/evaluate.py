@@ -28,7 +28,16 @@ from torch import Tensor
 
 from dymo_med.bundle import ModelBundle, hashed_id
 from dymo_med.data.cohort import level
-from dymo_med.data.missingness import HIDDEN_COLUMNS, Scenario, apply, hidden, parse_scenario
+from dymo_med.data.missingness import (
+    HIDDEN_COLUMNS,
+    Scenario,
+    apply,
+    expanded,
+    hidden,
+    hidden_share,
+    parse_scenario,
+    planned,
+)
 from dymo_med.data.patient import Intake, examine_record, usable
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
 from dymo_med.files import csv_stream, write_csv, write_json
@@ -90,6 +99,7 @@ class EvaluateResult:
         failures: Records that could not be answered in every scenario.
         metrics: Rows of `metrics.csv`; empty while parts are open.
         open_batches: Batches that other parts still have to do; 0 = everything is written.
+        notes: Where scenarios hide another share than they are asked for.
     """
 
     out: Path
@@ -97,6 +107,7 @@ class EvaluateResult:
     failures: int
     metrics: tuple[Row, ...]
     open_batches: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -168,6 +179,8 @@ def evaluate(
     specs = _specs(bundle, cohort)
     rules = _rules(scenarios, specs, cohort)
     records = _labelled(cohort, split)
+    ids = [record.record_id for record in records]
+    rules = tuple(planned(rule, ids, specs, seed) for rule in rules)
     for name in methods:
         bundle.with_selector(name)  # an unknown one is refused before anything is written
     quality.check_draws(draws)
@@ -279,6 +292,9 @@ def evaluate(
         "device": str(bundle.device),
         "versions": versions(),
     }
+    notes = scenario_notes(rules, len(specs))
+    if notes:
+        facts["scenario_notes"] = list(notes)
     if bundle.task.scale is not None:
         facts["scale"] = asdict(bundle.task.scale)
     return _write(out, facts, rules, len(chunks), specs, start, bundle.task.scale)
@@ -357,7 +373,8 @@ def _write(
     )
     seconds = time.perf_counter() - start
     write_json(out / "run.json", {**facts, "seconds": round(seconds, 1)})
-    return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table))
+    notes = tuple(facts.get("scenario_notes", ()))
+    return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table), notes=notes)
 
 
 _Asked = tuple[Answers, Answers | None, dict[str, Tensor], dict[str, Answers]]
@@ -685,7 +702,8 @@ def _rules(
     Raises:
         ConfigError: If one is unknown, or replays would mix or hide nothing.
     """
-    rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in scenarios))
+    texts = expanded(scenarios, specs)
+    rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in texts))
     ids = {record.record_id for record in cohort.records}
     problems = []
     for rule in rules:
@@ -711,6 +729,28 @@ def _rules(
     if problems:
         raise ConfigError(*problems)
     return rules
+
+
+def scenario_notes(rules: Sequence[Scenario], modalities: int) -> tuple[str, ...]:
+    """Return a sentence for every scenario that hides far from the share it is asked for.
+
+    That of `rate`, which rounds, is told only where it hides nothing.
+
+    Args:
+        rules: Scenarios.
+        modalities: M.
+    """
+    notes = []
+    for rule in rules:
+        share = hidden_share(rule, modalities)
+        if share is None or abs(share - rule.share) < 0.0005:
+            continue
+        of = f"of a complete record's {modalities} modalities"
+        if rule.kind != "rate":
+            notes.append(f"{rule.text} hides {share:.3f} {of}: one always stays.")
+        elif share == 0:
+            notes.append(f"{rule.text} hides nothing {of}: it rounds. See mean-rate.")
+    return tuple(notes)
 
 
 def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:

@@ -8,17 +8,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import norm
 from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 
 from dymo_med.metrics import (
     METRICS,
+    NUMBER_METRICS,
     Estimate,
     bootstrap,
     bootstrap_means,
+    bootstrap_numbers,
     delong,
     holm,
+    number_metrics,
     patient_weights,
     reliability,
     selection_quality,
@@ -63,6 +67,7 @@ def test_two_classes_agree_with_scikit_learn(seed, ties):
         "brier": reference.brier_score_loss(y, p[:, 1], sample_weight=w),
         "log_loss": reference.log_loss(y, p, sample_weight=w),
         "f1": reference.f1_score(y, p.argmax(1), sample_weight=w),
+        "weighted_f1": reference.f1_score(y, p.argmax(1), average="weighted", sample_weight=w),
         "calibration_slope": recalibration(y, p, w),
     }
     for name, number in expected.items():
@@ -80,6 +85,7 @@ def test_many_classes_agree_with_scikit_learn(seed):
         "balanced_accuracy": reference.balanced_accuracy_score(y, p.argmax(1), sample_weight=w),
         "log_loss": reference.log_loss(y, p, sample_weight=w),
         "f1": reference.f1_score(y, p.argmax(1), average="macro", sample_weight=w),
+        "weighted_f1": reference.f1_score(y, p.argmax(1), average="weighted", sample_weight=w),
         "brier": reference.brier_score_loss(
             y, p, sample_weight=w, labels=range(4), scale_by_half=False
         ),
@@ -565,3 +571,71 @@ def test_selection_quality_by_hand():
     names = ("admitted", "trusted_right", "rejected_right")
     assert np.isnan([empty[name].value for name in names]).all()
     assert empty["harmed"].value == empty["rescued"].value == 0
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def numbers(n=200, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(-3, 3, n).round(1)
+    truth[:20] = 0.0
+    return truth, truth + rng.normal(0, 1, n), rng.integers(0, 4, n).astype(float)
+
+
+def test_metrics_of_numbers_are_the_usual_ones():
+    y, x, w = numbers()
+    some = w > 0
+
+    def sides(mask, *both):
+        return [(v[mask]) for v in both]
+
+    nonzero = some & (y != 0)
+    expected = {
+        "mae": reference.mean_absolute_error(y, x, sample_weight=w),
+        "rmse": reference.root_mean_squared_error(y, x, sample_weight=w),
+        "r2": reference.r2_score(y, x, sample_weight=w),
+        "acc7": reference.accuracy_score(
+            *(np.round(v.clip(-3, 3)).astype(int) for v in (y, x)), sample_weight=w
+        ),
+        "acc2_nonnegative": reference.accuracy_score(y >= 0, x >= 0, sample_weight=w),
+        "f1_nonnegative": reference.f1_score(y >= 0, x >= 0, average="weighted", sample_weight=w),
+        "acc2_nonzero": reference.accuracy_score(
+            *sides(nonzero, y > 0, x > 0), sample_weight=w[nonzero]
+        ),
+        "f1_nonzero": reference.f1_score(
+            *sides(nonzero, y > 0, x > 0), average="weighted", sample_weight=w[nonzero]
+        ),
+        "pearson": stats.pearsonr(np.repeat(y, w.astype(int)), np.repeat(x, w.astype(int)))[0],
+    }
+    assert set(expected) == set(NUMBER_METRICS)
+    for name, value_ in expected.items():
+        found = NUMBER_METRICS[name](y, x, w[None])
+        assert found.shape == (1,) and float(found[0]) == pytest.approx(value_), name
+
+
+def test_metrics_of_constant_numbers_are_not_defined():
+    y = np.ones(4)
+    for name in ("pearson", "r2"):
+        assert np.isnan(NUMBER_METRICS[name](y, np.array([1.0, 2, 1, 2]), np.ones((1, 4)))).all()
+    sign = NUMBER_METRICS["acc2_nonzero"](np.zeros(3), np.ones(3), np.ones((1, 3)))
+    assert np.isnan(sign).all()
+
+
+def test_only_metrics_that_mean_something_on_the_scale():
+    assert number_metrics(-3.0, 3.0) == tuple(NUMBER_METRICS)
+    assert number_metrics(0.0, 100.0) == ("mae", "rmse", "pearson", "r2")
+    assert "acc7" not in number_metrics(-1.0, 1.0) and "acc2_nonzero" in number_metrics(-1.0, 1.0)
+
+
+def test_numbers_are_resampled_by_patient_and_compared_in_pairs():
+    y, x, _ = numbers(120)
+    ids = [i // 2 for i in range(120)]
+    found = bootstrap_numbers(y, {"a": x, "b": x + 1.0}, ids, pairs=[("a", "b")], resamples=200)
+    own = found["a"]["mae"]
+    assert own.low < own.value < own.high
+    assert own.value == pytest.approx(np.abs(x - y).mean())
+    difference = found["a - b"]["mae"]
+    assert difference.value == pytest.approx(own.value - found["b"]["mae"].value)
+    assert difference.high < 0 and difference.p == pytest.approx(2 / 201)
+    assert found["a - b"]["pearson"].value == pytest.approx(0, abs=1e-12)

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dymo_med.data import missingness
-from dymo_med.data.missingness import HIDDEN_COLUMNS, apply, hidden, parse_scenario
+from dymo_med.data.missingness import (
+    HIDDEN_COLUMNS,
+    apply,
+    expanded,
+    hidden,
+    hidden_share,
+    parse_scenario,
+    planned,
+)
 from dymo_med.errors import ConfigError
 from dymo_med.files import write_csv
 from dymo_med.modalities import modality
@@ -36,6 +44,10 @@ def filled_cells(record):
         ("cells:0.3", "cells:0.3"),
         ("columns:.50", "columns:0.5"),
         ("mcar:0.3", "mcar:0.3"),
+        ("mean-rate:.10", "mean-rate:0.1"),
+        ("batch-rate:0.7", "batch-rate:0.7"),
+        ("keep: labs + t1", "keep:t1+labs"),
+        ("keep:labs,t1", "keep:t1+labs"),
     ],
 )
 def test_scenarios_have_one_spelling(cohort, text, canonical):
@@ -503,3 +515,87 @@ def test_another_header_is_refused(fitted, tmp_path):
     # Order and spreadsheets' byte order mark do not matter.
     file.write_text("modality,column,record_id,scenario\nb,,r0,rate:0.4\n", encoding="utf-8-sig")
     assert parse_scenario(f"replay:{file}", fitted).text == "replay:rate:0.4"
+
+
+# --- Rates of modalities --------------------------------------------------------------------------
+
+WAYS = tuple(ModalitySpec(n, "tokens", f"{n}.npy", (2, 2)) for n in ("text", "audio", "vision"))
+
+
+def speakers(count, without=()):
+    value = ModalityValue(torch.zeros(2, 2), Source("x", "0"))
+    there = {s.name: value for s in WAYS if s.name not in without}
+    return [PatientRecord(f"u{i:03d}", f"u{i:03d}", there) for i in range(count)]
+
+
+def left(scenario, records, seed=3):
+    ready = planned(scenario, [r.record_id for r in records], WAYS, seed)
+    return [tuple(apply(ready, r, WAYS, seed).modalities) for r in records]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7, 1.0])
+def test_mean_rate_is_right_on_average_and_leaves_one(share):
+    found = left(parse_scenario(f"mean-rate:{share}", WAYS), speakers(3000))
+    counts = np.array([len(names) for names in found])
+    assert counts.min() >= 1
+    assert 1 - counts.mean() / 3 == pytest.approx(min(share, 2 / 3), abs=0.01)
+    assert counts.max() - counts.min() <= 1
+    # Every modality is hidden as often as the others.
+    kept = [sum(s.name in names for names in found) / 3000 for s in WAYS]
+    assert max(kept) - min(kept) < 0.05
+
+
+def test_mean_rate_does_not_depend_on_the_other_records():
+    scenario = parse_scenario("mean-rate:0.4", WAYS)
+    whole = left(scenario, speakers(40))
+    assert left(scenario, speakers(40)[17:18]) == whole[17:18]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_batch_rate_comes_near_in_every_batch(share):
+    found = left(parse_scenario(f"batch-rate:{share}", WAYS), speakers(300))
+    for start in (0, 128):
+        counts = [len(names) for names in found[start : start + 128]]
+        assert min(counts) >= 1
+        assert sum(counts) / (3 * 128) == pytest.approx(1 - share, abs=0.0051)
+    assert len(set(found)) == 7
+
+
+def test_batch_rate_cannot_hide_more_than_all_but_one():
+    found = left(parse_scenario("batch-rate:0.7", WAYS), speakers(300))
+    assert {len(names) for names in found} == {1}
+    assert min(found.count((s.name,)) for s in WAYS) > 70
+    scenario = parse_scenario("batch-rate:0.7", WAYS)
+    assert hidden_share(scenario, 3) == pytest.approx(2 / 3)
+
+
+def test_batch_rate_depends_on_the_batch_and_is_repeated_by_replay(tmp_path):
+    scenario, records = parse_scenario("batch-rate:0.4", WAYS), speakers(60)
+    found = left(scenario, records)
+    assert found == left(scenario, records) != left(scenario, records, seed=4)
+    assert left(scenario, records[:30]) != found[:30]
+    ready = planned(scenario, [r.record_id for r in records], WAYS, 3)
+    rows = [row for r in records for row in hidden(r, apply(ready, r, WAYS, 3), WAYS, ready)]
+    write_csv(tmp_path / "h.csv", HIDDEN_COLUMNS, rows)
+    again = parse_scenario(f"replay:{tmp_path / 'h.csv'}", WAYS)
+    assert [tuple(apply(again, r, WAYS, 9).modalities) for r in records] == found
+
+
+def test_batch_rate_leaves_something_of_incomplete_records():
+    scenario, records = parse_scenario("batch-rate:0.7", WAYS), speakers(90, without=("text",))
+    assert set(left(scenario, records)) == {("audio",), ("vision",)}
+
+
+def test_patterns_are_kept_for_everyone():
+    assert expanded(["as-is", " keep: * "], WAYS) == [
+        *("as-is", "keep:text", "keep:audio", "keep:vision"),
+        *("keep:text+audio", "keep:text+vision", "keep:audio+vision"),
+    ]
+    scenario = parse_scenario("keep:vision+text", WAYS)
+    assert set(left(scenario, speakers(5))) == {("text", "vision")}
+    assert left(parse_scenario("keep:text", WAYS), speakers(2, without=("text",))) == [(), ()]
+    with pytest.raises(ConfigError, match="no modality 'smell'"):
+        parse_scenario("keep:text+smell", WAYS)
+    many = [replace(WAYS[0], name=f"m{i}") for i in range(7)]
+    with pytest.raises(ConfigError, match="too many patterns"):
+        expanded(["keep:*"], many)
