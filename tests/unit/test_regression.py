@@ -1,5 +1,6 @@
 """A number as the target: from labels to a bundle, a prediction and an evaluation."""
 
+import csv
 import json
 
 import numpy as np
@@ -261,3 +262,70 @@ def test_an_edited_number_is_found(predicted, tmp_path):
     (tmp_path / "prediction.json").write_text(PredictionFile.make(data).to_text())
     found = " ".join(str(p) for p in audit(tmp_path).problems)
     assert "not the mean of the bands' centres" in found
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, speeches, tmp_path_factory):
+    """The test split, as it is and with two rates that cannot be had of three modalities."""
+    from dymo_med.inference.evaluate import evaluate
+
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    scenarios = ("as-is", "batch-rate:0.7", "rate:0.1")
+    return evaluate(trained, read_cohort(speeches), out, scenarios=scenarios, reports=1)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_numbers_are_in_the_table_of_predictions(evaluated, trained):
+    rows = rows_of(evaluated.out / "predictions.csv")
+    own = [r for r in rows if r["method"] == trained.choice.name and r["scenario"] == "as-is"]
+    assert len(own) == 14
+    for row in own:
+        assert float(row["value_low"]) <= float(row["value"]) <= float(row["value_high"])
+        shares = [float(row[f"prob_{name}"]) for name in SCALE.names]
+        assert float(row["value"]) == pytest.approx(np.dot(SCALE.centers, shares), abs=1e-6)
+        assert row["label"] == SCALE.names[SCALE.band(float(row["value_true"]))]
+    assert all(r["value_low"] == "" for r in rows if r["method"] == "moddrop")
+
+
+def test_numbers_are_judged_by_their_distance(evaluated, trained):
+    rows = rows_of(evaluated.out / "metrics.csv")
+    metrics = {r["metric"] for r in rows}
+    assert metrics >= {"mae", "pearson", "acc7", "f1_nonzero", "interval_coverage"}
+    assert not metrics & {"auroc", "brier", "set_coverage"}
+    found = {(r["scenario"], r["method"], r["metric"]): float(r["value"]) for r in rows}
+    own = trained.choice.name
+    predictions = rows_of(evaluated.out / "predictions.csv")
+    errors = [
+        abs(float(r["value"]) - float(r["value_true"]))
+        for r in predictions
+        if (r["scenario"], r["method"]) == ("as-is", own)
+    ]
+    assert found["as-is", own, "mae"] == pytest.approx(np.mean(errors), abs=1e-6)
+    assert found["as-is", own, "mae"] < 0.6 and found["as-is", own, "pearson"] > 0.9
+    assert found["batch-rate:0.7", own, "mae"] > found["batch-rate:0.7", "oracle", "mae"]
+    patterns = rows_of(evaluated.out / "metrics_by_pattern.csv")
+    assert {r["metric"] for r in patterns} >= {"mae", "interval_width"}
+
+
+def test_what_is_hidden_instead_of_the_share_asked_for_is_said(evaluated):
+    notes = json.loads((evaluated.out / "run.json").read_text(encoding="utf-8"))["scenario_notes"]
+    assert notes == list(evaluated.notes) and len(notes) == 2
+    assert notes[0].startswith("batch-rate:0.7 hides 0.667 of a complete record's 3 modalities")
+    assert notes[1].startswith("rate:0.1 hides nothing")
+
+
+def test_the_page_of_numbers(evaluated):
+    page = (evaluated.out / "index.html").read_text(encoding="utf-8")
+    assert "Answer against truth" in page and "AUROC" not in page
+    assert "batch-rate:0.7 hides 0.667" in page
+    assert (evaluated.out / "plots" / "scatter.png").stat().st_size > 5000
+    assert 'href="reports/v74/report.html"' in page
+    quality = {r["metric"] for r in rows_of(evaluated.out / "recovery.csv")}
+    assert {"cosine", "mae_sd"} <= quality
