@@ -67,12 +67,12 @@ class TokensEntry(Strict):
         return self
 
 
-class _Unreadable(Exception):
-    """A file does not hold a sequence; holds a `Problem` without its place."""
+class SequenceError(Exception):
+    """A file does not hold a sequence; what a `Problem` says, without its place."""
 
     def __init__(self, what: str, expected: str = "", got: str = "", remedy: str = "") -> None:
         super().__init__(what)
-        self.problem = Problem("", what, expected, got, remedy)
+        self.what, self.expected, self.got, self.remedy = what, expected, got, remedy
 
 
 class TokenSequence(Modality):
@@ -139,8 +139,9 @@ class TokenSequence(Modality):
             steps = self._load(path)
             with path.open("rb") as stream:
                 digest = sha256(stream.read()).hexdigest()
-        except _Unreadable as error:
-            raise PatientDataError(replace(error.problem, where=at)) from error
+        except SequenceError as error:
+            problem = Problem(at, error.what, error.expected, error.got, error.remedy)
+            raise PatientDataError(problem) from error
         except OSError as error:
             raise PatientDataError(
                 Problem(
@@ -195,27 +196,27 @@ class TokenSequence(Modality):
         """Refuse a header's shape before memory is asked for.
 
         Raises:
-            _Unreadable: If it is not that of a sequence with this modality's features.
+            SequenceError: If it is not that of a sequence with this modality's features.
         """
         features = self.spec.shape[1]
         expected = f"n steps of {features} features (n x {features})"
         got = " x ".join(str(n) for n in shape) or "a single number"
         if len(shape) != 2 or shape[1] != features:
-            raise _Unreadable(
+            raise SequenceError(
                 "the array has the wrong shape",
                 expected,
                 got,
                 "Save one row per step, or correct features in cohort.yaml",
             )
         if shape[0] < 1:
-            raise _Unreadable(
+            raise SequenceError(
                 "the sequence is empty",
                 "at least one step",
                 got,
                 "Remove the file if the modality is missing",
             )
         if shape[0] > _MOST_STEPS or shape[0] * features * item_bytes > _MOST_BYTES:
-            raise _Unreadable(
+            raise SequenceError(
                 "the sequence is too long",
                 f"at most {_MOST_STEPS} steps and {_MOST_BYTES // 10**6} MB",
                 got,
@@ -228,7 +229,11 @@ class TokenSequence(Modality):
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }
-        no_array = _Unreadable("the file is not a NumPy array", "what numpy.save writes")
+        no_array = SequenceError(
+            "the file is not a NumPy array",
+            "what numpy.save writes",
+            remedy="Save it again with numpy.save",
+        )
         with path.open("rb") as stream:
             try:
                 version = np.lib.format.read_magic(stream)
@@ -238,22 +243,25 @@ class TokenSequence(Modality):
             except (ValueError, EOFError, SyntaxError, TypeError, RecursionError):
                 raise no_array from None
             if dtype.hasobject:
-                raise _Unreadable(
+                raise SequenceError(
                     "the array holds Python objects, which are not loaded",
                     "numbers",
                     remedy="Save it as numpy.asarray(features, dtype='float32')",
                 )
             if dtype.kind not in "fiu" or dtype.itemsize > 8:
-                raise _Unreadable(
+                raise SequenceError(
                     "the array does not hold real numbers",
                     "float32, float16 or another type of at most 8 bytes",
                     str(dtype)[:40],
+                    "Save it as numpy.asarray(features, dtype='float32')",
                 )
             self._check(shape, dtype.itemsize)
             size = math.prod(shape) * dtype.itemsize
             if path.stat().st_size - stream.tell() != size:
-                raise _Unreadable(
-                    "the file is cut off or longer than its header says", remedy="Copy it again"
+                raise SequenceError(
+                    "the file is cut off or longer than its header says",
+                    f"{size} bytes of numbers",
+                    remedy="Copy it again",
                 )
             values = np.frombuffer(stream.read(size), dtype=dtype)
         steps = values.reshape(shape, order="F" if fortran else "C")
@@ -265,40 +273,54 @@ class TokenSequence(Modality):
         from safetensors import SafetensorError, safe_open
 
         if path.stat().st_size > _MOST_BYTES:
-            raise _Unreadable("the file is too large", f"at most {_MOST_BYTES // 10**6} MB")
+            raise SequenceError(
+                "the file is too large",
+                f"at most {_MOST_BYTES // 10**6} MB",
+                remedy="Average the features over time first",
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
                 name = names[0] if len(names) == 1 else self.spec.name
                 if name not in names:
-                    raise _Unreadable(
+                    raise SequenceError(
                         "the file does not say which tensor is the sequence",
                         f"one tensor, or one called {self.spec.name}",
                         f"{len(names)} tensors",
+                        "Save the sequence alone, or under that name",
                     )
                 part = file.get_slice(name)
                 if part.get_dtype() not in _FLOATS:
-                    raise _Unreadable(
+                    raise SequenceError(
                         "the tensor does not hold floating-point numbers",
                         "F32 or F16",
                         part.get_dtype(),
+                        "Save it as float32",
                     )
                 self._check(part.get_shape(), 8)
                 tensor: Tensor = file.get_tensor(name)
                 return tensor.float()
         except SafetensorError:
-            raise _Unreadable(
-                "the file is not a safetensors file, or cut off", remedy="Save it again"
+            raise SequenceError(
+                "the file is not a safetensors file, or cut off",
+                "what safetensors writes",
+                remedy="Save it again",
             ) from None
 
     def _load_csv(self, path: Path) -> Tensor:
         """Return the numbers of a CSV file, one row per step."""
         if path.stat().st_size > _MOST_BYTES:
-            raise _Unreadable("the file is too large", f"at most {_MOST_BYTES // 10**6} MB")
+            raise SequenceError(
+                "the file is too large",
+                f"at most {_MOST_BYTES // 10**6} MB",
+                remedy="Average the features over time first",
+            )
         try:
             lines = path.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError:
-            raise _Unreadable("the file cannot be read as text", "UTF-8 text") from None
+            raise SequenceError(
+                "the file cannot be read as text", "UTF-8 text", remedy="Save it as CSV in UTF-8"
+            ) from None
         lines = [line for line in lines if line.strip()]
         columns = len(lines[0].split(",")) if lines else self.spec.shape[1]
         # Checked on the first line, before the rest is turned into numbers.
@@ -306,7 +328,7 @@ class TokenSequence(Modality):
         if columns > 1 and [cell.strip() for cell in lines[0].split(",")] == [
             str(i) for i in range(columns)
         ]:
-            raise _Unreadable(
+            raise SequenceError(
                 "the first line counts 0, 1, 2, ... and looks like a header",
                 "numbers only, one row per step",
                 remedy="Save the features without a header",
@@ -319,9 +341,10 @@ class TokenSequence(Modality):
             except ValueError as error:  # its text holds the value
                 place = re.search(r"at row (\d+)", str(error))
                 wrong = int(place[1]) if place else 0
-        raise _Unreadable(
+        raise SequenceError(
             f"row {wrong + 1} does not hold one number per feature",
             f"{columns} numbers separated by commas in every row, without a header",
+            remedy="Correct the row; remove a header",
         )
 
     def write(
