@@ -143,7 +143,8 @@ class CyclicFusion(FusionBackbone):
             ).sum(0)
         if o.token_bottleneck:
             terms["token"] = self.latents.bottleneck_loss(encoded, z) / o.beta
-        if progress >= o.stage_divide and len(self.specs) > 1:
+        second = progress >= o.stage_divide and (o.translation or o.translated_latents)
+        if second and len(self.specs) > 1:
             translated = self.latents.translate(z)
             if o.translation:
                 loss = self.latents.translation_loss(z, available, translated)
