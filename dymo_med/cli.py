@@ -208,7 +208,11 @@ def check(
     ],
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="For a patient directory: the bundle or cohort it is for."),
+        typer.Option(
+            "--against",
+            help="The bundle or cohort that a patient directory is for, the cohort that a recipe "
+            "is for, the bundle that a cohort is for.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     quiet: Quiet = False,
@@ -224,15 +228,22 @@ def check(
     else:
         for problem in report.problems:
             err_console.print(escape(str(problem)))
-        if report.patterns and not quiet:
-            _print_patterns(report.patterns)
+        if not quiet:
+            from dymo_med.inference.check_tables import tables
+
+            for part in tables(report):
+                out_console.print(part, soft_wrap=False)
+                out_console.print()
+        for note in report.notes:
+            reporter.say(f"note: {note}")
         if report.unused:
             reporter.say(f"not looked at: {_first(report.unused, 10)}")
         if report.admitted is not None:
             same = "as stated" if report.reproduced else "not as stated"
             reporter.say(f"replayed: {', '.join(report.admitted) or 'nothing'} admitted, {same}")
         count = len(report.problems)
-        reporter.say(f"{path}: {report.kind}, {_count(count, 'problem')}")
+        noted = f", {_count(len(report.notes), 'note')}" if report.notes else ""
+        reporter.say(f"{path}: {report.kind}, {_count(count, 'problem')}{noted}")
     raise typer.Exit(report.exit_code)
 
 
@@ -246,15 +257,6 @@ def _first(files: Mapping[str, int], most: int) -> str:
     shown = [f"{f} ({n} records)" if n > 1 else f for f, n in list(files.items())[:most]]
     rest = len(files) - len(shown)
     return ", ".join(shown) + (f" and {_count(rest, 'other')}" if rest else "")
-
-
-def _print_patterns(patterns: Mapping[str, int]) -> None:
-    from rich.table import Table
-
-    table = Table("records", "observed modalities", box=None, pad_edge=False)
-    for pattern, count in patterns.items():
-        table.add_row(str(count), escape(pattern))
-    out_console.print(table)
 
 
 @app.command()

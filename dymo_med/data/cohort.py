@@ -63,6 +63,25 @@ def read_cohort(path: Path) -> Cohort:
     `split`. With `layout: bids` the folder is a BIDS dataset, `participants.tsv` is the labels
     file unless another is named, and a record is a session.
     """
+    cohort, problems = survey_cohort(path)
+    if problems:
+        raise ConfigError(*problems)
+    return cohort
+
+
+def survey_cohort(path: Path) -> tuple[Cohort, tuple[Problem, ...]]:
+    """Read a cohort as `read_cohort` does, and go on where something is wrong.
+
+    Args:
+        path: The folder that holds `cohort.yaml`, or the YAML file itself.
+
+    Returns:
+        What is right about it (modalities, records and splits that can be used), and every
+        problem.
+
+    Raises:
+        ConfigError: If the description is so wrong that no modality or task is left.
+    """
     file = path / "cohort.yaml" if path.is_dir() else path
     document = Document(file)
     _refuse_booleans(document)
@@ -89,9 +108,7 @@ def read_cohort(path: Path) -> Cohort:
         problems.extend(error.problems)
     records = _read_records(file.parent, entry, task, subgroups, blank, problems)
     splits = _read_splits(file.parent / entry.splits, _patient_column(entry), records, problems)
-    if problems:
-        raise ConfigError(*problems)
-    return Cohort(
+    cohort = Cohort(
         name=entry.name,
         root=file.parent,
         task=task,
@@ -100,8 +117,9 @@ def read_cohort(path: Path) -> Cohort:
         splits=splits,
         missing_values=missing_values,
         subgroups=subgroups,
-        quality=entry.quality,
+        quality={} if problems else entry.quality,
     )
+    return cohort, tuple(problems)
 
 
 def _task(document: Document, entry: CohortFile) -> Task:

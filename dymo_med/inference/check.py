@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from dymo_med.bundle import load_bundle, read_recipe
+from dymo_med import __version__
+from dymo_med.backbones import BACKBONES
+from dymo_med.bundle import ModelBundle, load_bundle, read_recipe
+from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_bundle
 from dymo_med.config import Document
-from dymo_med.data.cohort import read_cohort
-from dymo_med.data.patient import read_patient, read_record
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.data.cohort import read_cohort, survey_cohort
+from dymo_med.data.gate import CHECKS
+from dymo_med.data.patient import Intake, examine, examine_record
+from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataError, Problem
+from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
+from dymo_med.inference.evaluate import matched_specs
 from dymo_med.modalities.image import file_in
-from dymo_med.types import ModalitySpec, PatientRecord
+from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Norms
 
 Kind = Literal["cohort", "patient directory", "recipe", "bundle", "prediction"]
+State = Literal["observed", "partly", "warn", "refuse", "damaged", "missing"]
+STATES: tuple[State, ...] = ("observed", "partly", "warn", "refuse", "damaged", "missing")
 NOTHING = "(nothing)"
+SCHEMA_VERSION = 1
+# Records that are written about in one note.
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class RecordRow:
+    """One record of a completeness table.
+
+    Attributes:
+        record_id: Id of the record.
+        patient_id: Whose it is.
+        split: The patient's split; None without one, and for a patient directory.
+        labelled: Whether the target is known.
+        states: State of every modality, in canonical order. `observed`, `partly` (blank cells) and
+            `warn` (by the quality gate) can be used; `refuse` (by the gate) and `damaged` (it
+            cannot be read) cannot; `missing` is not there.
+    """
+
+    record_id: str
+    patient_id: str
+    split: str | None
+    labelled: bool
+    states: Mapping[str, State]
 
 
 @dataclass(frozen=True)
@@ -33,11 +68,14 @@ class CheckReport:
         problems: Everything wrong with it.
         exit_code: What the command returns: 0, or that of the first sort of problem.
         patterns: For a cohort or patient, observed modalities joined by commas and the number of
-            records that have just these, most frequent first.
-        observed: For a cohort or patient, the number of records that have each modality.
-        unused: For a cohort or patient, files and folders that no modality looks at, by their
-            path in the patient directory, and the number of records that have one; most frequent
-            first.
+            records that have just these, most frequent first; of records that can be read.
+        observed: For a cohort or patient, the number of such records that have each modality.
+        unused: For a cohort or patient, files and folders that no modality looks at, by their path
+            in the patient directory, and the number of records that have one.
+        notes: What is worth a look and no error: warnings of the quality gate, records without
+            label, scans that are there twice.
+        rows: For a cohort or patient, every record.
+        about: Facts, by name: of a bundle what it is, of a recipe what it asks for.
         admitted: For a prediction, what the replayed decision admits; None = nothing was replayed.
         reproduced: For a prediction, whether that is the decision and the choice it states.
     """
@@ -49,25 +87,55 @@ class CheckReport:
     patterns: Mapping[str, int] = field(default_factory=dict)
     observed: Mapping[str, int] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[Problem, ...] = ()
+    rows: tuple[RecordRow, ...] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
     admitted: tuple[str, ...] | None = None
     reproduced: bool | None = None
 
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Per split of a cohort: records, patients, labelled records, and states by modality."""
+        found: dict[str, dict[str, Any]] = {}
+        for split in (*SPLITS, None):
+            rows = [row for row in self.rows if row.split == split]
+            if rows and self.kind == "cohort":
+                found[split or "none"] = {
+                    "records": len(rows),
+                    "patients": len({row.patient_id for row in rows}),
+                    "labelled": sum(row.labelled for row in rows),
+                    "modalities": {
+                        name: {s: n for s in STATES if (n := _count_state(rows, name, s))}
+                        for name in rows[0].states
+                    },
+                }
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; only a prediction has been replayed."""
+        """Return a JSON-ready dictionary (`docs/reference/check.md`)."""
         replayed = {
             "admitted": None if self.admitted is None else list(self.admitted),
             "reproduced": self.reproduced,
         }
         return {
+            "schema_version": SCHEMA_VERSION,
             "path": str(self.path),
             "kind": self.kind,
             "exit_code": self.exit_code,
             "problems": [asdict(problem) for problem in self.problems],
+            "notes": [asdict(note) for note in self.notes],
             "patterns": dict(self.patterns),
             "observed": dict(self.observed),
             "unused": dict(self.unused),
+            "splits": self.splits,
+            "records": [asdict(row) for row in self.rows],
+            "about": dict(self.about),
             **(replayed if self.kind == "prediction" else {}),
         }
+
+
+def _count_state(rows: Iterable[RecordRow], name: str, state: State) -> int:
+    return sum(row.states[name] == state for row in rows)
 
 
 def check(
@@ -80,11 +148,12 @@ def check(
     A folder with `configs/metadata.json` is a bundle, one with `cohort.yaml` a cohort, one with
     `prediction.json` a prediction, any other folder a patient directory. A YAML file is a recipe
     if it names an imputer or backbone, and a cohort description if it has modalities. Of a cohort
-    every record's files are read.
+    every record's files are read, as far as its description makes sense, even if it has faults.
 
     Args:
         path: What to check.
-        against: For a patient directory, the bundle or cohort it is meant for.
+        against: For a patient directory, the bundle or cohort it is meant for; for a cohort, a
+            bundle that shall answer for it; for a recipe, the cohort it shall be trained on.
         progress: Called after every record with how many are done and how many there are.
 
     Raises:
@@ -92,22 +161,27 @@ def check(
         BundleError: If `against` is a bundle that cannot be loaded.
     """
     kind = _kind(path)
+    if kind == "patient directory":
+        return _check_patient(path, against)
+    if against is not None and kind in ("bundle", "prediction"):
+        raise ConfigError(
+            Problem(
+                "--against",
+                f"a {kind} is checked on its own",
+                expected="a patient directory, cohort or recipe as PATH",
+                remedy="Leave it out",
+            )
+        )
     try:
         if kind == "bundle":
-            load_bundle(path, device="cpu")
-        elif kind == "recipe":
-            read_recipe(path)
-        elif kind == "cohort":
-            return _check_cohort(path, progress)
-        elif kind == "prediction":
-            return _check_prediction(path)
-        else:
-            return _check_patient(path, against)
+            return CheckReport(path, kind, about=_about(_load(path)))
+        if kind == "recipe":
+            return _check_recipe(path, against)
+        if kind == "cohort":
+            return _check_cohort(path, against, progress)
+        return _check_prediction(path)
     except (ConfigError, BundleError) as error:
-        if kind == "patient directory":
-            raise
         return CheckReport(path, kind, error.problems, error.exit_code)
-    return CheckReport(path, kind)
 
 
 def _kind(path: Path) -> Kind:
@@ -124,7 +198,6 @@ def _kind(path: Path) -> Kind:
                 str(path),
                 "this kind of file cannot be checked",
                 expected="a folder, or a YAML file",
-                remedy="Name the folder that the file is in",
             )
         )
     keys = set(Document(path).data or {})
@@ -137,9 +210,11 @@ def _kind(path: Path) -> Kind:
             str(path),
             "the file is neither a recipe nor a cohort description",
             expected="the keys imputer and backbone, or task and modalities",
-            remedy="Check that it is the right file",
         )
     )
+
+
+# --- Predictions, bundles, recipes ----------------------------------------------------------------
 
 
 def _check_prediction(path: Path) -> CheckReport:
@@ -155,40 +230,229 @@ def _check_prediction(path: Path) -> CheckReport:
     )
 
 
-def _check_cohort(path: Path, progress: Callable[[int, int], None] | None) -> CheckReport:
+def _load(path: Path) -> ModelBundle | SegmentationBundle:
+    """Load a bundle of any task.
+
+    Raises:
+        BundleError: If it is damaged.
+    """
+    try:
+        text = (path / "configs" / "metadata.json").read_text(encoding="utf-8")
+        task = json.loads(text)["target"]["type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        task = ""  # the loader says what is wrong
+    if task == "segmentation":
+        return load_segmentation_bundle(path, device="cpu")
+    return load_bundle(path, device="cpu")
+
+
+def _about(bundle: ModelBundle | SegmentationBundle) -> dict[str, str]:
+    """Return what a bundle is, and with which versions it was made where they differ from here."""
+    if isinstance(bundle, SegmentationBundle):
+        trust = bundle.trust
+        parts = {"backbone": str(bundle.backbone_entry["name"])}
+        if trust is not None:
+            parts["imputer"] = str(trust.imputer_entry["name"])
+            parts["selector"] = trust.choice.name
+    else:
+        known = list(bundle.norms.ranges) if bundle.norms is not None else []
+        parts = {
+            "imputer": str(bundle.imputer_entry["name"]),
+            "backbone": str(bundle.backbone_entry["name"]),
+            "selector": bundle.choice.name,
+            "quality gate": f"compares {', '.join(known)} with those of training records"
+            if known
+            else "knows no training records",
+        }
+    provenance = bundle.provenance
+    made, here = dict(provenance["versions"]), {"dymo_med": __version__}
+    here |= {name: metadata.version(name) for name in made if name != "dymo_med"}
+    differing = [f"{n} {v} (here {here[n]})" for n, v in made.items() if here[n] != v]
+    return {
+        "name": bundle.name,
+        "id": bundle.bundle_id,
+        "task": f"{bundle.task.type}: {bundle.task.target}"
+        + (f" ({', '.join(bundle.task.classes)})" if bundle.task.scale is None else ""),
+        "modalities": ", ".join(f"{s.name} ({s.kind})" for s in bundle.specs),
+        "trained on": f"{provenance['cohort']}, "
+        + ", ".join(f"{len(p)} patients in {s}" for s, p in provenance["patients"].items()),
+        **parts,
+        "versions": "as installed here" if not differing else "made with " + ", ".join(differing),
+    }
+
+
+def _check_recipe(path: Path, against: Path | None) -> CheckReport:
+    """Check a recipe, and whether its imputer and backbone can be made for a cohort.
+
+    Raises:
+        ConfigError: If either is wrong by itself.
+    """
+    plan = read_recipe(path)
+    about = {"name": plan.name, "backbone": plan.backbone.name}
+    if plan.imputer is not None:
+        about["imputer"] = plan.imputer.name
+    if plan.selector is not None:
+        about["selector"] = plan.selector.name
+    if against is None:
+        return CheckReport(path, "recipe", about=about)
+    cohort = read_cohort(against)
+    about["for"] = f"cohort {cohort.name}: " + ", ".join(
+        f"{s.name} ({s.kind})" for s in cohort.specs
+    )
+    problems: list[Problem] = []
+    segmentation = cohort.task.mask is not None
+    if segmentation == (plan.backbone.name in BACKBONES):
+        problems.append(
+            Problem(
+                str(path),
+                f"backbone {plan.backbone.name} does not fit cohort {cohort.name}",
+                expected=f"a backbone for a {cohort.task.type}",
+                remedy="Choose another backbone, or another cohort",
+            )
+        )
+    if plan.imputer is not None:
+        problems += _makes(path, "imputer", lambda: _new_imputer(plan.imputer, cohort))
+    elif not segmentation:
+        problems.append(
+            Problem(
+                str(path),
+                "the recipe names no imputer",
+                expected=f"an imputer for a {cohort.task.type}",
+                remedy=f"Name one: {', '.join(IMPUTERS)}",
+            )
+        )
+    if plan.backbone.name in BACKBONES and not segmentation:
+        entry = BACKBONES[plan.backbone.name]
+        problems += _makes(
+            path,
+            "backbone",
+            lambda: entry(
+                cohort.specs, len(cohort.task.classes), entry.Options(**plan.backbone.options)
+            ),
+        )
+    problems += _untrainable(cohort)
+    code = ConfigError.exit_code if problems else 0
+    return CheckReport(path, "recipe", tuple(problems), code, about=about)
+
+
+def _new_imputer(entry: Any, cohort: Cohort) -> None:
+    """Make an imputer for a cohort, and see whether it can recover anything.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    made = IMPUTERS[entry.name]
+    imputer = made(cohort.specs, made.Options(**entry.options))
+    # What some can recover is known only once they have seen training records.
+    with suppress(RuntimeError):
+        require_recovery(imputer, entry.name)
+
+
+def _makes(path: Path, what: str, make: Callable[[], object]) -> tuple[Problem, ...]:
+    """Return why a part of a recipe cannot be made."""
+    try:
+        make()
+    except DymoMedError as error:
+        return error.problems
+    except (ValueError, RuntimeError) as error:
+        return (
+            Problem(
+                f"{path} {what}",
+                "it cannot be made for this cohort's modalities",
+                got=str(error)[:300],
+                remedy="Change its options, or the modalities' size",
+            ),
+        )
+    return ()
+
+
+def _untrainable(cohort: Cohort) -> list[Problem]:
+    """Return the classes that `train` would miss in a split."""
+    if cohort.task.mask is not None:
+        return []
+    problems = []
+    for split in SPLITS[:3]:
+        labels = {record.label for record in cohort.in_split(split)}
+        absent = [c for k, c in enumerate(cohort.task.classes) if k not in labels]
+        if absent and (cohort.task.scale is None or not labels - {None}):
+            problems.append(
+                Problem(
+                    f"Cohort {cohort.name}",
+                    f"split '{split}' has no labelled record of class {', '.join(absent)}",
+                    remedy="Move patients between splits in splits.csv",
+                )
+            )
+    return problems
+
+
+# --- Patients and cohorts -------------------------------------------------------------------------
+
+
+def _check_cohort(
+    path: Path, against: Path | None, progress: Callable[[int, int], None] | None
+) -> CheckReport:
     """Read every record of a cohort.
 
     Raises:
-        ConfigError: If its description is wrong.
+        ConfigError: If its description is too wrong to look for records.
+        BundleError: If `against` cannot be loaded or is about something else.
     """
-    cohort = read_cohort(path)
-    problems: list[Problem] = []
-    patterns: Counter[str] = Counter()
-    observed: dict[str, int] = dict.fromkeys((spec.name for spec in cohort.specs), 0)
-    unused: Counter[str] = Counter()
+    cohort, described = survey_cohort(path)
+    specs, norms = cohort.specs, Norms(limits=cohort.quality)
+    if against is not None:
+        bundle = _bundle(against)
+        specs, norms = matched_specs(bundle, cohort), bundle.norms or norms
+    problems, notes = list(described), []
     looked_at = [spec.file for spec in cohort.specs]
     if cohort.task.mask is not None:
         looked_at.append(cohort.task.mask.file)
+    rows, files = [], _Files(looked_at)
+    warned: dict[tuple[str, str], list[str]] = defaultdict(list)
+    readable: list[RecordRow] = []
     for done, entry in enumerate(cohort.records, start=1):
-        try:
-            record = read_record(
-                entry, cohort.specs, cohort.missing_values, require_something=False
-            )
-        except PatientDataError as error:
-            problems.extend(error.problems)
-        else:
-            patterns[_pattern(record, cohort.specs)] += 1
-            for name in record.modalities:
-                observed[name] += 1
-        unused.update(_unused(entry.folder, looked_at))
+        if entry.folder.is_dir():
+            files.unused.update(_unused(entry.folder, files.files))
+            try:
+                found = examine_record(entry, specs, cohort.missing_values, norms=norms)
+            except PatientDataError as error:
+                problems.extend(error.problems)
+            else:
+                problems.extend(_wrong(found))
+                row = _row(found, specs, cohort, entry)
+                rows.append(row)
+                if not found.problems:
+                    readable.append(row)
+                files.add(entry, found)
+                for name, result in found.results.items():
+                    for finding in result.findings:
+                        if finding.level == "warn":
+                            warned[name, finding.check].append(entry.record_id)
         if progress is not None:
             progress(done, len(cohort.records))
-    exit_code = PatientDataError.exit_code if problems else 0
-    ordered = dict(patterns.most_common())
-    others = dict(unused.most_common())
-    # A table that all records share is at fault once.
-    told = tuple(dict.fromkeys(problems))
-    return CheckReport(path, "cohort", told, exit_code, ordered, observed, others)
+    notes += [
+        Problem(
+            f"Cohort {cohort.name}: {name}",
+            f"the quality gate warns: {CHECKS[finding_check]}",
+            got=_some(ids),
+        )
+        for (name, finding_check), ids in warned.items()
+    ]
+    notes += _loose_ends(cohort, path)
+    notes += files.notes(cohort)
+    exit_code = 0
+    if problems:
+        exit_code = ConfigError.exit_code if described else PatientDataError.exit_code
+    return CheckReport(
+        path,
+        "cohort",
+        tuple(problems),
+        exit_code,
+        _patterns(readable),
+        _observed(readable, specs),
+        dict(files.unused.most_common()),
+        tuple(notes),
+        tuple(rows),
+    )
 
 
 def _check_patient(path: Path, against: Path | None) -> CheckReport:
@@ -203,26 +467,169 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
             Problem(
                 str(path),
                 "a patient directory can only be checked against a bundle or a cohort",
-                expected="what files to look for",
                 remedy="Add --against BUNDLE or --against COHORT; a cohort's own folder holds"
                 " cohort.yaml, a bundle's holds configs/metadata.json",
             )
         )
+    norms: Norms | None
     if _kind(against) == "bundle":
-        bundle = load_bundle(against, device="cpu")
+        bundle = _load(against)
         specs, missing_values = bundle.specs, bundle.missing_values
+        norms = bundle.norms if isinstance(bundle, ModelBundle) else None
     else:
         cohort = read_cohort(against)
         specs, missing_values = cohort.specs, cohort.missing_values
+        norms = Norms(limits=cohort.quality)
     kind: Kind = "patient directory"
-    unused = dict.fromkeys(_unused(path, [spec.file for spec in specs]), 1)
     try:
-        record = read_patient(path, specs, missing_values=missing_values)
+        found = examine(path, specs, missing_values=missing_values, norms=norms)
     except PatientDataError as error:
-        return CheckReport(path, kind, error.problems, error.exit_code, unused=unused)
-    observed = {spec.name: int(spec.name in record.modalities) for spec in specs}
-    patterns = {_pattern(record, specs): 1}
-    return CheckReport(path, kind, patterns=patterns, observed=observed, unused=unused)
+        return CheckReport(path, kind, error.problems, error.exit_code)
+    row = _row(found, specs)
+    problems = list(_wrong(found))
+    if not found.results and not problems:
+        problems.append(
+            Problem(
+                f"Patient {found.record.record_id}",
+                "nothing was observed, so there is nothing to predict from",
+                expected=f"at least one of {', '.join(dict.fromkeys(s.file for s in specs))}",
+                remedy="Check that this is the patient's folder and how its files are named",
+            )
+        )
+    notes = [
+        Problem(
+            f"Patient {found.record.record_id}: {name}",
+            f"the quality gate warns: {CHECKS[finding.check]}",
+            expected=finding.expected,
+            got=finding.got,
+        )
+        for name, result in found.results.items()
+        for finding in result.findings
+        if finding.level == "warn"
+    ]
+    notes += [
+        Problem(f"Patient {found.record.record_id}: {name}", warning.rstrip("."))
+        for name, value in found.record.modalities.items()
+        for warning in value.warnings
+    ]
+    whole = [] if found.problems else [row]
+    return CheckReport(
+        path,
+        kind,
+        tuple(problems),
+        PatientDataError.exit_code if problems else 0,
+        _patterns(whole),
+        _observed(whole, specs) if whole else {},
+        dict.fromkeys(_unused(path, [spec.file for spec in specs]), 1),
+        tuple(notes),
+        (row,),
+    )
+
+
+def _bundle(path: Path) -> ModelBundle:
+    """Load the bundle that a cohort is checked against.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if _kind(path) != "bundle":
+        raise ConfigError(
+            Problem("--against", "a cohort is checked against a bundle", got=f"a {_kind(path)}")
+        )
+    return load_bundle(path, device="cpu")
+
+
+def _wrong(found: Intake) -> tuple[Problem, ...]:
+    """Return everything that keeps a record from being used as it is."""
+    return (*found.problems, *(p for problems in found.refusals.values() for p in problems))
+
+
+def _row(
+    found: Intake,
+    specs: Sequence[ModalitySpec],
+    cohort: Cohort | None = None,
+    entry: CohortRecord | None = None,
+) -> RecordRow:
+    """Return a record's row of the completeness table."""
+    states: dict[str, State] = {}
+    for spec in specs:
+        result = found.results.get(spec.name)
+        value = found.record.modalities.get(spec.name)
+        fields = None if value is None else value.observed_fields
+        states[spec.name] = (
+            "damaged"
+            if spec.name in found.damaged
+            else "missing"
+            if result is None
+            else "refuse"
+            if result.state == "refuse"
+            else "warn"
+            if result.state == "warn"
+            else "partly"
+            if fields is not None and not bool(fields.all())
+            else "observed"
+        )
+    record = found.record
+    return RecordRow(
+        record.record_id,
+        record.patient_id,
+        None if cohort is None else cohort.splits.get(record.patient_id),
+        entry is not None and entry.label is not None,
+        states,
+    )
+
+
+def _patterns(rows: Sequence[RecordRow]) -> dict[str, int]:
+    """Return how many records have which modalities, most frequent first."""
+    return dict(
+        Counter(
+            ", ".join(n for n, state in row.states.items() if _there(state)) or NOTHING
+            for row in rows
+        ).most_common()
+    )
+
+
+def _observed(rows: Sequence[RecordRow], specs: Sequence[ModalitySpec]) -> dict[str, int]:
+    return {s.name: sum(_there(row.states[s.name]) for row in rows) for s in specs}
+
+
+def _there(state: State) -> bool:
+    return state in ("observed", "partly", "warn")
+
+
+class _Files:
+    """What the folders of a cohort hold besides what is used, and which scans occur twice."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = files
+        self.unused: Counter[str] = Counter()
+        self.scans: dict[str, list[tuple[str, str]]] = defaultdict(list)
+
+    def add(self, entry: CohortRecord, found: Intake) -> None:
+        """Take note of one record's files."""
+        for name, value in found.record.modalities.items():
+            if value.native is not None:
+                self.scans[value.source.sha256].append((entry.record_id, name))
+
+    def notes(self, cohort: Cohort) -> list[Problem]:
+        """Return what is worth a look."""
+        where = f"Cohort {cohort.name}"
+        twice = [
+            "the same bytes as " + " and ".join(f"{name} of {record}" for record, name in places)
+            for places in self.scans.values()
+            if len(places) > 1
+        ]
+        notes = []
+        if twice:
+            notes.append(
+                Problem(
+                    where,
+                    "scans that are there more than once",
+                    got=_some([text.removeprefix("the same bytes as ") for text in twice], "; "),
+                    remedy="Check whose they are; in two splits they flatter every figure",
+                )
+            )
+        return notes
 
 
 def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
@@ -252,6 +659,54 @@ def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
         folders[:] = sorted(n for n in folders if here / n in within)
 
 
-def _pattern(record: PatientRecord, specs: tuple[ModalitySpec, ...]) -> str:
-    """Return the observed modalities in canonical order as one string."""
-    return ", ".join(s.name for s in specs if s.name in record.modalities) or NOTHING
+def _loose_ends(cohort: Cohort, path: Path) -> list[Problem]:
+    """Return records without label, and patients and folders without record."""
+    where = f"Cohort {cohort.name}"
+    notes = []
+    if cohort.task.mask is None:
+        unlabelled = [r.record_id for r in cohort.records if r.label is None]
+        if unlabelled:
+            notes.append(
+                Problem(
+                    where,
+                    "records without label: they train the imputer and are not evaluated",
+                    got=_some(unlabelled),
+                )
+            )
+    known = {record.patient_id for record in cohort.records}
+    strangers = [patient for patient in cohort.splits if patient not in known]
+    if strangers:
+        notes.append(
+            Problem(
+                where,
+                "patients with a split and no record",
+                got=_some(strangers),
+                remedy="Add their rows to the labels, or take them out of the splits",
+            )
+        )
+    folders = {record.folder for record in cohort.records}
+    roots = {folder.parent for folder in folders if folder.parent.is_dir()}
+    listed = sorted(
+        p.name
+        for root in roots
+        for p in root.iterdir()
+        if p.is_dir() and p not in folders and not p.name.startswith(".")
+    )
+    if listed and roots != {path}:
+        notes.append(
+            Problem(
+                where,
+                "folders of patients that the labels do not list",
+                got=_some(listed),
+                remedy="Add their rows, or move the folders away",
+            )
+        )
+    problems = _untrainable(cohort)
+    return [*notes, *problems]
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    """Return the first of some names, and how many there are."""
+    shown = between.join(names[:_MOST_NAMED])
+    left = len(names) - _MOST_NAMED
+    return f"{len(names)}: {shown}" + (f" and {left} more" if left > 0 else "")

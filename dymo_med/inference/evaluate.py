@@ -176,7 +176,7 @@ def evaluate(
             modalities.
     """
     start = time.perf_counter()
-    specs = _specs(bundle, cohort)
+    specs = matched_specs(bundle, cohort)
     rules = _rules(scenarios, specs, cohort)
     records = _labelled(cohort, split)
     ids = [record.record_id for record in records]
@@ -196,7 +196,7 @@ def evaluate(
         )
     _distinct((bundle, *against))
     for other in against:
-        if {s.name for s in _specs(other, cohort)} != {s.name for s in specs}:
+        if {s.name for s in matched_specs(other, cohort)} != {s.name for s in specs}:
             raise BundleError(
                 Problem(
                     f"bundle {other.name}",
@@ -772,7 +772,7 @@ def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
     return records
 
 
-def _specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
+def matched_specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
     """Return the bundle's modalities, to be read from the cohort's files.
 
     Raises:

@@ -366,6 +366,7 @@ def test_the_report_says_what_was_refused_and_warned_of(patient, shipped, tmp_pa
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "flair was brought but refused and treated as missing" in page
     assert words()["gate"]["checks"]["field_small"] in page
+    assert words()["gate"]["checks"]["constant"] + "." in page
     assert not audit(out).problems
     data = json.loads((out / "prediction.json").read_text(encoding="utf-8"))
     data["quality"]["t2"]["state"] = "pass"
