@@ -682,7 +682,8 @@ def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -
     if not wrong:
         wrong += [f"{k} holds NaN or infinity" for k, v in stored.items() if not v.isfinite().all()]
         source = stored["borrowed_from"]
-        if not count or bool(((source < 0) | (source >= count)).any()):
+        # -1: of no subset at all, but of all together.
+        if not count or bool(((source < -1) | (source >= count)).any()):
             wrong.append("borrowed_from leads nowhere")
     if wrong:
         raise _wrong_tensors(path, name, wrong)

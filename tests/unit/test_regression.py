@@ -37,8 +37,8 @@ RECIPE = {
     "imputer": {"name": "mopoe", "latent": 4, "dim": 8, "hidden": 8},
     "backbone": {"name": "transformer", "dim": 16, "heads": 2, "layers": 1, "projection": 6},
     "comparators": [{"name": "moddrop", "dim": 16, "heads": 2, "hidden": 16}],
-    "imputer_training": {"epochs": 5, "batch_size": 20, "learning_rate": 0.005},
-    "backbone_training": {"epochs": 25, "batch_size": 20, "learning_rate": 0.01, "subsets": 3},
+    "imputer_training": {"epochs": 2, "batch_size": 20, "learning_rate": 0.005},
+    "backbone_training": {"epochs": 16, "batch_size": 20, "learning_rate": 0.02, "subsets": 3},
 }
 
 
@@ -76,12 +76,15 @@ def speeches(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(speeches, tmp_path_factory):
-    from dymo_med.training.train import train
+    from dymo_med.training import train as module
 
     folder = tmp_path_factory.mktemp("regression")
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    return load_bundle(train(recipe, speeches, folder / "run", device="cpu"), "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "draw_curves", lambda *_: None)
+        bundle = module.train(recipe, speeches, folder / "run", device="cpu")
+    return load_bundle(bundle, "cpu")
 
 
 # --- Scale ----------------------------------------------------------------------------------------
