@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -557,6 +559,9 @@ def main(arguments: list[str] | None = None) -> Any:
     if not sys.warnoptions:
         # Libraries warn at import about optional parts nobody asked for.
         warnings.simplefilter("ignore")
+    if threading.current_thread() is threading.main_thread():
+        # A run that is told to stop cleans up like one that fails; killed at once, it could not.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return app(args=arguments, standalone_mode=True)
     except DymoMedError as error:

@@ -1,0 +1,99 @@
+"""A run that is stopped, or runs out of disk, leaves nothing half-written and loses nothing."""
+
+import errno
+import os
+import shutil
+import signal
+
+import pytest
+
+from dymo_med import files
+from dymo_med.cli import main
+from dymo_med.data import simulate
+from dymo_med.inference import predict
+from dymo_med.modalities import image, table
+
+SMALL = ["-n", 8, "--size", 16, "-q"]
+
+
+def stop(number):
+    """Return what to do in the middle of a run: send this signal to it."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def fill():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out")
+
+
+TROUBLE = {
+    "told to stop": (stop(signal.SIGTERM), 143),
+    "interrupted": (stop(signal.SIGINT), 130),
+    "disk full": (fill, 2),
+}
+
+
+def commands(patient, bundle, out):
+    source = ["-i", patient, "-b", bundle, "-o", out, "-d", "cpu"]
+    return {
+        "predict": ["predict", *source, "--no-explain", "--draws", 0],
+        "impute": ["impute", *source],
+        "simulate": ["simulate", out, *SMALL],
+    }
+
+
+def ended(arguments):
+    """Return how a command ended."""
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        main([str(a) for a in arguments])
+    return getattr(stopped.value, "code", 130) or 0
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+@pytest.mark.parametrize("command", ["predict", "impute", "simulate"])
+def test_nothing_is_left_and_nothing_is_lost(
+    bundle_dir, cohort_dir, tmp_path, monkeypatch, command, trouble
+):
+    patient = shutil.copytree(cohort_dir / "patients" / "p001", tmp_path / "p001")
+    out = tmp_path / "out"
+    happen, code = TROUBLE[trouble]
+    arguments = commands(patient, bundle_dir, out)[command]
+    earlier = {}
+    if command != "simulate":  # which replaces nothing
+        assert ended(arguments) == 0
+        earlier = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    before = sorted(tmp_path.rglob("*"))
+    module, name = (simulate, "_write_rows") if command == "simulate" else (files, "write_bytes")
+    calls, write = 0, getattr(module, name)
+
+    def at_the_second_file(*values):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            happen()
+        return write(*values)
+
+    for user in (module, predict, image, table):
+        if hasattr(user, name):
+            monkeypatch.setattr(user, name, at_the_second_file)
+    assert ended(arguments) == code
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {p: p.read_bytes() for p in earlier} == earlier
+
+
+@pytest.mark.parametrize("where", ["{patient}", "{patient}/out", "{link}", "{file}", "{file}/out"])
+def test_odd_places_for_results(bundle_dir, cohort_dir, tmp_path, capsys, where):
+    """Beside the patient's files or through a link it works; never in place of what is there."""
+    patient = shutil.copytree(cohort_dir / "patients" / "p001", tmp_path / "p001")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").write_text("mine")
+    names = {"patient": patient, "link": tmp_path / "link", "file": tmp_path / "file"}
+    out = where.format(**names)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    code = ended(commands(patient, bundle_dir, out)["impute"])
+    works = where in ("{patient}/out", "{link}")
+    assert code == (0 if works else 2)
+    assert {p: p.read_bytes() for p in before} == before
+    assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.rglob(".*"))
+    assert works or "Traceback" not in capsys.readouterr().err
