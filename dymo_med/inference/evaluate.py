@@ -40,7 +40,7 @@ from dymo_med.data.missingness import (
 )
 from dymo_med.data.patient import Intake, examine_record, usable
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
-from dymo_med.files import csv_stream, write_csv, write_json
+from dymo_med.files import csv_stream, read_json, write_csv, write_json
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
@@ -333,7 +333,7 @@ def _write(
         for rule, collector in zip(rules, collectors, strict=True):
             for number in range(batches):
                 path = out / _PROGRESS / _file_name(rule, number)
-                part = json.loads(path.read_text(encoding="utf-8"))
+                part = _written(path)
                 for kind in columns:
                     append[kind](part[kind])
                     lines[kind] += len(part[kind])
@@ -907,7 +907,7 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
                 remedy="Name another folder with --out",
             )
         )
-    earlier = json.loads(marker.read_text(encoding="utf-8"))
+    earlier = _written(marker)
     now = json.loads(json.dumps(known))
     differing = [key for key in now if earlier.get(key) != now[key]]
     if differing:
@@ -919,6 +919,27 @@ def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
                 remedy="Repeat its settings, or name another folder with --out",
             )
         )
+
+
+def _written(path: Path) -> Any:
+    """Return what an evaluation kept of its settings or of a finished batch.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    try:
+        return read_json(path, most_bytes=1 << 31)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            Problem(
+                str(path),
+                "what was finished cannot be read",
+                expected="JSON that this evaluation wrote",
+                got=type(error).__name__ if isinstance(error, OSError) else str(error),
+                remedy="Remove a batch's file and go on with --resume; without settings.json, begin"
+                " again in another folder",
+            )
+        ) from None
 
 
 def _digest(records: Sequence[CohortRecord]) -> str:
