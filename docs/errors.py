@@ -75,10 +75,24 @@ class Module:
             given |= {k.arg: k.value for k in node.keywords if k.arg is not None}
             if any(isinstance(a, ast.Starred) for a in node.args):
                 continue
-            if self._passes_on(given):
+            if self._passes_on(given) or self._is_note(node):
                 continue
             parts = {key: self.text(value, node) for key, value in given.items()}
             yield Entry(self.name, node.lineno, self._code(node, name), parts)
+
+    def _is_note(self, node: ast.AST) -> bool:
+        """Whether a problem is one of the notes of a check: worth knowing, and no error."""
+        for outer in self.above(node):
+            into: list[ast.expr] = []
+            if isinstance(outer, ast.AugAssign):
+                into = [outer.target]
+            elif isinstance(outer, ast.Assign):
+                into = outer.targets
+            elif isinstance(outer, ast.Call) and isinstance(outer.func, ast.Attribute):
+                into = [outer.func.value]
+            if any(isinstance(name, ast.Name) and name.id == "notes" for name in into):
+                return True
+        return False
 
     def _passes_on(self, given: dict[str, ast.expr]) -> bool:
         """Whether a problem only repeats what an exception of a reader says."""

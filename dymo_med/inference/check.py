@@ -198,6 +198,7 @@ def _kind(path: Path) -> Kind:
                 str(path),
                 "this kind of file cannot be checked",
                 expected="a folder, or a YAML file",
+                remedy="Name the folder that the file is in",
             )
         )
     keys = set(Document(path).data or {})
@@ -210,6 +211,7 @@ def _kind(path: Path) -> Kind:
             str(path),
             "the file is neither a recipe nor a cohort description",
             expected="the keys imputer and backbone, or task and modalities",
+            remedy="Check that it is the right file",
         )
     )
 
@@ -379,6 +381,7 @@ def _untrainable(cohort: Cohort) -> list[Problem]:
                 Problem(
                     f"Cohort {cohort.name}",
                     f"split '{split}' has no labelled record of class {', '.join(absent)}",
+                    expected="each class in each split but test",
                     remedy="Move patients between splits in splits.csv",
                 )
             )
@@ -467,6 +470,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
             Problem(
                 str(path),
                 "a patient directory can only be checked against a bundle or a cohort",
+                expected="what files to look for",
                 remedy="Add --against BUNDLE or --against COHORT; a cohort's own folder holds"
                 " cohort.yaml, a bundle's holds configs/metadata.json",
             )
@@ -534,7 +538,13 @@ def _bundle(path: Path) -> ModelBundle:
     """
     if _kind(path) != "bundle":
         raise ConfigError(
-            Problem("--against", "a cohort is checked against a bundle", got=f"a {_kind(path)}")
+            Problem(
+                "--against",
+                "a cohort is checked against a bundle",
+                expected="a bundle's folder",
+                got=f"a {_kind(path)}",
+                remedy="Name the bundle that the cohort is for",
+            )
         )
     return load_bundle(path, device="cpu")
 
