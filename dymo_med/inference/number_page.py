@@ -145,7 +145,7 @@ def _plot(path: Path, facts: Row, scores: Scores) -> None:
     assert numbers is not None
     own, scale = facts["selector"], numbers.scale
     shown = [m for m in dict.fromkeys((own, *COMPARED[:2])) if m in numbers.answers]
-    figure = Figure(figsize=(3.2 * len(shown), 3.4), layout="compressed")
+    figure = Figure(figsize=(3.2 * len(shown), 3.8), layout="compressed")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     margin = 0.04 * (scale.high - scale.low)
     ends = (scale.low - margin, scale.high + margin)
