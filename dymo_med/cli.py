@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dymo_med import __version__
-from dymo_med.errors import DymoMedError
+from dymo_med.errors import ConfigError, DymoMedError, Problem
 
 app = typer.Typer(
     name="dymo-med",
@@ -53,6 +53,10 @@ Bundle = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 PatientDir = Annotated[
     Path, typer.Option("--patient-dir", "-i", help="Folder with the patient's scans and tables.")
+]
+Flips = Annotated[
+    bool,
+    typer.Option("--flips", help="Of a segmentation: average over mirrored scans; 8 times slower."),
 ]
 Pdf = Annotated[
     bool, typer.Option("--pdf", help="Write the page as a PDF too, beside it: report.pdf.")
@@ -323,14 +327,25 @@ def predict(
     pdf: Pdf = False,
     identify: Identify = False,
     without_refused: WithoutRefused = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Of a segmentation: write each region's map too."),
+    ] = False,
+    flips: Flips = False,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Answer for one patient: prediction.json, selection.csv, report.html, recovered/."""
-    from dymo_med.bundle import load_bundle
+    from dymo_med.bundle import load_bundle, task_of
     from dymo_med.inference.predict import predict_patient
 
+    if task_of(bundle) == "segmentation":
+        asked = {"--pdf": pdf, "--no-explain": no_explain}
+        _refuse("a segmentation", asked | {"--treat-refused-as-missing": without_refused})
+        _segment(patient_dir, bundle, out, selector, probabilities, flips, device, seed, quiet)
+        return
+    _refuse("a classification or regression", {"--probabilities": probabilities, "--flips": flips})
     model = load_bundle(bundle, device)
     if selector is not None:
         model = model.with_selector(selector)
@@ -367,6 +382,56 @@ def predict(
         reporter.say(f"pdf: {out / 'report.pdf'}")
 
 
+def _segment(
+    patient_dir: Path,
+    bundle: Path,
+    out: Path,
+    selector: str | None,
+    probabilities: bool,
+    flips: bool,
+    device: str,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Segment one patient and say what was found."""
+    from dymo_med.bundle_segmentation import load_segmentation_bundle
+    from dymo_med.inference.segment import segment_patient
+
+    answer = segment_patient(
+        patient_dir,
+        load_segmentation_bundle(bundle, device),
+        out,
+        probabilities=probabilities,
+        flips=flips,
+        selector=selector,
+        seed=seed,
+    )
+    reporter = Reporter(quiet)
+    found = ", ".join(f"{name} {ml:.1f} mL" for name, ml in answer.volumes_ml.items())
+    reporter.say(f"{answer.record_id}: {found}")
+    for word in ("observed", "trusted", "rejected", "absent"):
+        names = getattr(answer, word)
+        if names:
+            reporter.say(f"{word}: {', '.join(names)}")
+    for warning in answer.warnings:
+        reporter.say(f"note: {warning}")
+    reporter.say(f"segmentation: {out / 'segmentation.nii.gz'}")
+    reporter.say(f"report: {out / 'report.html'}")
+
+
+def _refuse(task: str, options: Mapping[str, bool]) -> None:
+    """Refuse options that a bundle's task has no use for.
+
+    Raises:
+        ConfigError: If one was given.
+    """
+    for name, given in options.items():
+        if given:
+            raise ConfigError(
+                Problem(name, f"the bundle is for {task}", remedy="Leave the option out")
+            )
+
+
 @app.command()
 def report(
     prediction: Annotated[
@@ -381,10 +446,17 @@ def report(
     """Make the page of a prediction again, from its prediction.json alone."""
     from dymo_med.inference.prediction_file import read_prediction
     from dymo_med.inference.report import write_report
+    from dymo_med.inference.segment import write_segmentation_report
+    from dymo_med.inference.segmentation_file import is_segmentation, read_segmentation
 
     page = out or prediction.with_name("report.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter("the page's name must end in .html", param_hint="--out")
+    if is_segmentation(prediction):
+        _refuse("a segmentation", {"--pdf": pdf})
+        write_segmentation_report(read_segmentation(prediction), page)
+        Reporter(quiet).say(f"report: {page}")
+        return
     file = read_prediction(prediction)
     write_report(file, page)
     reporter = Reporter(quiet)
@@ -470,6 +542,7 @@ def evaluate(
             "--against", help="Bundle of the same cohort to set beside this one; repeatable."
         ),
     ] = None,
+    flips: Flips = False,
     num_parts: Annotated[
         int, typer.Option("--num-parts", min=1, help="How many processes share the work.")
     ] = 1,
@@ -481,32 +554,58 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Evaluate a cohort under missing-data scenarios, each method side by side."""
-    from dymo_med.bundle import load_bundle
+    from dymo_med.bundle import load_bundle, task_of
+    from dymo_med.bundle_segmentation import load_segmentation_bundle
     from dymo_med.data.cohort import read_cohort
     from dymo_med.inference.evaluate import evaluate as run
+    from dymo_med.inference.segment_evaluate import evaluate_segmentation
 
     reporter = Reporter(quiet)
+    segments = task_of(bundle) == "segmentation"
+    if segments:
+        asked = {"--draws": draws > 0, "--identify": identify, "--against": bool(against)}
+        _refuse("a segmentation", asked | {"--treat-refused-as-missing": without_refused})
+    else:
+        _refuse("a classification or regression", {"--flips": flips})
     with reporter.bar("Evaluating") as progress:
-        result = run(
-            load_bundle(bundle, device),
-            read_cohort(cohort),
-            out,
-            split=split,
-            scenarios=tuple(missing or ["as-is"]),
-            seed=seed,
-            resume=resume,
-            reports=reports,
-            methods=tuple(selector or ()),
-            draws=draws,
-            allow_overlap=allow_overlap,
-            identify=identify,
-            treat_refused_as_missing=without_refused,
-            against=tuple(load_bundle(other, device) for other in against or ()),
-            num_parts=num_parts,
-            part_id=part_id,
-            command=shlex.join(["dymo-med", *sys.argv[1:]]),
-            progress=progress,
-        )
+        if segments:
+            result = evaluate_segmentation(
+                load_segmentation_bundle(bundle, device),
+                read_cohort(cohort),
+                out,
+                split=split,
+                scenarios=tuple(missing or ["subsets"]),
+                methods=tuple(selector or ()),
+                flips=flips,
+                seed=seed,
+                resume=resume,
+                allow_overlap=allow_overlap,
+                num_parts=num_parts,
+                part_id=part_id,
+                command=shlex.join(["dymo-med", *sys.argv[1:]]),
+                progress=progress,
+            )
+        else:
+            result = run(
+                load_bundle(bundle, device),
+                read_cohort(cohort),
+                out,
+                split=split,
+                scenarios=tuple(missing or ["as-is"]),
+                seed=seed,
+                resume=resume,
+                reports=reports,
+                methods=tuple(selector or ()),
+                draws=draws,
+                allow_overlap=allow_overlap,
+                identify=identify,
+                treat_refused_as_missing=without_refused,
+                against=tuple(load_bundle(other, device) for other in against or ()),
+                num_parts=num_parts,
+                part_id=part_id,
+                command=shlex.join(["dymo-med", *sys.argv[1:]]),
+                progress=progress,
+            )
     if result.open_batches:
         still = _count(result.open_batches, "unfinished batch", "unfinished batches")
         reporter.say(f"part {part_id} of {num_parts} is done; {still} left to other parts")
@@ -532,17 +631,24 @@ def impute(
     quiet: Quiet = False,
 ) -> None:
     """Write only the recovered scans and tables of one patient."""
-    from dymo_med.bundle import load_bundle
+    from dymo_med.bundle import load_bundle, task_of
+    from dymo_med.bundle_segmentation import load_segmentation_bundle
     from dymo_med.inference.predict import impute_patient
+    from dymo_med.inference.segment import impute_segmented
 
-    written = impute_patient(
-        patient_dir,
-        load_bundle(bundle, device),
-        out,
-        seed=seed,
-        identify=identify,
-        treat_refused_as_missing=without_refused,
-    )
+    if task_of(bundle) == "segmentation":
+        _refuse("a segmentation", {"--treat-refused-as-missing": without_refused})
+        model = load_segmentation_bundle(bundle, device)
+        written = impute_segmented(patient_dir, model, out, seed=seed)
+    else:
+        written = impute_patient(
+            patient_dir,
+            load_bundle(bundle, device),
+            out,
+            seed=seed,
+            identify=identify,
+            treat_refused_as_missing=without_refused,
+        )
     reporter = Reporter(quiet)
     for file in written:
         reporter.say(str(file))

@@ -111,13 +111,9 @@ class DenseVersions:
         return self._mean(rows, used, admitted, 0)
 
     def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
-        """See `dymo_med.types.Fuse`.
-
-        Raises:
-            ValueError: If there is no readout.
-        """
+        """See `dymo_med.types.Fuse`; zeros where there is no readout, and nothing to judge."""
         if self.readout is None:
-            raise ValueError("A segmentation can only be judged with a readout.")
+            return FusionOutput(torch.zeros(len(rows), 1), torch.zeros(len(rows), 1))
         some = next(x for x in (*self.observed, *self.recovered) if x is not None)
         chunk = max(1, _MOST_VALUES // some.logits[0].numel())
         parts = []

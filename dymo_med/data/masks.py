@@ -174,12 +174,28 @@ def read_known(
     Raises:
         PatientDataError: See `read_patient` and `read_mask`.
     """
-    specs, mask = cohort.specs, cohort.task.mask
-    record = read_record(entry, specs, cohort.missing_values, require_something=require_something)
+    record = read_record(
+        entry, cohort.specs, cohort.missing_values, require_something=require_something
+    )
+    return with_mask(record, entry.folder, cohort)
+
+
+def with_mask(record: PatientRecord, folder: Path, cohort: Cohort) -> PatientRecord:
+    """Return a record with its mask on the grid of its scans, where the task has one.
+
+    Args:
+        record: What was read from the patient directory.
+        folder: The patient directory.
+        cohort: The record's cohort.
+
+    Raises:
+        PatientDataError: See `read_mask`; also if scans lie on different grids.
+    """
+    mask = cohort.task.mask
     if mask is None or not record.modalities:
         return record
-    own, seen = own_grid(record, specs), network_grid(record)
-    labels = read_mask(entry.folder, mask, own, f"Patient {record.record_id}")
+    own, seen = own_grid(record, cohort.specs), network_grid(record)
+    labels = read_mask(folder, mask, own, f"Patient {record.record_id}")
     if labels is None:
         return record
     return replace(record, mask=torch.from_numpy(nearest_voxel(labels, own, seen)))

@@ -20,11 +20,13 @@ from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_b
 from dymo_med.config import Document
 from dymo_med.data.cohort import read_cohort, survey_cohort
 from dymo_med.data.gate import CHECKS
+from dymo_med.data.masks import with_mask
 from dymo_med.data.patient import Intake, examine, examine_record
 from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
 from dymo_med.inference.evaluate import matched_specs
+from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
 from dymo_med.modalities.image import file_in
 from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Norms
 
@@ -221,6 +223,10 @@ def _kind(path: Path) -> Kind:
 
 def _check_prediction(path: Path) -> CheckReport:
     """Audit the folder of a prediction."""
+    if is_segmentation(path / "prediction.json"):
+        wrong = audit_segmentation(path)
+        code = PatientDataError.exit_code if wrong else 0
+        return CheckReport(path, "prediction", wrong, code)
     found = audit(path)
     return CheckReport(
         path,
@@ -417,6 +423,8 @@ def _check_cohort(
             files.unused.update(_unused(entry.folder, files.files))
             try:
                 found = examine_record(entry, specs, cohort.missing_values, norms=norms)
+                if not found.problems:
+                    with_mask(found.record, entry.folder, cohort)
             except PatientDataError as error:
                 problems.extend(error.problems)
             else:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dymo_med.bundle import ModelBundle, hashed_id
+from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.cohort import level
 from dymo_med.data.missingness import (
     HIDDEN_COLUMNS,
@@ -81,9 +82,9 @@ from dymo_med.types import (
     Split,
 )
 
-_PROGRESS = ".progress"
+PROGRESS = ".progress"
 _ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
-_FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
+FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
 _AHEAD = 2  # batches that are read while one is answered
@@ -206,7 +207,7 @@ def evaluate(
                     remedy="Compare bundles that were trained on the same cohort.yaml",
                 )
             )
-    seen = max(_seen(one, records) for one in (bundle, *against))
+    seen = max(patients_seen(one, records) for one in (bundle, *against))
     if seen and not allow_overlap:
         raise ConfigError(
             Problem(
@@ -233,17 +234,17 @@ def evaluate(
         "draws": draws,
         "treatment of refused modalities": treat_refused_as_missing,
         "set of bundles": [other.bundle_id for other in against],
-        "records, label or patient": _digest(records),
+        "records, label or patient": digest_of(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
         "subgroup of a record": sha256(
             json.dumps([dict(r.subgroups) for r in records]).encode()
         ).hexdigest(),
     }
-    _open(out, known, resume, num_parts)
+    prepare_folder(out, known, resume, num_parts)
     chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
 
     def open_rules(number: int) -> list[Scenario]:
-        return [r for r in rules if not (out / _PROGRESS / _file_name(r, number)).is_file()]
+        return [r for r in rules if not (out / PROGRESS / _file_name(r, number)).is_file()]
 
     mine = range(part_id, len(chunks), num_parts)
     todo = [n for n in mine if open_rules(n)]
@@ -260,7 +261,7 @@ def evaluate(
                 part = run.batch(rule, read, folder, number * batch_size)
                 part["failures"] += unreadable
                 part["quality"] = judged if rule is rules[0] else []
-                write_json(out / _PROGRESS / _file_name(rule, number), part)
+                write_json(out / PROGRESS / _file_name(rule, number), part)
             done += len(chunks[number])
             if progress is not None:
                 progress(done, total)
@@ -283,7 +284,7 @@ def evaluate(
         "batch_size": batch_size,
         "records": len(records),
         "patients": len({r.patient_id for r in records}),
-        "unlabelled_records": len(cohort.in_split(_split(split))) - len(records),
+        "unlabelled_records": len(cohort.in_split(known_split(split))) - len(records),
         "patients_seen_in_training": seen,
         "refused_as_missing": treat_refused_as_missing,
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
@@ -332,7 +333,7 @@ def _write(
         }
         for rule, collector in zip(rules, collectors, strict=True):
             for number in range(batches):
-                path = out / _PROGRESS / _file_name(rule, number)
+                path = out / PROGRESS / _file_name(rule, number)
                 part = _written(path)
                 for kind in columns:
                     append[kind](part[kind])
@@ -353,7 +354,7 @@ def _write(
     write_csv(out / "metrics.csv", METRIC_COLUMNS, table)
     write_csv(out / "metrics_by_pattern.csv", PATTERN_COLUMNS, patterns)
     write_csv(out / "metrics_by_subgroup.csv", SUBGROUP_COLUMNS, subgroups)
-    write_csv(out / "failures.csv", _FAILURE_COLUMNS, list(failures.values()))
+    write_csv(out / "failures.csv", FAILURE_COLUMNS, list(failures.values()))
     facts = {
         **facts,
         "methods": list(dict.fromkeys(m for s in scores for m in s.probabilities)),
@@ -453,7 +454,7 @@ class _Run:
                     )
                 )
                 rows["failures"].append(
-                    _failure(record.record_id, rule.text, "hide", _message(nothing))
+                    failure_row(record.record_id, rule.text, "hide", message_of(nothing))
                 )
         for index, (answers, oracle, compared, others) in self._answers(
             remaining, whole, rule, rows["failures"]
@@ -509,7 +510,7 @@ class _Run:
                 alone = self._ask([records[i]], [whole[i]], rule)
             except PatientDataError as error:
                 failures.append(
-                    _failure(records[i].record_id, rule.text, "predict", _message(error))
+                    failure_row(records[i].record_id, rule.text, "predict", message_of(error))
                 )
             else:
                 yield [i], alone
@@ -547,7 +548,7 @@ class _Run:
         if conformal is None or method not in conformal.scores:
             return [([], 0)] * n
         names = answers.batch.observed.names
-        patterns = [_joined(names, answers.batch.observed.available[i]) for i in range(n)]
+        patterns = [joined(names, answers.batch.observed.available[i]) for i in range(n)]
         found = conformal.sets(method, answers.probabilities[method].numpy(), patterns)
         return [
             (np.flatnonzero(members).tolist(), int(size))
@@ -624,10 +625,10 @@ class _Run:
             **self._answer(answers.probabilities[method][row]),
             **({} if record.value is None else {"value_true": record.value, **_NO_INTERVAL}),
             "prediction_set": "",
-            "observed": _joined(trace.names, trace.observed[row]),
-            "trusted": _joined(trace.names, trace.admitted[row]),
-            "rejected": _joined(trace.names, trace.rejected[row]),
-            "absent": _joined(trace.names, ~trace.observed[row] & ~recovery.recovered[row]),
+            "observed": joined(trace.names, trace.observed[row]),
+            "trusted": joined(trace.names, trace.admitted[row]),
+            "rejected": joined(trace.names, trace.rejected[row]),
+            "absent": joined(trace.names, ~trace.observed[row] & ~recovery.recovered[row]),
             "pattern": "+".join(
                 n + "~" * blank
                 for n, seen, blank in zip(trace.names, observed, partly, strict=True)
@@ -649,7 +650,8 @@ class _Run:
         write_prediction(file, path)
 
 
-def _joined(names: Sequence[str], available: Tensor) -> str:
+def joined(names: Sequence[str], available: Tensor) -> str:
+    """Return the names that are available, joined by `+`."""
     return "+".join(n for n, a in zip(names, available.tolist(), strict=True) if a)
 
 
@@ -658,11 +660,13 @@ def _escaped(name: str) -> str:
     return name.replace("\\", "\\\\").replace("+", "\\+")
 
 
-def _message(error: PatientDataError) -> str:
+def message_of(error: PatientDataError) -> str:
+    """Return every problem of an error as one text."""
     return " ".join(str(problem) for problem in error.problems)
 
 
-def _failure(record_id: str, scenario: str, stage: str, message: str) -> Row:
+def failure_row(record_id: str, scenario: str, stage: str, message: str) -> Row:
+    """Return a row of `failures.csv`."""
     return {"record_id": record_id, "scenario": scenario, "stage": stage, "message": message}
 
 
@@ -675,7 +679,7 @@ def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[st
     )
 
 
-def _split(name: str) -> Split:
+def known_split(name: str) -> Split:
     """Return a split's name once it is known to be one.
 
     Raises:
@@ -759,7 +763,7 @@ def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
     Raises:
         ConfigError: If there is none.
     """
-    records = tuple(r for r in cohort.in_split(_split(split)) if r.label is not None)
+    records = tuple(r for r in cohort.in_split(known_split(split)) if r.label is not None)
     if not records:
         raise ConfigError(
             Problem(
@@ -772,7 +776,9 @@ def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
     return records
 
 
-def matched_specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ...]:
+def matched_specs(
+    bundle: ModelBundle | SegmentationBundle, cohort: Cohort
+) -> tuple[ModalitySpec, ...]:
     """Return the bundle's modalities, to be read from the cohort's files.
 
     Raises:
@@ -781,6 +787,10 @@ def matched_specs(bundle: ModelBundle, cohort: Cohort) -> tuple[ModalitySpec, ..
     theirs = {spec.name: spec for spec in cohort.specs}
     where = f"bundle {bundle.name}, cohort {cohort.name}"
     problems = []
+    if cohort.task.type != bundle.task.type:
+        got = f"a {cohort.task.type}"
+        remedy = "Give the cohort description whose task is the bundle's"
+        raise BundleError(Problem(where, "the tasks differ", f"a {bundle.task.type}", got, remedy))
     if cohort.task.classes != bundle.task.classes:
         problems.append(
             Problem(
@@ -859,28 +869,28 @@ def _distinct(bundles: Sequence[ModelBundle]) -> None:
         )
 
 
-def _seen(bundle: ModelBundle, records: Sequence[CohortRecord]) -> int:
+def patients_seen(bundle: ModelBundle | SegmentationBundle, records: Sequence[CohortRecord]) -> int:
     """Return how many of the patients the bundle was fitted on."""
     fitted = {patient for ids in bundle.provenance.get("patients", {}).values() for patient in ids}
     return len({r.patient_id for r in records if hashed_id(bundle.name, r.patient_id) in fitted})
 
 
-def _open(out: Path, known: Row, resume: bool, num_parts: int) -> None:
+def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
     """Prepare the folder: a new one, or one that may be gone on with.
 
     Raises:
         ConfigError: If it holds something else, or an evaluation with other settings.
     """
-    marker = out / _PROGRESS / "settings.json"
+    marker = out / PROGRESS / "settings.json"
     if out.exists() and not out.is_dir():
         raise ConfigError(
             Problem(str(out), "is a file", expected="a folder", remedy="Name a folder with --out")
         )
     out.mkdir(parents=True, exist_ok=True)
     # A start that was killed before its settings took their name has left nothing to go on with.
-    if not any(p for p in out.iterdir() if not p.name.startswith(f"{_PROGRESS}.")):
+    if not any(p for p in out.iterdir() if not p.name.startswith(f"{PROGRESS}.")):
         # Settings appear with their folder or not at all: other parts may start right now.
-        new = out / f"{_PROGRESS}.{secrets.token_hex(4)}"
+        new = out / f"{PROGRESS}.{secrets.token_hex(4)}"
         new.mkdir()
         try:
             write_json(new / marker.name, known)
@@ -942,7 +952,7 @@ def _written(path: Path) -> Any:
         ) from None
 
 
-def _digest(records: Sequence[CohortRecord]) -> str:
+def digest_of(records: Sequence[CohortRecord]) -> str:
     """Return a hash of what finished batches say of their records besides the answers."""
     rows = [(r.record_id, r.patient_id, r.label) for r in records]
     return sha256(json.dumps(rows).encode()).hexdigest()
@@ -1015,9 +1025,9 @@ def _read(chunk: Sequence[CohortRecord], how: _Reading, stop: threading.Event) -
             judged += _quality(found)
             record = usable(found, how.specs, treat_refused_as_missing=how.treat_refused_as_missing)
         except RefusedError as error:
-            failures.append(_failure(entry.record_id, "all", "gate", _message(error)))
+            failures.append(failure_row(entry.record_id, "all", "gate", message_of(error)))
         except PatientDataError as error:
-            failures.append(_failure(entry.record_id, "all", "read", _message(error)))
+            failures.append(failure_row(entry.record_id, "all", "read", message_of(error)))
         else:
             read.append((position, entry, record))
     return read, failures, judged

@@ -1,0 +1,476 @@
+"""One patient in a straight line: read, recover, segment, select, write, for segmentations.
+
+Cohort evaluation takes the same step (`segment_record`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dymo_med.backbones import DenseVersions, dense_versions
+from dymo_med.bundle_segmentation import SegmentationBundle
+from dymo_med.data.batch import collate
+from dymo_med.data.masks import (
+    Grid,
+    compose,
+    decided,
+    network_grid,
+    own_grid,
+    to_grid,
+    volumes_ml,
+    write_volume,
+)
+from dymo_med.data.patient import read_patient
+from dymo_med.errors import ConfigError, Problem
+from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
+from dymo_med.inference.overlays import COLOURS, cut_place, outlined
+from dymo_med.inference.predict import RECOVERED, STEP_COLUMNS, selection_steps, versions
+from dymo_med.inference.prediction_file import SourcePart, StepPart
+from dymo_med.inference.report import environment
+from dymo_med.inference.segmentation_file import (
+    SCHEMA_VERSION,
+    SEGMENTATION,
+    BundlePart,
+    GridPart,
+    OutlinedPart,
+    OutputPart,
+    RegionPart,
+    SegmentationFile,
+)
+from dymo_med.modalities import modality
+from dymo_med.selection import SELECTORS
+from dymo_med.types import (
+    Batch,
+    PatientRecord,
+    Recovery,
+    SelectionStep,
+    SelectionTrace,
+    SubsetStatistics,
+)
+
+_DISCARD = "observed_only"
+# Without an imputer there is nothing to judge.
+_NOTHING = SubsetStatistics("cosine", *(torch.zeros(0) for _ in range(6)))
+_RECOVERED_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What every method finds in one record, from one look at each scan.
+
+    Attributes:
+        record: The record.
+        batch: The record alone, on the bundle's device.
+        recovery: What was proposed for the scans it lacks; None where nothing could be.
+        traces: Selection by method.
+        versions: Logits of any set of its scans.
+        seen: The network's grid in this patient.
+        own: The grid of the patient's reference scan.
+    """
+
+    record: PatientRecord
+    batch: Batch
+    recovery: Recovery | None
+    traces: Mapping[str, SelectionTrace]
+    versions: DenseVersions
+    seen: Grid
+    own: Grid
+
+    def probabilities(self, method: str) -> Tensor:
+        """Return a method's probabilities on the network's grid, `(R, *seen.shape)`."""
+        trace = self.traces[method]
+        row = torch.zeros(1, dtype=torch.int64, device=trace.used.device)
+        return torch.sigmoid(self.versions.logits(row, trace.used, trace.admitted)[0])
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The answer for one record.
+
+    Attributes:
+        record_id: Id of the record.
+        labels: Uint8 `(X, Y, Z)` on the own grid.
+        probabilities: Float32 `(R, X, Y, Z)` on the own grid, before the threshold.
+        grid: The own grid.
+        volumes_ml: Volume of each region.
+        observed: Scans measured.
+        recovered: Scans for which a proposal was made.
+        trusted: Of these, the ones that were used.
+        rejected: Of these, the ones that were not.
+        absent: Scans for which nothing could be proposed.
+        method: Selector behind it.
+        steps: The selection, in order.
+        warnings: Sentences.
+    """
+
+    record_id: str
+    labels: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
+    grid: Grid
+    volumes_ml: Mapping[str, float]
+    observed: tuple[str, ...]
+    recovered: tuple[str, ...]
+    trusted: tuple[str, ...]
+    rejected: tuple[str, ...]
+    absent: tuple[str, ...]
+    method: str
+    steps: tuple[SelectionStep, ...]
+    warnings: tuple[str, ...]
+
+
+def segment_record(
+    bundle: SegmentationBundle,
+    record: PatientRecord,
+    *,
+    methods: Sequence[str] = (),
+    flips: bool = False,
+    seed: int = 0,
+) -> Segmented:
+    """Segment one record with several methods.
+
+    Args:
+        bundle: The model.
+        record: With one scan at least.
+        methods: Selectors to ask besides discarding everything and the bundle's default.
+        flips: Average over all mirrorings of the scans.
+        seed: Of whatever is random in the imputer.
+
+    Raises:
+        PatientDataError: If nothing was observed, or scans lie on different grids.
+    """
+    asked = dict.fromkeys((_DISCARD, bundle.selector, *methods))
+    with torch.inference_mode():
+        batch = collate([record], bundle.specs).to(bundle.device)
+        trust, recovery = bundle.trust, None
+        candidates = torch.zeros_like(batch.observed.available)
+        if trust is not None and not bool(batch.observed.available.all()):
+            recovery = trust.imputer.recover(batch, seed=seed)
+            candidates = recovery.candidates
+        looked = dense_versions(
+            bundle.network,
+            batch,
+            replace(bundle.windows, flips=flips),
+            recovery,
+            None if trust is None else trust.readout,
+        )
+        statistics = _NOTHING if trust is None else trust.statistics
+        traces = {
+            name: SELECTORS[name]().select(looked, batch.observed, candidates, statistics)
+            for name in asked
+        }
+    return Segmented(
+        record,
+        batch,
+        recovery,
+        traces,
+        looked,
+        network_grid(record),
+        own_grid(record, bundle.specs),
+    )
+
+
+def finish(bundle: SegmentationBundle, segmented: Segmented, method: str) -> tuple[Tensor, Tensor]:
+    """Return a method's probabilities and regions on the patient's own grid.
+
+    Args:
+        bundle: The model.
+        segmented: One record.
+        method: One of its traces.
+
+    Returns:
+        Float `(R, *own.shape)` and bool of the same shape, inner regions within outer ones.
+    """
+    with torch.inference_mode():
+        there = to_grid(segmented.probabilities(method), segmented.seen, segmented.own)
+        return there, decided(there, bundle.mask)
+
+
+def segment_patient(
+    patient_dir: Path,
+    bundle: SegmentationBundle,
+    out: Path | None = None,
+    *,
+    probabilities: bool = False,
+    flips: bool = False,
+    selector: str | None = None,
+    seed: int = 0,
+) -> Segmentation:
+    """Segment one patient from a folder.
+
+    Args:
+        patient_dir: The patient directory; its name is the record's id.
+        bundle: The model.
+        out: Folder for `segmentation.nii.gz`, `prediction.json`, `selection.csv`, `report.html`
+            and `recovered/`; it appears complete or not at all. None = write nothing.
+        probabilities: Write a map of each region's probability too.
+        flips: Average over all mirrorings of the scans: steadier, and eight times the work.
+        selector: Another selector than the bundle's default.
+        seed: Of whatever is random in the imputer.
+
+    Returns:
+        The segmentation on the grid of the patient's reference scan.
+
+    Raises:
+        PatientDataError: If the patient's files cannot be used.
+        ConfigError: If there is no such selector, or `out` holds something else.
+    """
+    written = ("prediction.json", "selection.csv", "report.html", RECOVERED, SEGMENTATION)
+    maps = tuple(f"probability_{name}.nii.gz" for name in bundle.task.classes)
+    known = (*written, *maps)
+    if out is not None:
+        check_replaceable(out, SEGMENTATION, known)
+    method = selector or bundle.selector
+    bundle.require_selector(method)
+    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    segmented = segment_record(bundle, record, methods=[method], flips=flips, seed=seed)
+    answer = _answer(bundle, segmented, method)
+    if out is not None:
+        with complete_folder(out, SEGMENTATION, known) as folder:
+            label = f"dymo-med segmentation, bundle {bundle.bundle_id[:12]}"
+            write_volume(folder / SEGMENTATION, answer.labels, answer.grid, label)
+            files = {"segmentation": SEGMENTATION}
+            if probabilities:
+                for name, path, one in zip(
+                    bundle.task.classes, maps, answer.probabilities, strict=True
+                ):
+                    write_volume(folder / path, one, answer.grid, f"probability of {name}")
+                    files[f"probability {name}"] = path
+            made = _write_recovered(bundle, segmented, folder / RECOVERED)
+            file = segmentation_file(bundle, segmented, answer, folder, files, made, flips, seed)
+            write_text(folder / "prediction.json", file.to_text())
+            write_segmentation_report(file, folder / "report.html")
+            write_csv(
+                folder / "selection.csv", STEP_COLUMNS, [step.model_dump() for step in file.steps]
+            )
+    return answer
+
+
+def write_segmentation_report(file: SegmentationFile, path: Path) -> None:
+    """Write the page of a segmentation; the same file gives the same bytes.
+
+    Args:
+        file: All that the page shows.
+        path: The HTML file.
+    """
+    write_text(path, render_segmentation(file))
+
+
+def render_segmentation(file: SegmentationFile) -> str:
+    """Return the page of a segmentation."""
+    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS]
+    states = [
+        *((name, "observed") for name in file.observed),
+        *((name, "trusted") for name in file.trusted),
+        *((name, "rejected") for name in file.rejected),
+        *((name, "absent") for name in file.absent),
+    ]
+    content = hashlib.sha256(file.to_text().encode()).hexdigest()
+    return (
+        environment()
+        .get_template("segmentation.html.j2")
+        .render(p={**file.model_dump(), "content_sha256": content}, colours=colours, states=states)
+    )
+
+
+def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Segmentation:
+    """Return one method's answer."""
+    there, regions = finish(bundle, segmented, method)
+    trace, record = segmented.traces[method], segmented.record
+    names = trace.names
+
+    def pick(available: Tensor) -> tuple[str, ...]:
+        return tuple(n for n, a in zip(names, available[0].tolist(), strict=True) if a)
+
+    warnings = [w for v in record.modalities.values() for w in v.warnings]
+    share = _outside(segmented)
+    if share > 0.01:
+        warnings.append(
+            f"{share:.0%} of the voxels of the reference scan lie outside what the model looks at;"
+            " nothing is found there."
+        )
+    return Segmentation(
+        record_id=record.record_id,
+        labels=compose(regions, bundle.mask).cpu().numpy(),
+        probabilities=there.float().cpu().numpy(),
+        grid=segmented.own,
+        volumes_ml=volumes_ml(regions, segmented.own, bundle.mask),
+        observed=pick(trace.observed),
+        recovered=pick(trace.candidates),
+        trusted=pick(trace.admitted),
+        rejected=pick(trace.rejected),
+        absent=pick(~trace.observed & ~trace.candidates),
+        method=method,
+        steps=selection_steps(trace, 0),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _outside(segmented: Segmented) -> float:
+    """Return the share of the own grid that the network's grid does not reach."""
+    ones = torch.ones(1, *segmented.seen.shape)
+    return float((to_grid(ones, segmented.seen, segmented.own) == 0).float().mean())
+
+
+def segmentation_file(
+    bundle: SegmentationBundle,
+    segmented: Segmented,
+    answer: Segmentation,
+    folder: Path,
+    files: Mapping[str, str],
+    made: Mapping[str, str],
+    flips: bool,
+    seed: int,
+) -> SegmentationFile:
+    """Gather what `prediction.json` holds.
+
+    Args:
+        bundle: The model.
+        segmented: The record.
+        answer: Of the method that is reported.
+        folder: Where the files are.
+        files: What was written, by what it is.
+        made: Recovered scans, by modality.
+        flips: Whether mirrorings were averaged.
+        seed: Of the run.
+    """
+    record, spec = segmented.record, bundle.specs[0]
+    _, alone = finish(bundle, segmented, _DISCARD)
+    regions = decided(segmented.probabilities(answer.method), bundle.mask).cpu().numpy()
+    shown: dict[str, Tensor] = {n: v.values for n, v in record.modalities.items()}
+    if segmented.recovery is not None:
+        shown |= {n: segmented.recovery.values[n][0].cpu() for n in answer.trusted}
+    body = np.any([shown[n][0].numpy() != 0 for n in answer.observed], axis=0)
+    at = cut_place(regions, body)
+    scans = tuple(
+        OutlinedPart(
+            modality=s.name,
+            state="observed" if s.name in answer.observed else "trusted",
+            cuts=outlined(
+                shown[s.name][0].numpy(),
+                spec.spacing_mm,
+                regions,
+                at,
+                synthetic=s.name not in answer.observed,
+            ),
+        )
+        for s in bundle.specs
+        if s.name in shown
+    )
+    why = "The bundle recovers nothing." if bundle.trust is None else bundle.trust.choice.why
+    if answer.method != bundle.selector:
+        why = f"It was asked for; this model's default is {bundle.selector}."
+
+    def hashed(path: str) -> OutputPart:
+        return OutputPart(
+            file=path, sha256=hashlib.sha256((folder / path).read_bytes()).hexdigest()
+        )
+
+    command = ["dymo-med", "predict", "--patient-dir", record.record_id, "--bundle", bundle.name]
+    command += ["--out", "OUT", "--selector", answer.method, "--device", str(bundle.device)]
+    command += ["--seed", str(seed)] + ["--flips"] * flips + ["--probabilities"] * (len(files) > 1)
+    affine = tuple(tuple(float(x) for x in row) for row in answer.grid.affine)
+    return SegmentationFile(
+        schema_version=SCHEMA_VERSION,
+        task="segmentation",
+        record_id=record.record_id,
+        patient_id=record.patient_id,
+        bundle=BundlePart(name=bundle.name, version=bundle.version, id=bundle.bundle_id),
+        regions=tuple(
+            RegionPart(name=name, labels=labels, volume_ml=answer.volumes_ml[name])
+            for name, labels in bundle.mask.regions.items()
+        ),
+        observed_only_ml=dict(volumes_ml(alone, answer.grid, bundle.mask)),
+        grid=GridPart(shape=answer.grid.shape, affine=affine, voxel_ml=answer.grid.voxel_ml),
+        observed=answer.observed,
+        recovered=answer.recovered,
+        trusted=answer.trusted,
+        rejected=answer.rejected,
+        absent=answer.absent,
+        method=answer.method,
+        method_why=why,
+        steps=tuple(StepPart(**asdict(step)) for step in answer.steps),
+        warnings=answer.warnings,
+        sources={
+            n: SourcePart(**{**asdict(v.source), "facts": dict(v.source.facts)})
+            for n, v in record.modalities.items()
+        },
+        files={name: hashed(path) for name, path in files.items()},
+        recovered_files={name: hashed(path) for name, path in made.items()},
+        scans=scans,
+        flips=flips,
+        seed=seed,
+        command=shlex.join(command),
+        versions={k: v for k, v in versions().items() if k != "captum"},
+    )
+
+
+def _write_recovered(
+    bundle: SegmentationBundle, segmented: Segmented, folder: Path
+) -> dict[str, str]:
+    """Write the recovered scans; return the file of each, relative to the folder above."""
+    folder.mkdir()
+    files: dict[str, str] = {}
+    if segmented.recovery is None:
+        return files
+    affine = segmented.seen.affine.tolist()
+    for m, spec in enumerate(bundle.specs):
+        if bool(segmented.recovery.candidates[0, m]):
+            values = segmented.recovery.values[spec.name][0].cpu()
+            path = modality(spec).write(folder, values, None, affine)
+            files[spec.name] = f"{folder.name}/{path.name}"
+    return files
+
+
+def impute_segmented(
+    patient_dir: Path, bundle: SegmentationBundle, out: Path, *, seed: int = 0
+) -> list[Path]:
+    """Write what the imputer of a segmentation bundle proposes for one patient, and nothing else.
+
+    Args:
+        patient_dir: The patient directory.
+        bundle: The model.
+        out: Folder for `recovered/`.
+        seed: Of whatever is random.
+
+    Returns:
+        The files.
+
+    Raises:
+        PatientDataError: If the patient's files cannot be used.
+        ConfigError: If the bundle recovers nothing, or `out` holds something else.
+    """
+    if bundle.trust is None:
+        raise ConfigError(
+            Problem(
+                f"bundle {bundle.name}",
+                "the bundle recovers nothing: it was trained without an imputer",
+                remedy="Name an imputer in the recipe and train again",
+            )
+        )
+    marker = f"{RECOVERED}/recovered.json"
+    check_replaceable(out, marker, (RECOVERED,))
+    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    segmented = segment_record(bundle, record, seed=seed)
+    with complete_folder(out, marker, (RECOVERED,)) as folder:
+        files = _write_recovered(bundle, segmented, folder / RECOVERED)
+        write_json(
+            folder / marker,
+            {
+                "schema_version": _RECOVERED_VERSION,
+                "record_id": record.record_id,
+                "synthetic": True,
+                "files": files,
+                "bundle": {"name": bundle.name, "id": bundle.bundle_id},
+                "seed": seed,
+            },
+        )
+    return [out / file for file in files.values()]

@@ -1,0 +1,282 @@
+"""Segmenting one patient, and a cohort of them."""
+
+import base64
+import csv
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dymo_med.backbones import SharedUNet
+from dymo_med.backbones.shared_unet import ModalityOutput
+from dymo_med.cli import main
+from dymo_med.data.cohort import read_cohort
+from dymo_med.data.masks import dice
+from dymo_med.data.simulate import SEGMENTATION
+from dymo_med.errors import BundleError, ConfigError
+from dymo_med.inference.check import check
+from dymo_med.inference.overlays import COLOURS, cut_place
+from dymo_med.inference.segment import (
+    impute_segmented,
+    render_segmentation,
+    segment_patient,
+)
+from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95
+from dymo_med.inference.segmentation_file import read_segmentation
+from tests.segmentation import (  # noqa: F401
+    masked_cohort,
+    masked_dir,
+    segmentation_bundle,
+    segmentation_dir,
+)
+
+
+class Thresholds(SharedUNet):
+    """A network that finds what is bright: one threshold per region, above the mean of the scan."""
+
+    def run(self, name, values):
+        inside = values * (values != 0)
+        logits = torch.cat([inside - c for c in (0.2, 0.5, 0.8)], 1) * 8
+        return ModalityOutput(logits, values.flatten(2).mean(-1).expand(-1, self.embedding_size))
+
+
+@pytest.fixture(scope="module")
+def bundle(segmentation_bundle):  # noqa: F811
+    """The small bundle with a network that finds something."""
+    kind = segmentation_bundle.network
+    options = SharedUNet.Options(widths=(8, 16), width_ratio=0.5, groups=2)
+    network = Thresholds(kind.specs, kind.regions, options).eval()
+    return replace(segmentation_bundle, network=network)
+
+
+def turned(values):
+    """Index (k, 15 - i, j) of what is returned is (i, j, k) of what is given."""
+    return np.ascontiguousarray(values[::-1].transpose(2, 0, 1))
+
+
+@pytest.fixture
+def patient(masked_dir, tmp_path):  # noqa: F811
+    """A patient with two of four scans, stored turned and mirrored."""
+    folder = tmp_path / "p01"
+    folder.mkdir()
+    turn = np.array([[0, -1, 0, 15], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    for name in ("t2", "flair"):
+        image = nib.load(masked_dir / "patients" / "s3-p0001" / f"{name}.nii.gz")
+        values = turned(np.asarray(image.dataobj))
+        nib.save(nib.Nifti1Image(values, image.affine @ turn), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_a_patient_is_segmented_on_the_own_grid(bundle, patient, masked_dir, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    answer = segment_patient(patient, bundle, out, probabilities=True, selector="trust_all")
+    assert answer.observed == ("t2", "flair") and answer.trusted == ("t1", "t1ce")
+    reference = nib.load(patient / "t2.nii.gz")
+    written = nib.load(out / "segmentation.nii.gz")
+    assert written.shape == reference.shape
+    assert np.abs(written.affine - reference.affine).max() < 1e-4
+    labels = np.asarray(written.dataobj)
+    assert labels.dtype == np.uint8 and set(np.unique(labels)) == {0, 1, 2, 4}
+    assert np.array_equal(labels, answer.labels)
+    voxel_ml = abs(np.linalg.det(reference.affine[:3, :3])) / 1000
+    assert answer.volumes_ml["WT"] == pytest.approx((labels > 0).sum() * voxel_ml)
+    assert answer.volumes_ml["ET"] == pytest.approx((labels == 4).sum() * voxel_ml)
+    map_ = np.asarray(nib.load(out / "probability_WT.nii.gz").dataobj)
+    assert np.array_equal(map_ > 0.5, labels > 0)
+    # As stored in the ordinary way, the same is found at the same places.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("t2", "flair"):
+        shutil.copy(masked_dir / "patients" / "s3-p0001" / f"{name}.nii.gz", plain)
+    same = segment_patient(plain, bundle, selector="trust_all").labels
+    assert np.array_equal(turned(same), labels)
+    assert {p.name for p in (out / "recovered").iterdir()} == {
+        "t1_synthetic.nii.gz",
+        "t1ce_synthetic.nii.gz",
+    }
+    # The files fit together; the page can be made again; a changed file is noticed.
+    assert not check(out).problems
+    file = read_segmentation(out / "prediction.json")
+    assert render_segmentation(file) == (out / "report.html").read_text(encoding="utf-8")
+    assert 'src="http' not in (out / "report.html").read_text(encoding="utf-8")
+    text = (out / "prediction.json").read_text(encoding="utf-8")
+    changed = json.loads(text)
+    changed["regions"][0]["volume_ml"] += 1
+    (out / "prediction.json").write_text(json.dumps(changed))
+    assert "not that of the labels" in str(check(out).problems[0])
+    (out / "segmentation.nii.gz").write_bytes(b"x")
+    report = check(out)
+    assert report.exit_code == 3 and "not the one that was predicted" in str(report.problems[0])
+
+
+def test_the_same_patient_gives_the_same_bytes(bundle, patient, tmp_path):
+    for name in ("a", "b"):
+        segment_patient(patient, bundle, tmp_path / name)
+    for file in ("segmentation.nii.gz", "report.html", "selection.csv", "prediction.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    rows = list(csv.DictReader((tmp_path / "a" / "selection.csv").open()))
+    assert {r["modality"] for r in rows} <= {"t1", "t1ce"}
+
+
+def test_pictures_show_the_outlines(bundle, patient, tmp_path):
+    segment_patient(patient, bundle, tmp_path / "out", selector="trust_all")
+    file = read_segmentation(tmp_path / "out" / "prediction.json")
+    assert [(s.modality, s.state) for s in file.scans] == [
+        ("t1", "trusted"), ("t1ce", "trusted"), ("t2", "observed"), ("flair", "observed"),
+    ]  # fmt: skip
+    for cut in file.scans[2].cuts:
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(cut.png.split(",")[1]))))
+        assert picture.shape == (cut.height, cut.width, 3)
+        assert (picture == COLOURS[0]).all(-1).sum() > 20
+
+
+def test_the_cut_goes_through_the_largest_cross_section():
+    regions = np.zeros((1, 6, 6, 6), dtype=bool)
+    regions[0, 2, 1:5, 3] = True
+    regions[0, 2, 3, 2:5] = True
+    body = np.ones((6, 6, 6), dtype=bool)
+    assert cut_place(regions, body) == (2, 3, 3)
+    assert cut_place(regions & False, body) == (0, 0, 0)
+
+
+def test_recovered_scans_alone(bundle, patient, tmp_path):
+    written = impute_segmented(patient, bundle, tmp_path / "out")
+    assert [p.name for p in written] == ["t1_synthetic.nii.gz", "t1ce_synthetic.nii.gz"]
+    with pytest.raises(ConfigError, match="recovers nothing"):
+        impute_segmented(patient, replace(bundle, trust=None), tmp_path / "other")
+
+
+def test_distances_follow_the_conventions():
+    a = torch.zeros(3, 8, 8, 8, dtype=torch.bool)
+    b = a.clone()
+    a[0, 2:4, 2:4, 2:4] = True
+    b[0, 2:4, 2:4, 5:7] = True
+    a[1, 0, 0, 0] = True
+    found = hd95(a, b, (1.0, 1.0, 2.0))
+    assert found == [pytest.approx(6.0), None, 0.0]
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle, masked_dir, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("evaluation")
+    cohort_dir = root / "cohort"
+    shutil.copytree(masked_dir, cohort_dir)
+    cohort = read_cohort(cohort_dir / SEGMENTATION)
+    (cohort.in_split("test")[1].folder / "t2.nii.gz").write_bytes(b"no scan")
+    out = root / "out"
+    result = evaluate_segmentation(
+        replace(bundle, trust=None), cohort, out, scenarios=("subsets", "drop:t1")
+    )
+    return cohort, out, result
+
+
+def table(path):
+    with path.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_subset_of_every_case_is_measured(evaluated, bundle):
+    cohort, out, result = evaluated
+    assert (result.records, result.failures) == (4, 1)
+    rows = table(out / "cases.csv")
+    assert len(rows) == 3 * (15 + 1) * 3
+    assert len({r["observed"] for r in rows if r["scenario"] == "subsets"}) == 15
+    (failure,) = table(out / "failures.csv")
+    assert failure["stage"] == "read" and "t2.nii.gz" in failure["message"]
+    # One case by hand.
+    entry = cohort.in_split("test")[0]
+    answer = segment_patient(entry.folder, bundle, selector="observed_only")
+    true = np.asarray(nib.load(entry.folder / "seg.nii.gz").dataobj)
+    mine = [r for r in rows if r["record_id"] == entry.record_id and r["region"] == "TC"]
+    row = next(r for r in mine if r["observed"].count("+") == 3)
+    found = [torch.from_numpy(np.isin(x, (1, 4))) for x in (answer.labels, true)]
+    assert float(row["dice"]) == pytest.approx(float(dice(*found)), abs=1e-6)
+    assert float(row["volume_error_ml"]) == pytest.approx(
+        float(row["volume_ml"]) - float(row["true_volume_ml"]), abs=1e-6
+    )
+
+
+def test_tables_page_and_heat_map_are_written(evaluated):
+    _, out, _ = evaluated
+    rows = table(out / "metrics.csv")
+    everything = [r for r in rows if r["scenario"] == "subsets" and r["metric"] == "dice"]
+    by_hand = table(out / "cases.csv")
+    values = [
+        float(r["dice"]) for r in by_hand if r["scenario"] == "subsets" and r["region"] == "WT"
+    ]
+    (line,) = [r for r in everything if r["observed"] == "all" and r["region"] == "WT"]
+    assert float(line["value"]) == pytest.approx(np.mean(values), abs=1e-6)
+    assert float(line["low"]) <= float(line["value"]) <= float(line["high"])
+    soft = [r for r in rows if r["metric"] == "soft_dice_batch4"]
+    assert soft and all(r["low"] == "" for r in soft)
+    assert Image.open(out / "subsets_observed_only.png").size[0] > 300
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "subsets_observed_only.png" in page and "drop:t1" in page
+
+
+def test_soft_dice_sums_over_four_cases():
+    from dymo_med.inference.segment_evaluate import _soft_dice
+
+    about = {"scenario": "s", "observed": "a", "method": "m", "region": "WT"}
+    rows = [about | {"sums": [float(i), 2.0 * i, 3.0]} for i in range(6)]
+    _soft_dice(rows)
+    first = (2 * (0 + 1 + 2 + 3) + 1) / (2 * 6 + 12 + 1)
+    assert [r["soft_dice_batch4"] for r in rows[:4]] == [pytest.approx(first)] * 4
+    assert rows[5]["soft_dice_batch4"] == pytest.approx((2 * 9 + 1) / (18 + 6 + 1))
+
+
+def test_an_interrupted_evaluation_goes_on(evaluated, bundle, tmp_path):
+    cohort, out, _ = evaluated
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / ".progress" / "record-00002.json").unlink()
+    alone = replace(bundle, trust=None)
+    with pytest.raises(ConfigError, match="not empty"):
+        evaluate_segmentation(alone, cohort, copy, scenarios=("subsets", "drop:t1"))
+    evaluate_segmentation(alone, cohort, copy, scenarios=("subsets", "drop:t1"), resume=True)
+    for name in ("cases.csv", "metrics.csv", "index.html"):
+        assert (copy / name).read_bytes() == (out / name).read_bytes()
+    with pytest.raises(ConfigError, match="another scenarios"):
+        evaluate_segmentation(alone, cohort, copy, scenarios=("subsets",), resume=True)
+
+
+def test_selectors_and_oracle_are_compared(bundle, masked_cohort, tmp_path):  # noqa: F811
+    evaluate_segmentation(bundle, masked_cohort, tmp_path / "out", scenarios=("drop:t1,flair",))
+    rows = table(tmp_path / "out" / "cases.csv")
+    assert {r["method"] for r in rows} == {"observed_only", "trust_all", "dymo", "oracle"}
+    assert {r["trusted"] for r in rows if r["method"] == "trust_all"} == {"t1+flair"}
+    gains = [r for r in table(tmp_path / "out" / "metrics.csv") if r["metric"] == "dice_gain"]
+    assert {r["method"] for r in gains} == {"trust_all", "dymo", "oracle"}
+
+
+def test_a_cohort_of_another_task_is_refused(bundle, masked_dir, tmp_path):  # noqa: F811
+    with pytest.raises(BundleError, match="the tasks differ"):
+        evaluate_segmentation(bundle, read_cohort(masked_dir), tmp_path / "a")
+    with pytest.raises(ConfigError, match="no table"):
+        cohort = read_cohort(masked_dir / SEGMENTATION)
+        evaluate_segmentation(bundle, cohort, tmp_path / "b", scenarios=("cells:0.2",))
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(a) for a in arguments])
+    return stopped.value.code
+
+
+def test_the_commands(segmentation_dir, bundle_dir, patient, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, "-d", "cpu"]) == 0
+    assert "WT" in capsys.readouterr().out and (out / "segmentation.nii.gz").is_file()
+    assert run(["report", out / "prediction.json"]) == 0
+    assert run(["check", out]) == 0 and run(["check", segmentation_dir]) == 0
+    assert run(["check", patient, "--against", segmentation_dir]) == 0
+    for extra in ("--pdf", "--no-explain"):
+        assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, extra]) == 2
+    assert run(["predict", "-i", patient, "-b", bundle_dir, "-o", out, "--flips"]) == 2
+    assert "the bundle is for" in capsys.readouterr().err
