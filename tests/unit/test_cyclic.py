@@ -14,9 +14,11 @@ from dymo_med.config import BackboneTraining
 from dymo_med.cyclic import CrossModalFusion, CyclicLatents, LatentOptions, kl_per_token
 from dymo_med.errors import ConfigError
 from dymo_med.imputers import IMPUTERS
+from dymo_med.training.loop import Step
+from dymo_med.training.losses import distinct_subsets
 from dymo_med.training.objectives import FusionObjective
 from dymo_med.training.train import class_weights
-from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
+from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec, Scale
 
 K = 3
 SIZES = {"length": 2, "dim": 8, "hidden": 6, "bottleneck": 4, "residual_dims": (4, 3)}
@@ -331,6 +333,33 @@ class TestLoss:
         weights = class_weights(torch.tensor([0, 0, 0, 0, 1, 2, 2, 2]), 3)
         totals = weights * torch.tensor([4.0, 1.0, 3.0])
         torch.testing.assert_close(totals, torch.full((3,), 8 / 3))
+
+    def test_every_head_of_a_regression_learns_the_absolute_error(self):
+        scale = Scale(-1.0, 1.0, (-1.0, 0.0, 1.0))
+        values = torch.linspace(-1, 1, 6, dtype=torch.float64)
+        batch = dataclasses.replace(make_batch(), shares=scale.shares(values))
+        network = backbone()
+        settings = BackboneTraining(subsets=7, epochs=1)
+        weights = torch.ones(6, dtype=torch.float64)
+        objective = FusionObjective(
+            network, K, settings, batch, weights, torch.device("cpu"), seed=0, scale=scale
+        ).double()
+        objective.begin_epoch(0)
+        found = objective(Step(batch, weights, generator()))
+
+        def task_loss(logits):
+            shares = -(batch.shares * logits.log_softmax(1)).sum(1)
+            return shares + (scale.value(logits.softmax(1)) - values).abs()
+
+        g = generator()
+        subsets = distinct_subsets(3, 7, g)
+        fuse = encode_versions(network, batch)
+        each = [
+            task_loss(fuse(torch.arange(6), s.expand(6, 3), torch.zeros(6, 3) > 0).logits)
+            for s in subsets
+        ]
+        own = sum(network.losses(batch, 0.0, task_loss, g).values())
+        torch.testing.assert_close(found, torch.stack(each).mean() + own.mean())
 
     def test_gradients_of_its_subsets_cannot_be_decoupled(self):
         batch = make_batch()
