@@ -22,7 +22,7 @@ SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
 TABLES = (
     *("predictions.csv", "selections.csv", "metrics.csv", "failures.csv"),
     *("metrics_by_pattern.csv", "metrics_by_subgroup.csv", "hidden.csv"),
-    *("recovery.csv", "recovery_summary.csv"),
+    *("recovery.csv", "recovery_summary.csv", "quality.csv"),
 )
 
 
