@@ -190,6 +190,13 @@ class TokenSequence(Modality):
     def _load(self, path: Path) -> Tensor:
         """Return the steps `(n, C)` of a file, float32."""
         readers = {".npy": self._load_npy, ".safetensors": self._load_safetensors}
+        if path.suffix.lower() != ".npy" and path.stat().st_size > _MOST_BYTES:
+            # The header of a NumPy file says its size before anything is read.
+            raise SequenceError(
+                "the file is too large",
+                f"at most {_MOST_BYTES // 10**6} MB",
+                remedy="Average the features over time first",
+            )
         return readers.get(path.suffix.lower(), self._load_csv)(path)
 
     def _check(self, shape: Sequence[int], item_bytes: int) -> None:
@@ -272,12 +279,6 @@ class TokenSequence(Modality):
         """Return the one tensor of a safetensors file, or the one of this modality's name."""
         from safetensors import SafetensorError, safe_open
 
-        if path.stat().st_size > _MOST_BYTES:
-            raise SequenceError(
-                "the file is too large",
-                f"at most {_MOST_BYTES // 10**6} MB",
-                remedy="Average the features over time first",
-            )
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
@@ -309,12 +310,6 @@ class TokenSequence(Modality):
 
     def _load_csv(self, path: Path) -> Tensor:
         """Return the numbers of a CSV file, one row per step."""
-        if path.stat().st_size > _MOST_BYTES:
-            raise SequenceError(
-                "the file is too large",
-                f"at most {_MOST_BYTES // 10**6} MB",
-                remedy="Average the features over time first",
-            )
         try:
             lines = path.read_bytes().decode("utf-8-sig").split("\n")
         except UnicodeDecodeError:
