@@ -22,6 +22,12 @@ from dymo_med.types import CellRules, Column, FileRules
 
 LOINC = "http://loinc.org"
 _UCUM = "http://unitsofmeasure.org"
+# Types of identifiers (HL7 table 0203): medical record number, temporary one, internal, external
+# and enterprise number of a patient, pseudonym, unspecified. Others are a state's or an insurer's.
+_TYPES = "http://terminology.hl7.org/CodeSystem/v2-0203"
+_HOSPITALS = ("MR", "MRT", "PI", "PT", "PE", "ANON", "U")
+# What FHIR itself names: numbers of social security, of health insurances.
+_NATIONAL = "http://hl7.org/fhir/sid/"
 STATUSES = ("registered", "preliminary", "final", "amended", "corrected", "unknown")
 _USED = ("final", "amended", "corrected")
 _NO_DATA = ("entered-in-error", "cancelled", "registered")
@@ -269,14 +275,28 @@ def _ends_alike(name: str, own: set[str]) -> bool:
 
 
 def _identifiers(patients: Sequence[Json]) -> tuple[str, ...]:
-    """Return the patient's identifiers; an id is the server's own and says nothing elsewhere."""
+    """Return the patient's identifiers, if one of them may be what a scan's header states.
+
+    A record that gives nothing but the server's id, a passport or an insurance number says nothing
+    of the number in a DICOM header: that the two differ would be no sign of another patient.
+    """
     stated = patients[0].get("identifier") if patients else None
-    values = [
-        part["value"].strip()
+    parts = [
+        part
         for part in (stated if isinstance(stated, list) else [])
-        if isinstance(part, dict) and isinstance(part.get("value"), str)
+        if isinstance(part, dict) and isinstance(part.get("value"), str) and part["value"].strip()
     ]
-    return tuple(dict.fromkeys(filter(None, values)))
+    if not any(_may_be_a_hospitals(part) for part in parts):
+        return ()
+    return tuple(dict.fromkeys(part["value"].strip() for part in parts))
+
+
+def _may_be_a_hospitals(identifier: Json) -> bool:
+    """Return whether an identifier's type, or else its system, leaves room for a hospital's."""
+    types = [c.get("code") for c in _codings(identifier.get("type")) if c.get("system") == _TYPES]
+    if types:
+        return any(code in _HOSPITALS for code in types)
+    return not str(identifier.get("system", "")).startswith(_NATIONAL)
 
 
 # -- observations ----------------------------------------------------------------------------------
