@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +21,11 @@ MADE_INTO = {"ScanError": "PatientDataError", "SequenceError": "PatientDataError
 FIELDS = ("where", "what", "expected", "got", "remedy")
 CODES = {"ConfigError": 2, "PatientDataError": 3, "RefusedError": 3, "BundleError": 4}
 # Modules that hand problems on without an error around them.
-WITHOUT_ERROR = {"dymo_med/inference/audit.py": 3, "dymo_med/modalities/cells.py": 3}
+WITHOUT_ERROR = {
+    "dymo_med/inference/audit.py": 3,
+    "dymo_med/inference/segment_evaluate.py": 3,
+    "dymo_med/modalities/cells.py": 3,
+}
 TITLES = {
     2: "Exit code 2: usage, recipe, cohort description, output folder",
     3: "Exit code 3: a patient's files",
@@ -214,6 +219,7 @@ def validators(module: Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, module.text(node.exc.args[0], node)
 
 
+@lru_cache(maxsize=1)
 def modules() -> list[Module]:
     """Return every module of the package."""
     return [Module(path) for path in sorted((ROOT / "dymo_med").rglob("*.py"))]

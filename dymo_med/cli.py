@@ -428,7 +428,12 @@ def _refuse(task: str, options: Mapping[str, bool]) -> None:
     for name, given in options.items():
         if given:
             raise ConfigError(
-                Problem(name, f"the bundle is for {task}", remedy="Leave the option out")
+                Problem(
+                    name,
+                    f"the bundle is for {task}",
+                    got="an option that it does not have",
+                    remedy="Leave the option out",
+                )
             )
 
 

@@ -453,6 +453,7 @@ def impute_segmented(
             Problem(
                 f"bundle {bundle.name}",
                 "the bundle recovers nothing: it was trained without an imputer",
+                expected="a bundle with an imputer",
                 remedy="Name an imputer in the recipe and train again",
             )
         )

@@ -141,12 +141,19 @@ def evaluate_segmentation(
             Problem(
                 f"cohort {cohort.name}",
                 f"split '{split}' has no record",
+                expected="at least one",
                 remedy="Choose another split",
             )
         )
     if not 0 <= part_id < num_parts:
         raise ConfigError(
-            Problem("--part-id", "there is no such part", f"0 to {num_parts - 1}", str(part_id))
+            Problem(
+                "--part-id",
+                "there is no such part",
+                expected=f"0 to {num_parts - 1}",
+                got=str(part_id),
+                remedy="Count parts from 0",
+            )
         )
     seen = patients_seen(bundle, records)
     if seen and not allow_overlap:
@@ -216,6 +223,7 @@ def _rules(scenarios: Sequence[str], cohort: Cohort) -> tuple[str | Scenario, ..
                     f"scenario '{text}'",
                     "a segmentation has no tables",
                     expected=", ".join((SUBSETS, *_KINDS)),
+                    remedy="Choose one of these",
                 )
             )
         rules[rule] = None
@@ -260,6 +268,7 @@ class _Run:
                 problem = Problem(
                     f"Patient {record.record_id}",
                     "the scenario leaves nothing to segment",
+                    expected="at least one scan",
                     remedy="Choose another scenario",
                 )
                 failures.append(

@@ -130,13 +130,23 @@ def read_segmentation(path: Path) -> SegmentationFile:
         return SegmentationFile.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PatientDataError(
-            Problem(str(path), "this is not a readable prediction", got=type(error).__name__)
+            Problem(
+                str(path),
+                "this is not a readable prediction",
+                got=type(error).__name__,
+                remedy="Predict again",
+            )
         ) from error
     except ValidationError as error:
         # Never the value: it may be health data.
         raise PatientDataError(
             *(
-                Problem(f"{path}: {'.'.join(map(str, e['loc']))}"[:300], e["msg"][:200])
+                Problem(
+                    f"{path}: {'.'.join(map(str, e['loc']))}"[:300],
+                    e["msg"][:200],
+                    expected="a prediction as this version writes it",
+                    remedy="Predict again",
+                )
                 for e in error.errors(include_url=False, include_input=False)
             )
         ) from error
@@ -162,12 +172,18 @@ def _audit(folder: Path, file: SegmentationFile) -> Iterator[Problem]:
         path = folder / part.file
         if ".." in Path(part.file).parts or not path.is_file():
             whole = False
-            yield Problem(str(path), "the file is absent", remedy="Predict again")
+            yield Problem(
+                str(path),
+                "the file is absent",
+                expected="every file that prediction.json lists",
+                remedy="Predict again",
+            )
         elif hashlib.sha256(path.read_bytes()).hexdigest() != part.sha256:
             whole = False
             yield Problem(
                 str(path),
                 "the file is not the one that was predicted",
+                expected="the hash that prediction.json states",
                 remedy="Predict again, or put the original back",
             )
     if not whole:
@@ -182,5 +198,6 @@ def _audit(folder: Path, file: SegmentationFile) -> Iterator[Problem]:
             yield Problem(
                 f"{folder / 'prediction.json'}: {region.name}",
                 "the volume is not that of the labels in segmentation.nii.gz",
+                expected="the voxels of its labels times the volume of one",
                 remedy="Predict again",
             )
