@@ -18,6 +18,8 @@ from dymo_med.types import ModalitySpec
 
 Width = Annotated[int, Field(ge=2)]
 _LINEAR = {2: "bilinear", 3: "trilinear"}
+# A lesion fills few voxels: an untrained network says 5 % everywhere, not 50 %.
+_FIRST_LOGIT = -3.0
 
 
 class ModalityOutput(NamedTuple):
@@ -44,7 +46,9 @@ class SharedUNet(nn.Module):
     Deviations from the published code, on purpose: what comes up is interpolated to the size of
     what it meets, so that sizes need not be multiples of 16 (the same where they are); a
     normalisation of fewer channels than groups, or of a number that groups do not divide, has
-    their greatest common divisor of groups. The released script has `width_ratio` 0.5.
+    their greatest common divisor of groups; the last convolution's bias starts at -3, so that the
+    first probabilities are those of a small lesion (there it starts near 0, and the first epochs
+    go into learning that most voxels are none). The released script has `width_ratio` 0.5.
 
     Args:
         specs: Modalities in canonical order: images of one channel and equally many axes.
@@ -62,6 +66,7 @@ class SharedUNet(nn.Module):
     References:
         Wang et al., Gradient-guided Modality Decoupling for Missing-Modality Robustness, AAAI
         2024 (published code: the 3D U-Net with shared convolutions and modality-specific norms).
+        Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (the first bias).
     """
 
     class Options(Strict):
@@ -106,6 +111,7 @@ class SharedUNet(nn.Module):
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.pool = Pool[Pool.MAX, axes](kernel_size=2)
         self.head = Convolution(axes, w[0], regions, kernel_size=1, conv_only=True)
+        nn.init.constant_(self.head.conv.bias, _FIRST_LOGIT)
         self._mode = _LINEAR[axes]
 
     def run(self, name: str, values: Tensor) -> ModalityOutput:

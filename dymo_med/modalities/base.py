@@ -17,7 +17,7 @@ from dymo_med.errors import PatientDataError, Problem
 from dymo_med.types import ModalitySpec, ModalityValue
 
 
-def refuse_unknown(declared: Path, where: str) -> None:
+def refuse_unknown(declared: Path, stem: str, where: str) -> None:
     """Refuse a file that is named like a modality's but cannot be taken for it.
 
     A file that is there must never count as missing: one in a format that is not read, one whose
@@ -26,6 +26,7 @@ def refuse_unknown(declared: Path, where: str) -> None:
 
     Args:
         declared: Where the modality's file would be.
+        stem: Its name without extension; it may have dots of its own.
         where: Who this is, for the message.
 
     Raises:
@@ -33,13 +34,13 @@ def refuse_unknown(declared: Path, where: str) -> None:
     """
     if not declared.parent.is_dir():
         return
-    stem = declared.name.split(".")[0]
     tables = (".csv", ".tsv", ".json", ".parquet")
     sidecars = {".json", ".txt"} - ({".json"} if declared.suffix in tables else set())
     found = sorted(
         path
         for path in declared.parent.iterdir()
-        if path.name.split(".")[0].lower() == stem.lower() and path.suffix.lower() not in sidecars
+        if f"{path.name}.".lower().startswith(f"{stem}.".lower())
+        and path.suffix.lower() not in sidecars
     )
     if not found:
         return
@@ -47,7 +48,7 @@ def refuse_unknown(declared: Path, where: str) -> None:
     remedy = "Convert it, or rename it if it is something else"
     if not found[0].exists():
         what, remedy = "the link leads nowhere", "Put the file in its place, or remove the link"
-    elif found[0].name.split(".")[0] != stem or found[0].name.lower() == declared.name.lower():
+    elif not found[0].name.startswith(stem) or found[0].name.lower() == declared.name.lower():
         what = "the name differs from this modality's in capital letters"
         remedy = "Rename it"
     raise PatientDataError(
@@ -55,12 +56,15 @@ def refuse_unknown(declared: Path, where: str) -> None:
     )
 
 
-def the_one(found: Sequence[Path], declared: Path, where: str, ambiguous: Problem) -> Path | None:
+def the_one(
+    found: Sequence[Path], declared: Path, stem: str, where: str, ambiguous: Problem
+) -> Path | None:
     """Return the one file found for a modality, or None if there is none.
 
     Args:
         found: Files that could be it.
         declared: Where it would be by its declared name.
+        stem: That name without extension.
         where: Who this is, for messages.
         ambiguous: What to say of several; `got` is filled in here.
 
@@ -71,7 +75,7 @@ def the_one(found: Sequence[Path], declared: Path, where: str, ambiguous: Proble
         names = ", ".join(path.name for path in found)
         raise PatientDataError(replace(ambiguous, got=names, remedy="Keep one of them"))
     if not found:
-        refuse_unknown(declared, where)
+        refuse_unknown(declared, stem, where)
     return found[0] if found else None
 
 

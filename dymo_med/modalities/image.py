@@ -226,7 +226,7 @@ class Image(Modality):
             expected=f"{exact.name} or one other",
             remedy="Keep the one that belongs to this visit",
         )
-        return the_one(found, exact, where, ambiguous)
+        return the_one(found, exact, stem, where, ambiguous)
 
     def read(
         self,

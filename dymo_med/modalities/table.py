@@ -365,7 +365,7 @@ class Table(Modality):
             expected=f"one of {', '.join(p.name for p in names)}",
             remedy="Keep the one that belongs to this visit",
         )
-        path = the_one(found, declared, where, ambiguous)
+        path = the_one(found, declared, declared.stem, where, ambiguous)
         return path, path is not None and path == shared
 
     def read(

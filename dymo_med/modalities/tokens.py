@@ -121,7 +121,7 @@ class TokenSequence(Modality):
             expected=f"{self.spec.file} or one other",
             remedy="Keep the one that belongs to this visit",
         )
-        return the_one(found, declared, where, ambiguous)
+        return the_one(found, declared, declared.stem, where, ambiguous)
 
     def read(
         self,

@@ -214,3 +214,16 @@ def test_a_file_may_be_named_after_its_folder(copied):
     cohort = read_cohort(path)
     record = read_known(cohort.records[0], cohort)
     assert len(record.modalities) == 4 and record.mask is not None
+    # A name with dots: scans that are absent are missing, whatever the others are called.
+    dotted = folder.with_name("case.01.b")
+    folder.rename(dotted)
+    for file in dotted.glob("*.nii.gz"):
+        file.rename(dotted / file.name.replace(folder.name, dotted.name))
+    (dotted / f"{dotted.name}_t2.nii.gz").unlink()
+    assert set(read_patient(dotted, cohort.specs).modalities) == {"t1", "t1ce", "flair"}
+    (dotted / f"{dotted.name}_t1.nii.gz").rename(dotted / f"{dotted.name}_T1.nii.gz")
+    with pytest.raises(PatientDataError, match="capital"):
+        read_patient(dotted, cohort.specs)
+    (dotted / f"{dotted.name}_T1.nii.gz").rename(dotted / f"{dotted.name}_t1.mgz")
+    with pytest.raises(PatientDataError, match="format is not read"):
+        read_patient(dotted, cohort.specs)

@@ -1,10 +1,12 @@
 """Segmentation is trained by the same command; wrong pairs of recipe and cohort are refused."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from dymo_med.backbones import SharedUNet, Windows
 from dymo_med.backbones.dense import dense_versions, slide
@@ -15,7 +17,7 @@ from dymo_med.data.batch import collate
 from dymo_med.data.masks import read_known
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import BundleError, ConfigError
-from dymo_med.training.loop import Step
+from dymo_med.training.loop import Log, Step, train_stage
 from dymo_med.training.losses import soft_dice_loss
 from dymo_med.training.segmentation import SegmentationObjective, random_crop
 from dymo_med.training.train import train
@@ -72,6 +74,42 @@ def test_each_subset_has_its_loss_and_absent_scans_no_say(segmentation_bundle, b
     objective.begin_batch(again.generator)
     assert float(objective(again)) == pytest.approx(float(torch.stack(losses).mean()))
     assert {"score", "all", "worst"} == set(objective.validate())
+
+
+def trained(bundle, batch, folder, **settings):
+    """Return the weights of the small network after an epoch."""
+    network = copy.deepcopy(bundle.network).requires_grad_(True)
+    schedule = BackboneTraining(epochs=1, batch_size=3, learning_rate=0.02, **settings)
+    objective = SegmentationObjective(
+        *(network, bundle.mask, schedule, batch.rows(torch.arange(1)), torch.ones(1)),
+        *(Windows((16, 16, 16)), torch.device("cpu"), 0),
+    )
+    train_stage(
+        *("backbone", objective, batch, torch.ones(3), schedule, 0),
+        fabric=Fabric(accelerator="cpu", devices=1),
+        checkpoint=folder / "backbone.safetensors",
+        fingerprint="",
+        log=Log(folder / "log.csv"),
+    )
+    return {name: p.detach() for name, p in network.named_parameters()}
+
+
+def test_decoupled_gradients_train_and_give_the_same_bits(
+    segmentation_bundle,  # noqa: F811
+    batch,
+    tmp_path,
+):
+    batch = batch.rows(torch.arange(3))
+    batch.observed.available[1, 2] = False  # fewer subsets of one patient
+    before = dict(segmentation_bundle.network.named_parameters())
+    first, again, plain = (
+        trained(segmentation_bundle, batch, tmp_path / name, gradient=gradient, subsets=15)
+        for name, gradient in (("a", "gmd"), ("b", "gmd"), ("plain", "sum"))
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], plain[name]) for name in first)
+    for name, values in first.items():  # every scan's own parameters learn too
+        assert bool(values.isfinite().all()) and not torch.equal(values, before[name]), name
 
 
 def test_windows_agree_with_one_look_and_flips_change_it(segmentation_bundle, batch):  # noqa: F811
