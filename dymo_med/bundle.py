@@ -524,7 +524,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             provenance=metadata["provenance"],
             conformal=conformal,
             performance=_load_performance(path),
-            norms=_load_norms(path),
+            norms=load_norms(path),
             comparators=comparators,
             bundle_id=identity(sums),
             device=where,
@@ -711,7 +711,7 @@ def _load_performance(path: Path) -> Performance | None:
     return Performance(rows, stored["patients"], stored["fewest"])
 
 
-def _load_norms(path: Path) -> Norms | None:
+def load_norms(path: Path) -> Norms | None:
     """Return what training records were like; None where a bundle does not say.
 
     Raises:

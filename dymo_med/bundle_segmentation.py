@@ -3,6 +3,7 @@
 BUNDLE/configs/metadata.json      who, what, versions, modalities, labels and regions, provenance
 BUNDLE/configs/inference.json     imputer (if any), backbone, default selector, windows
 BUNDLE/configs/selectors.json     how the selectors compared; why which one is the default
+BUNDLE/configs/quality.json       what modalities of training records were like
 BUNDLE/models/backbone.safetensors
 BUNDLE/models/imputer.safetensors, statistics.safetensors   if there is an imputer
 BUNDLE/docs/README.md             model card
@@ -12,7 +13,7 @@ BUNDLE/checksums.json             SHA-256 of every file above
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dymo_med.bundle import (
     check_version,
     checksums_of,
     identity,
+    load_norms,
     load_weights,
     on_cpu,
     read_part,
@@ -41,7 +43,7 @@ from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import Imputer
 from dymo_med.registry import nearest
 from dymo_med.selection import SELECTORS, Selector
-from dymo_med.types import Choice, MaskSpec, ModalitySpec, SubsetStatistics, Task
+from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics, Task
 
 _STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 _READOUT = tuple(f.name for f in fields(Readout))
@@ -83,6 +85,8 @@ class SegmentationBundle:
         windows: How scans are looked at.
         trust: None = absent scans are not recovered.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
+        norms: What training records were like, for the quality gate; None in bundles made before
+            it was kept.
         bundle_id: SHA-256 over the checksums; empty before saving.
         device: Where the networks are.
     """
@@ -97,6 +101,7 @@ class SegmentationBundle:
     windows: Windows
     trust: Trust | None
     provenance: Mapping[str, Any]
+    norms: Norms | None = None
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -152,6 +157,8 @@ class SegmentationBundle:
                 (work / name).mkdir()
             write_json(work / "configs" / "metadata.json", self._metadata())
             write_json(work / "configs" / "inference.json", self._inference())
+            if self.norms is not None:
+                write_json(work / "configs" / "quality.json", asdict(self.norms))
             tensors = {"backbone": self.network.state_dict()}
             if self.trust is not None:
                 choice = self.trust.choice
@@ -326,6 +333,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             windows=Windows(tuple(inference["window"]), float(inference["overlap"])),
             trust=_load_trust(path, inference, specs, where),
             provenance=metadata["provenance"],
+            norms=load_norms(path),
             bundle_id=identity(sums),
             device=where,
         )

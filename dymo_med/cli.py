@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import environ
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from rich.markup import escape
 
 from dymo_med import __version__
 from dymo_med.errors import ConfigError, DymoMedError, Problem
+
+if TYPE_CHECKING:
+    from dymo_med.inference.segment import Segmentation
 
 app = typer.Typer(
     name="dymo-med",
@@ -319,11 +322,14 @@ def predict(
         str | None, typer.Option("--selector", help="Another selector than the bundle's default.")
     ] = None,
     draws: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--draws", min=0, max=1000, help="Draw recoveries so often to see what would change."
+            "--draws",
+            min=0,
+            max=1000,
+            help="Draw recoveries so often to see what would change; default 20.",
         ),
-    ] = 20,
+    ] = None,
     pdf: Pdf = False,
     identify: Identify = False,
     without_refused: WithoutRefused = False,
@@ -338,12 +344,24 @@ def predict(
 ) -> None:
     """Answer for one patient: prediction.json, selection.csv, report.html, recovered/."""
     from dymo_med.bundle import load_bundle, task_of
+    from dymo_med.bundle_segmentation import load_segmentation_bundle
     from dymo_med.inference.predict import predict_patient
+    from dymo_med.inference.segment import segment_patient
 
     if task_of(bundle) == "segmentation":
-        asked = {"--pdf": pdf, "--no-explain": no_explain}
-        _refuse("a segmentation", asked | {"--treat-refused-as-missing": without_refused})
-        _segment(patient_dir, bundle, out, selector, probabilities, flips, device, seed, quiet)
+        asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify}
+        _refuse("a segmentation", asked | {"--draws": draws is not None})
+        answer = segment_patient(
+            patient_dir,
+            load_segmentation_bundle(bundle, device),
+            out,
+            probabilities=probabilities,
+            flips=flips,
+            selector=selector,
+            seed=seed,
+            treat_refused_as_missing=without_refused,
+        )
+        _tell_segmentation(answer, out, Reporter(quiet))
         return
     _refuse("a classification or regression", {"--probabilities": probabilities, "--flips": flips})
     model = load_bundle(bundle, device)
@@ -355,7 +373,7 @@ def predict(
         out,
         explain=not no_explain,
         seed=seed,
-        draws=draws,
+        draws=20 if draws is None else draws,
         pdf=pdf,
         identify=identify,
         treat_refused_as_missing=without_refused,
@@ -382,31 +400,8 @@ def predict(
         reporter.say(f"pdf: {out / 'report.pdf'}")
 
 
-def _segment(
-    patient_dir: Path,
-    bundle: Path,
-    out: Path,
-    selector: str | None,
-    probabilities: bool,
-    flips: bool,
-    device: str,
-    seed: int,
-    quiet: bool,
-) -> None:
-    """Segment one patient and say what was found."""
-    from dymo_med.bundle_segmentation import load_segmentation_bundle
-    from dymo_med.inference.segment import segment_patient
-
-    answer = segment_patient(
-        patient_dir,
-        load_segmentation_bundle(bundle, device),
-        out,
-        probabilities=probabilities,
-        flips=flips,
-        selector=selector,
-        seed=seed,
-    )
-    reporter = Reporter(quiet)
+def _tell_segmentation(answer: Segmentation, out: Path, reporter: Reporter) -> None:
+    """Say what was found."""
     found = ", ".join(f"{name} {ml:.1f} mL" for name, ml in answer.volumes_ml.items())
     reporter.say(f"{answer.record_id}: {found}")
     for word in ("observed", "trusted", "rejected", "absent"):
@@ -523,8 +518,11 @@ def evaluate(
         bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")
     ] = False,
     reports: Annotated[
-        int, typer.Option("--reports", min=0, help="Write at most this many patient reports.")
-    ] = 1_000_000,
+        int | None,
+        typer.Option(
+            "--reports", min=0, help="Write at most this many patient reports; default: all."
+        ),
+    ] = None,
     selector: Annotated[
         list[str] | None,
         typer.Option("--selector", help="Compare this selector too; repeatable."),
@@ -569,7 +567,7 @@ def evaluate(
     segments = task_of(bundle) == "segmentation"
     if segments:
         asked = {"--draws": draws > 0, "--identify": identify, "--against": bool(against)}
-        _refuse("a segmentation", asked | {"--treat-refused-as-missing": without_refused})
+        _refuse("a segmentation", asked | {"--reports": reports is not None})
     else:
         _refuse("a classification or regression", {"--flips": flips})
     with reporter.bar("Evaluating") as progress:
@@ -585,6 +583,7 @@ def evaluate(
                 seed=seed,
                 resume=resume,
                 allow_overlap=allow_overlap,
+                treat_refused_as_missing=without_refused,
                 num_parts=num_parts,
                 part_id=part_id,
                 command=shlex.join(["dymo-med", *sys.argv[1:]]),
@@ -599,7 +598,7 @@ def evaluate(
                 scenarios=tuple(missing or ["as-is"]),
                 seed=seed,
                 resume=resume,
-                reports=reports,
+                reports=1_000_000 if reports is None else reports,
                 methods=tuple(selector or ()),
                 draws=draws,
                 allow_overlap=allow_overlap,
@@ -642,9 +641,11 @@ def impute(
     from dymo_med.inference.segment import impute_segmented
 
     if task_of(bundle) == "segmentation":
-        _refuse("a segmentation", {"--treat-refused-as-missing": without_refused})
+        _refuse("a segmentation", {"--identify": identify})
         model = load_segmentation_bundle(bundle, device)
-        written = impute_segmented(patient_dir, model, out, seed=seed)
+        written = impute_segmented(
+            patient_dir, model, out, seed=seed, treat_refused_as_missing=without_refused
+        )
     else:
         written = impute_patient(
             patient_dir,

@@ -24,7 +24,7 @@ from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.modalities.image import file_in
 from dymo_med.modalities.scan import ScanError, apart_mm, millimetres, spacing_of, times
-from dymo_med.types import Cohort, CohortRecord, MaskSpec, ModalitySpec, PatientRecord
+from dymo_med.types import Cohort, CohortRecord, MaskSpec, ModalitySpec, Norms, PatientRecord
 
 Affine = NDArray[np.float64]
 
@@ -162,7 +162,12 @@ def read_mask(folder: Path, mask: MaskSpec, grid: Grid, where: str) -> NDArray[n
 
 
 def read_known(
-    entry: CohortRecord, cohort: Cohort, *, require_something: bool = True
+    entry: CohortRecord,
+    cohort: Cohort,
+    *,
+    require_something: bool = True,
+    norms: Norms | None = None,
+    treat_refused_as_missing: bool = False,
 ) -> PatientRecord:
     """Read one record of a cohort with what is known of its answer.
 
@@ -170,12 +175,19 @@ def read_known(
         entry: The record.
         cohort: Its cohort; of a segmentation the mask is read too, onto the grid of the scans.
         require_something: Refuse a patient of whom nothing was observed.
+        norms: What training records were like, for the quality gate.
+        treat_refused_as_missing: Go on without what the quality gate refuses.
 
     Raises:
         PatientDataError: See `read_patient` and `read_mask`.
     """
     record = read_record(
-        entry, cohort.specs, cohort.missing_values, require_something=require_something
+        entry,
+        cohort.specs,
+        cohort.missing_values,
+        require_something=require_something,
+        norms=norms,
+        treat_refused_as_missing=treat_refused_as_missing,
     )
     return with_mask(record, entry.folder, cohort)
 

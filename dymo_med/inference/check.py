@@ -263,15 +263,17 @@ def _about(bundle: ModelBundle | SegmentationBundle) -> dict[str, str]:
             parts["imputer"] = str(trust.imputer_entry["name"])
             parts["selector"] = trust.choice.name
     else:
-        known = list(bundle.norms.ranges) if bundle.norms is not None else []
         parts = {
             "imputer": str(bundle.imputer_entry["name"]),
             "backbone": str(bundle.backbone_entry["name"]),
             "selector": bundle.choice.name,
-            "quality gate": f"compares {', '.join(known)} with those of training records"
-            if known
-            else "knows no training records",
         }
+    known = list(bundle.norms.ranges) if bundle.norms is not None else []
+    parts["quality gate"] = (
+        f"compares {', '.join(known)} with those of training records"
+        if known
+        else "knows no training records"
+    )
     provenance = bundle.provenance
     made, here = dict(provenance["versions"]), {"dymo_med": __version__}
     here |= {name: metadata.version(name) for name in made if name != "dymo_med"}
@@ -487,7 +489,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
     if _kind(against) == "bundle":
         bundle = _load(against)
         specs, missing_values = bundle.specs, bundle.missing_values
-        norms = bundle.norms if isinstance(bundle, ModelBundle) else None
+        norms = bundle.norms
     else:
         cohort = read_cohort(against)
         specs, missing_values = cohort.specs, cohort.missing_values
@@ -538,7 +540,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
     )
 
 
-def _bundle(path: Path) -> ModelBundle:
+def _bundle(path: Path) -> ModelBundle | SegmentationBundle:
     """Load the bundle that a cohort is checked against.
 
     Raises:
@@ -554,7 +556,7 @@ def _bundle(path: Path) -> ModelBundle:
                 remedy="Name the bundle that the cohort is for",
             )
         )
-    return load_bundle(path, device="cpu")
+    return _load(path)
 
 
 def _wrong(found: Intake) -> tuple[Problem, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dymo_med import __version__
 from dymo_med.backbones import EncodedVersions, encode_versions
 from dymo_med.bundle import ModelBundle
+from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.conformal import COVERAGE
 from dymo_med.data.batch import collate
 from dymo_med.data.gate import judge
@@ -484,7 +485,9 @@ def _sources(record: PatientRecord, identify: bool) -> dict[str, Source]:
     return sources
 
 
-def gate_results(bundle: ModelBundle, record: PatientRecord) -> dict[str, GateResult]:
+def gate_results(
+    bundle: ModelBundle | SegmentationBundle, record: PatientRecord
+) -> dict[str, GateResult]:
     """Return what the quality gate says of what a record has, and of what it refused.
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dymo_med.backbones import DenseVersions, dense_versions
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.batch import collate
+from dymo_med.data.gate import CHECKS
 from dymo_med.data.masks import (
     Grid,
     compose,
@@ -33,7 +34,13 @@ from dymo_med.data.patient import read_patient
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
 from dymo_med.inference.overlays import COLOURS, cut_place, outlined
-from dymo_med.inference.predict import RECOVERED, STEP_COLUMNS, selection_steps, versions
+from dymo_med.inference.predict import (
+    RECOVERED,
+    STEP_COLUMNS,
+    gate_results,
+    selection_steps,
+    versions,
+)
 from dymo_med.inference.prediction_file import SourcePart, StepPart
 from dymo_med.inference.report import environment
 from dymo_med.inference.segmentation_file import (
@@ -107,6 +114,7 @@ class Segmentation:
         trusted: Of these, the ones that were used.
         rejected: Of these, the ones that were not.
         absent: Scans for which nothing could be proposed.
+        refused: Scans that are there but that the quality gate refuses: missing.
         method: Selector behind it.
         steps: The selection, in order.
         warnings: Sentences.
@@ -122,6 +130,7 @@ class Segmentation:
     trusted: tuple[str, ...]
     rejected: tuple[str, ...]
     absent: tuple[str, ...]
+    refused: tuple[str, ...]
     method: str
     steps: tuple[SelectionStep, ...]
     warnings: tuple[str, ...]
@@ -203,6 +212,7 @@ def segment_patient(
     flips: bool = False,
     selector: str | None = None,
     seed: int = 0,
+    treat_refused_as_missing: bool = False,
 ) -> Segmentation:
     """Segment one patient from a folder.
 
@@ -215,12 +225,14 @@ def segment_patient(
         flips: Average over all mirrorings of the scans: steadier, and eight times the work.
         selector: Another selector than the bundle's default.
         seed: Of whatever is random in the imputer.
+        treat_refused_as_missing: Go on without what the quality gate refuses; the page says so.
 
     Returns:
         The segmentation on the grid of the patient's reference scan.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
+        RefusedError: If they can be read but the quality gate refuses one.
         ConfigError: If there is no such selector, or `out` holds something else.
     """
     written = ("prediction.json", "selection.csv", "report.html", RECOVERED, SEGMENTATION)
@@ -230,7 +242,7 @@ def segment_patient(
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector
     bundle.require_selector(method)
-    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    record = _read(patient_dir, bundle, treat_refused_as_missing)
     segmented = segment_record(bundle, record, methods=[method], flips=flips, seed=seed)
     answer = _answer(bundle, segmented, method)
     if out is not None:
@@ -245,13 +257,31 @@ def segment_patient(
                     write_volume(folder / path, one, answer.grid, f"probability of {name}")
                     files[f"probability {name}"] = path
             made = _write_recovered(bundle, segmented, folder / RECOVERED)
-            file = segmentation_file(bundle, segmented, answer, folder, files, made, flips, seed)
+            options = {
+                "--flips": flips,
+                "--probabilities": probabilities,
+                "--treat-refused-as-missing": treat_refused_as_missing,
+            }
+            file = segmentation_file(bundle, segmented, answer, folder, files, made, options, seed)
             write_text(folder / "prediction.json", file.to_text())
             write_segmentation_report(file, folder / "report.html")
             write_csv(
                 folder / "selection.csv", STEP_COLUMNS, [step.model_dump() for step in file.steps]
             )
     return answer
+
+
+def _read(
+    patient_dir: Path, bundle: SegmentationBundle, treat_refused_as_missing: bool
+) -> PatientRecord:
+    """Read a patient as the bundle needs it."""
+    return read_patient(
+        patient_dir,
+        bundle.specs,
+        missing_values=bundle.missing_values,
+        norms=bundle.norms,
+        treat_refused_as_missing=treat_refused_as_missing,
+    )
 
 
 def write_segmentation_report(file: SegmentationFile, path: Path) -> None:
@@ -291,6 +321,19 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
         return tuple(n for n, a in zip(names, available[0].tolist(), strict=True) if a)
 
     warnings = [w for v in record.modalities.values() for w in v.warnings]
+    for name, result in gate_results(bundle, record).items():
+        for finding in result.findings:
+            said = "refuses" if finding.level == "refuse" else "warns of"
+            facts = "; ".join(
+                f"{word} {text}"
+                for word, text in (("got", finding.got), ("expected", finding.expected))
+                if text
+            )
+            warnings.append(
+                f"{name}: the quality gate {said} it: {CHECKS[finding.check]}"
+                + (f" ({facts})." if facts else ".")
+                + " It counts as missing." * (name in record.refused)
+            )
     share = _outside(segmented)
     if share > 0.01:
         warnings.append(
@@ -308,6 +351,7 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
         trusted=pick(trace.admitted),
         rejected=pick(trace.rejected),
         absent=pick(~trace.observed & ~trace.candidates),
+        refused=tuple(record.refused),
         method=method,
         steps=selection_steps(trace, 0),
         warnings=tuple(dict.fromkeys(warnings)),
@@ -327,7 +371,7 @@ def segmentation_file(
     folder: Path,
     files: Mapping[str, str],
     made: Mapping[str, str],
-    flips: bool,
+    options: Mapping[str, bool],
     seed: int,
 ) -> SegmentationFile:
     """Gather what `prediction.json` holds.
@@ -339,7 +383,7 @@ def segmentation_file(
         folder: Where the files are.
         files: What was written, by what it is.
         made: Recovered scans, by modality.
-        flips: Whether mirrorings were averaged.
+        options: Switches of the command line, and whether they were given.
         seed: Of the run.
     """
     record, spec = segmented.record, bundle.specs[0]
@@ -376,7 +420,7 @@ def segmentation_file(
 
     command = ["dymo-med", "predict", "--patient-dir", record.record_id, "--bundle", bundle.name]
     command += ["--out", "OUT", "--selector", answer.method, "--device", str(bundle.device)]
-    command += ["--seed", str(seed)] + ["--flips"] * flips + ["--probabilities"] * (len(files) > 1)
+    command += ["--seed", str(seed)] + [name for name, given in options.items() if given]
     affine = tuple(tuple(float(x) for x in row) for row in answer.grid.affine)
     return SegmentationFile(
         schema_version=SCHEMA_VERSION,
@@ -395,6 +439,7 @@ def segmentation_file(
         trusted=answer.trusted,
         rejected=answer.rejected,
         absent=answer.absent,
+        refused=answer.refused,
         method=answer.method,
         method_why=why,
         steps=tuple(StepPart(**asdict(step)) for step in answer.steps),
@@ -406,7 +451,7 @@ def segmentation_file(
         files={name: hashed(path) for name, path in files.items()},
         recovered_files={name: hashed(path) for name, path in made.items()},
         scans=scans,
-        flips=flips,
+        flips=options["--flips"],
         seed=seed,
         command=shlex.join(command),
         versions={k: v for k, v in versions().items() if k != "captum"},
@@ -431,7 +476,12 @@ def _write_recovered(
 
 
 def impute_segmented(
-    patient_dir: Path, bundle: SegmentationBundle, out: Path, *, seed: int = 0
+    patient_dir: Path,
+    bundle: SegmentationBundle,
+    out: Path,
+    *,
+    seed: int = 0,
+    treat_refused_as_missing: bool = False,
 ) -> list[Path]:
     """Write what the imputer of a segmentation bundle proposes for one patient, and nothing else.
 
@@ -440,12 +490,14 @@ def impute_segmented(
         bundle: The model.
         out: Folder for `recovered/`.
         seed: Of whatever is random.
+        treat_refused_as_missing: Recover what the quality gate refuses too.
 
     Returns:
         The files.
 
     Raises:
         PatientDataError: If the patient's files cannot be used.
+        RefusedError: If they can be read but the quality gate refuses one.
         ConfigError: If the bundle recovers nothing, or `out` holds something else.
     """
     if bundle.trust is None:
@@ -459,7 +511,7 @@ def impute_segmented(
         )
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
-    record = read_patient(patient_dir, bundle.specs, missing_values=bundle.missing_values)
+    record = _read(patient_dir, bundle, treat_refused_as_missing)
     segmented = segment_record(bundle, record, seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
         files = _write_recovered(bundle, segmented, folder / RECOVERED)
@@ -472,6 +524,7 @@ def impute_segmented(
                 "files": files,
                 "bundle": {"name": bundle.name, "id": bundle.bundle_id},
                 "seed": seed,
+                "refused": list(record.refused),
             },
         )
     return [out / file for file in files.values()]

@@ -24,7 +24,7 @@ from torch import Tensor
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.masks import dice, own_grid, read_known, read_mask, regions_of
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
 from dymo_med.files import csv_stream, write_csv, write_json, write_text
 from dymo_med.inference.evaluate import (
     FAILURE_COLUMNS,
@@ -82,6 +82,7 @@ def evaluate_segmentation(
     seed: int = 0,
     resume: bool = False,
     allow_overlap: bool = False,
+    treat_refused_as_missing: bool = False,
     num_parts: int = 1,
     part_id: int = 0,
     command: str = "",
@@ -105,6 +106,8 @@ def evaluate_segmentation(
         seed: Of scenarios and bootstrap.
         resume: Go on with an evaluation in `out`.
         allow_overlap: Evaluate although patients were used to make the bundle.
+        treat_refused_as_missing: Segment without what the quality gate refuses; else such a
+            record is a failure.
         num_parts: How many processes share the evaluation.
         part_id: Which of them this is, from 0.
         command: What was typed, for `run.json`.
@@ -175,10 +178,11 @@ def evaluate_segmentation(
         "scenarios": [rule if isinstance(rule, str) else rule.text for rule in rules],
         "replayed": [rule.digest for rule in rules if isinstance(rule, Scenario)],
         "methods": list(asked),
+        "treatment of refused modalities": treat_refused_as_missing,
         "records": digest_of(records),
     }
     prepare_folder(out, known, resume, num_parts)
-    run = _Run(bundle, described, split, rules, asked, flips, seed)
+    run = _Run(bundle, described, split, rules, asked, flips, seed, treat_refused_as_missing)
     mine = range(part_id, len(records), num_parts)
     for done, number in enumerate(mine):
         path = _kept(out, number)
@@ -241,19 +245,26 @@ class _Run:
     methods: tuple[str, ...]
     flips: bool
     seed: int
+    treat_refused_as_missing: bool
 
     def record(self, entry: CohortRecord) -> Row:
         """Return the rows of one record in all scenarios, and what failed."""
         bundle = self.bundle
         try:
-            record = read_known(entry, self.cohort)
+            record = read_known(
+                entry,
+                self.cohort,
+                norms=bundle.norms,
+                treat_refused_as_missing=self.treat_refused_as_missing,
+            )
             own = own_grid(record, bundle.specs)
             labels = read_mask(entry.folder, bundle.mask, own, f"Patient {record.record_id}")
             if labels is None or record.mask is None:
                 return {"cases": [], "failures": [], "unlabelled": 1}
             whole = segment_record(bundle, record, flips=self.flips, seed=self.seed)
         except PatientDataError as error:
-            failure = failure_row(entry.record_id, ALL, "read", message_of(error))
+            stage = "gate" if isinstance(error, RefusedError) else "read"
+            failure = failure_row(entry.record_id, ALL, stage, message_of(error))
             return {"cases": [], "failures": [failure], "unlabelled": 0}
         device = bundle.device
         truth = _Truth(

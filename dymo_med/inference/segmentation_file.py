@@ -85,6 +85,7 @@ class SegmentationFile(Part):
     trusted: tuple[str, ...]
     rejected: tuple[str, ...]
     absent: tuple[str, ...]
+    refused: tuple[str, ...]
     method: str
     method_why: str
     steps: tuple[StepPart, ...]

@@ -168,9 +168,11 @@ def train(
             fabric.device,
         )
         draw_curves(log.stages, out / "curves.png")
-        replace(segmenter, provenance=_provenance(plan, described, data, known, log)).save(
-            out / "bundle"
-        )
+        replace(
+            segmenter,
+            provenance=_provenance(plan, described, data, known, log),
+            norms=fit_norms(specs, records["train"], described.quality),
+        ).save(out / "bundle")
         return out / "bundle"
     if imputer is None or imputer_entry is None or plan.backbone.name not in BACKBONES:
         raise ConfigError(

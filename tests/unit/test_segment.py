@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import io
 import json
 import shutil
@@ -17,9 +18,11 @@ from dymo_med.backbones import SharedUNet
 from dymo_med.backbones.shared_unet import ModalityOutput
 from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
+from dymo_med.data.gate import measure
 from dymo_med.data.masks import dice
+from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import SEGMENTATION
-from dymo_med.errors import BundleError, ConfigError
+from dymo_med.errors import BundleError, ConfigError, RefusedError
 from dymo_med.inference.check import check
 from dymo_med.inference.overlays import COLOURS, cut_place
 from dymo_med.inference.segment import (
@@ -29,6 +32,7 @@ from dymo_med.inference.segment import (
 )
 from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95
 from dymo_med.inference.segmentation_file import read_segmentation
+from dymo_med.types import Norms
 from tests.segmentation import (  # noqa: F401
     masked_cohort,
     masked_dir,
@@ -152,6 +156,57 @@ def test_recovered_scans_alone(bundle, patient, tmp_path):
         impute_segmented(patient, replace(bundle, trust=None), tmp_path / "other")
 
 
+def make_constant(path):
+    """Replace the values of a scan by one."""
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.ones(image.shape, np.float32), image.affine), path)
+
+
+def test_a_refused_scan_is_an_error_or_missing(bundle, patient, tmp_path):
+    make_constant(patient / "t2.nii.gz")
+    for call in (segment_patient, impute_segmented):
+        with pytest.raises(RefusedError, match="t2"):
+            call(patient, bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    answer = segment_patient(patient, bundle, tmp_path / "out", treat_refused_as_missing=True)
+    assert (answer.observed, answer.refused) == (("flair",), ("t2",)) and "t2" in answer.recovered
+    assert "t2: the quality gate refuses it" in (tmp_path / "out" / "report.html").read_text("utf8")
+    file = read_segmentation(tmp_path / "out" / "prediction.json")
+    assert file.refused == ("t2",) and "--treat-refused-as-missing" in file.command
+    made = impute_segmented(patient, bundle, tmp_path / "made", treat_refused_as_missing=True)
+    assert "t2_synthetic.nii.gz" in [p.name for p in made]
+
+
+def test_a_scan_unlike_those_of_training_is_warned_of(bundle, patient):
+    flair = read_patient(patient, bundle.specs).modalities["flair"]
+    ranges = {name: (figure, figure) for name, figure in measure(flair).items()}
+    share = ranges["body"][0]
+    ranges["body"] = (3 * share, 4 * share)
+    usual = Norms({}, {"flair": ranges}, {"flair": 30})
+    answer = segment_patient(patient, replace(bundle, norms=usual))
+    (warning,) = [w for w in answer.warnings if "quality gate" in w]
+    assert warning.startswith("flair: the quality gate warns of it")
+
+
+def test_no_header_of_a_scan_gets_into_what_is_written(bundle, patient, tmp_path):
+    for path in patient.glob("*.nii.gz"):
+        image = nib.load(path)
+        for field in ("descrip", "aux_file", "intent_name", "db_name"):
+            image.header[field] = b"Doe^Jane 042"
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(6, b"Doe^Jane 042"))
+        nib.save(nib.Nifti1Image(image.get_fdata(), image.affine, image.header), path)
+    planted = patient / "flair.nii.gz"
+    assert b"Doe^Jane" in gzip.decompress(planted.read_bytes())
+    out = tmp_path / "out"
+    segment_patient(patient, bundle, out, probabilities=True, selector="trust_all")
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert sum(p.name.endswith(".nii.gz") for p in files) == 1 + 3 + 2
+    for path in files:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        assert b"Doe^" not in content, path.name
+
+
 def test_distances_follow_the_conventions():
     a = torch.zeros(3, 8, 8, 8, dtype=torch.bool)
     b = a.clone()
@@ -169,6 +224,7 @@ def evaluated(bundle, masked_dir, tmp_path_factory):  # noqa: F811
     shutil.copytree(masked_dir, cohort_dir)
     cohort = read_cohort(cohort_dir / SEGMENTATION)
     (cohort.in_split("test")[1].folder / "t2.nii.gz").write_bytes(b"no scan")
+    make_constant(cohort.in_split("test")[3].folder / "t1ce.nii.gz")
     out = root / "out"
     result = evaluate_segmentation(
         replace(bundle, trust=None), cohort, out, scenarios=("subsets", "drop:t1")
@@ -183,12 +239,13 @@ def table(path):
 
 def test_every_subset_of_every_case_is_measured(evaluated, bundle):
     cohort, out, result = evaluated
-    assert (result.records, result.failures) == (4, 1)
+    assert (result.records, result.failures) == (4, 2)
     rows = table(out / "cases.csv")
-    assert len(rows) == 3 * (15 + 1) * 3
+    assert len(rows) == 2 * (15 + 1) * 3
     assert len({r["observed"] for r in rows if r["scenario"] == "subsets"}) == 15
-    (failure,) = table(out / "failures.csv")
-    assert failure["stage"] == "read" and "t2.nii.gz" in failure["message"]
+    unreadable, refused = table(out / "failures.csv")
+    assert unreadable["stage"] == "read" and "t2.nii.gz" in unreadable["message"]
+    assert refused["stage"] == "gate" and "t1ce.nii.gz" in refused["message"]
     # One case by hand.
     entry = cohort.in_split("test")[0]
     answer = segment_patient(entry.folder, bundle, selector="observed_only")
@@ -269,14 +326,27 @@ def run(arguments):
     return stopped.value.code
 
 
-def test_the_commands(segmentation_dir, bundle_dir, patient, tmp_path, capsys):  # noqa: F811
+def test_the_commands(
+    segmentation_dir,  # noqa: F811
+    bundle_dir,
+    masked_dir,  # noqa: F811
+    patient,
+    tmp_path,
+    capsys,
+):
     out = tmp_path / "out"
     assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, "-d", "cpu"]) == 0
     assert "WT" in capsys.readouterr().out and (out / "segmentation.nii.gz").is_file()
     assert run(["report", out / "prediction.json"]) == 0
     assert run(["check", out]) == 0 and run(["check", segmentation_dir]) == 0
     assert run(["check", patient, "--against", segmentation_dir]) == 0
-    for extra in ("--pdf", "--no-explain"):
-        assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, extra]) == 2
+    capsys.readouterr()
+    for extra in (["--pdf"], ["--no-explain"], ["--identify"], ["--draws", 20]):
+        assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, *extra]) == 2
+        assert f"{extra[0]}: the bundle is for a segmentation" in capsys.readouterr().err
+    assert run(["impute", "-i", patient, "-b", segmentation_dir, "-o", out, "--identify"]) == 2
+    evaluate = ["evaluate", "-b", segmentation_dir, "-c", masked_dir / SEGMENTATION, "-o", out]
+    assert run([*evaluate, "--reports", 3]) == 2
+    assert "--reports: the bundle is for a segmentation" in capsys.readouterr().err
     assert run(["predict", "-i", patient, "-b", bundle_dir, "-o", out, "--flips"]) == 2
     assert "the bundle is for" in capsys.readouterr().err
