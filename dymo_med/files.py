@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,18 @@ def complete_folder(out: Path, marker: str, names: Collection[str]) -> Iterator[
     temporary.mkdir()
     try:
         yield temporary
-        check_replaceable(out, marker, names)
-        if out.exists():
-            out.rename(earlier)
-        temporary.rename(out)
+        while True:
+            check_replaceable(out, marker, names)
+            with suppress(FileNotFoundError):
+                out.rename(earlier)
+            try:
+                temporary.rename(out)
+                break
+            except OSError as error:
+                # Somebody else who writes there was faster; who is last stays.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(earlier, ignore_errors=True)
     finally:
         if earlier.exists() and not out.exists():
             earlier.rename(out)

@@ -13,7 +13,7 @@ from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.comparators.base import narrowed
 from dymo_med.config import Augmentation, Recipe, Schedule
 from dymo_med.training.calibration import fit_temperature
-from dymo_med.training.loop import Log, Objective, Step, stream
+from dymo_med.training.loop import Log, Objective, Step, new_weights
 from dymo_med.training.losses import within
 from dymo_med.training.objectives import augment, sampled_subsets, validation_figures
 from dymo_med.types import Batch, ModalitySpec, Split
@@ -108,9 +108,7 @@ def train_comparators(
     for entry in plan.comparators:
         kind = COMPARATORS[entry.name]
         options = kind.Options.model_validate(entry.options)
-        begin = stream(plan.seed, f"comparator {entry.name} weights")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(begin.initial_seed() % 2**31))
+        with new_weights(plan.seed, f"comparator {entry.name}"):
             comparator = kind(specs, classes, options)
         best_epoch = {}
         for part_name, part in comparator.parts().items():

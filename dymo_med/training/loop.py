@@ -43,6 +43,36 @@ def stream(seed: int, *keys: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
+@contextmanager
+def new_weights(seed: int, network: str) -> Iterator[None]:
+    """Let the weights of a network that is made meanwhile depend on the seed and its name alone.
+
+    Args:
+        seed: Seed of the run.
+        network: What is made: "imputer", "backbone", "comparator moddrop".
+
+    Raises:
+        ConfigError: If memory does not hold the network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(seed, f"{network} weights").initial_seed() % 2**31))
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch has no class for either: no such memory, no such number of bytes.
+            reasons = ("can't allocate memory", "calculation overflowed")
+            if isinstance(error, RuntimeError) and not any(r in str(error) for r in reasons):
+                raise
+            raise ConfigError(
+                Problem(
+                    f"Recipe: {network}",
+                    "the network is too large for the memory of this computer",
+                    expected="sizes as in the recipes under configs/",
+                    remedy=f"Make what the recipe says of the {network} smaller",
+                )
+            ) from error
+
+
 class Step:
     """What one training step works on.
 

@@ -21,7 +21,7 @@ from dymo_med.imputers import Imputer
 from dymo_med.metrics import bootstrap_means
 from dymo_med.selection import SELECTORS, Selector, fit_statistics
 from dymo_med.training.gmd import Decoupling
-from dymo_med.training.loop import Objective, Step, stream
+from dymo_med.training.loop import Objective, Step, new_weights, stream
 from dymo_med.training.losses import distinct_subsets, soft_dice_loss, within
 from dymo_med.training.objectives import augment, sampled_subsets
 from dymo_med.training.selectors import hide
@@ -164,8 +164,7 @@ def _network(
         )
     kind = SEGMENTERS[plan.backbone.name]
     options = kind.Options(**plan.backbone.options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
+    with new_weights(plan.seed, "backbone"):
         network = kind(specs, regions, options)
     return network, {"name": plan.backbone.name, **options.model_dump()}
 

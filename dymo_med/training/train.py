@@ -32,7 +32,7 @@ from dymo_med.selection import fit_statistics
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
 from dymo_med.training.curves import draw_curves
-from dymo_med.training.loop import Log, Progress, stream, train_stage
+from dymo_med.training.loop import Log, Progress, new_weights, train_stage
 from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
@@ -183,8 +183,7 @@ def train(
                 remedy=f"Choose another recipe: cohort {described.name} is a classification",
             )
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(plan.seed, "backbone weights").initial_seed() % 2**31))
+    with new_weights(plan.seed, "backbone"):
         backbone_class = BACKBONES[plan.backbone.name]
         backbone_options = backbone_class.Options(**plan.backbone.options)
         backbone = backbone_class(specs, classes, backbone_options)
@@ -329,8 +328,7 @@ def _new_imputer(
     entry: Named, seed: int, specs: tuple[ModalitySpec, ...]
 ) -> tuple[Imputer, dict[str, Any]]:
     """Return the imputer before its training, and its table name and options."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(seed, "imputer weights").initial_seed() % 2**31))
+    with new_weights(seed, "imputer"):
         imputer_class = IMPUTERS[entry.name]
         options = imputer_class.Options(**entry.options)
         imputer = imputer_class(specs, options)

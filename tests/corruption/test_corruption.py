@@ -140,6 +140,11 @@ PATIENT = [
         all_of(folder_named(T1), renamed(T1, "t1"), text_in_it),
         ["t1"],
     ),
+    (
+        "scan of another patient",
+        all_of(dicom(), dicom("t2", series="1.2.826.0.1.9", patient="MRN-0043")),
+        ["different patients", "in t2 than in t1"],
+    ),
     ("picture of zero bytes", put(PHOTO, b""), [PHOTO, "empty"]),
     ("picture cut short", cut(PHOTO, 0.6), [PHOTO]),
     ("picture with a flipped byte", flip(PHOTO, 60), [PHOTO]),
@@ -454,7 +459,10 @@ def test_check_finds_all_of_them_in_one_pass(ward, capsys):
     wheres = [p["where"] for p in report["problems"]]
     # A record of which nothing was observed may be in a cohort.
     assert len(wheres) == len(ROWS) - 1 and len(set(wheres)) == len(wheres)
-    assert sum(report["patterns"].values()) == 3
+    # What the quality gate refuses can be read, and counts as missing.
+    refused = [r for r in report["records"] if "refuse" in r["states"].values()]
+    assert len(refused) == sum("finite" in says or "same value" in says for *_, says in ROWS) - 1
+    assert sum(report["patterns"].values()) == 3 + len(refused)
 
 
 def assert_refused(capsys, code, says, check, *others):
@@ -504,6 +512,21 @@ def test_recipe(cohort_dir, tmp_path, capsys, name, spoil, says):
     train = ["train", recipe, "-c", cohort_dir, "-o", out, "-d", "cpu", "-q"]
     assert_refused(capsys, 2, says, ["check", recipe], train)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("network", "option", "size"),
+    [("imputer", "latent", 10**12), ("backbone", "projection", 10**18)],
+)
+def test_networks_beyond_all_memory(cohort_dir, tmp_path, capsys, network, option, size):
+    recipe, out = tmp_path / R, tmp_path / "out"
+    recipe.write_text(yaml.safe_dump({**RECIPE, network: {**RECIPE[network], option: size}}))
+    code, printed, err = run(
+        capsys, "train", recipe, "-c", cohort_dir, "-o", out, "-d", "cpu", "-q"
+    )
+    assert code == 2 and printed == "" and err.count("\n") == 1
+    assert f"Recipe: {network}: the network is too large" in err
+    assert not list(out.rglob("*.safetensors")) and not (out / "bundle").exists()
 
 
 @pytest.mark.parametrize(("name", "spoil", "says"), spoilt(BUNDLE))

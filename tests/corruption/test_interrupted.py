@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,67 @@ def test_nothing_is_left_and_nothing_is_lost(
     assert ended(arguments) == code
     assert sorted(tmp_path.rglob("*")) == before
     assert {p: p.read_bytes() for p in earlier} == earlier
+
+
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EROFS])
+def test_a_place_that_cannot_be_written(bundle_dir, cohort_dir, tmp_path, monkeypatch, capsys, why):
+    """As of a read-only disk; the superuser could write where permissions are only taken away."""
+    patient, parent = cohort_dir / "patients" / "p001", tmp_path / "parent"
+    parent.mkdir()
+    make = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if path.parent == parent:
+            raise OSError(why, os.strerror(why), str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert ended(commands(patient, bundle_dir, parent / "out")["impute"]) == 2
+    assert list(parent.iterdir()) == []
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and os.strerror(why) in said and "Traceback" not in said
+
+
+def test_two_who_write_one_folder_at_once(tmp_path, monkeypatch):
+    """One is faster, in the moment in which the other has moved an earlier result away."""
+    out, rename, others = tmp_path / "out", Path.rename, iter(("second", "third"))
+
+    def write(text):
+        with files.complete_folder(out, "marker", ("marker", "more")) as folder:
+            for name in ("marker", "more"):
+                (folder / name).write_text(text)
+
+    def late(path, target):
+        if target == out and (other := next(others, None)):
+            write(other)
+        return rename(path, target)
+
+    write("earlier")
+    monkeypatch.setattr(Path, "rename", late)
+    write("first")
+    assert next(others, None) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "marker").read_text() == (out / "more").read_text() == "first"
+
+
+def test_training_told_to_stop_while_it_writes_the_bundle(
+    bundle_dir, cohort_dir, tmp_path, monkeypatch
+):
+    run = shutil.copytree(bundle_dir.parent, tmp_path / "run")
+    shutil.rmtree(run / "bundle")
+    before, write, calls = sorted(tmp_path.rglob("*")), files.write_bytes, 0
+
+    def at_the_second_file(path, content):
+        nonlocal calls
+        calls += "configs" in path.parts
+        if calls == 2:
+            stop(signal.SIGTERM)()
+        return write(path, content)
+
+    monkeypatch.setattr(files, "write_bytes", at_the_second_file)
+    arguments = ["train", bundle_dir.parents[1] / "recipe.yaml", "-c", cohort_dir, "-o", run]
+    assert ended([*arguments, "--resume", "-d", "cpu", "-q"]) == 143
+    assert calls == 2 and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("where", ["{patient}", "{patient}/out", "{link}", "{file}", "{file}/out"])
