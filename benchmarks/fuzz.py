@@ -6,6 +6,9 @@
 Targets: `table` (CSV), `json` (a table in JSON), `yaml` (recipes and cohort descriptions), `bundle`
 (JSON of bundles) and `nifti` (headers). Prints executions and what was found; exit code 1 if
 anything was. Needs atheris, which has wheels for Linux only.
+
+The last runs, 60 seconds each on one busy core: `json` 15,873 executions, `bundle` 6,166; no
+findings.
 """
 
 import argparse
