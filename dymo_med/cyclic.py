@@ -627,11 +627,12 @@ class _CrossBlock(nn.Module):
                 the source. One that may see none gains nothing.
         """
         r, n, d = x.shape
+        head = d // self.heads  # said, not left to -1: there may be no row
         attend = attend.expand(r, n, -1)
         some = attend.any(-1, keepdim=True)
-        q = self.query(self.norm_target(x)).view(r, n, self.heads, -1).transpose(1, 2)
+        q = self.query(self.norm_target(x)).view(r, n, self.heads, head).transpose(1, 2)
         k, v = (
-            part.view(r, source.shape[1], self.heads, -1).transpose(1, 2)
+            part.view(r, source.shape[1], self.heads, head).transpose(1, 2)
             for part in self.key_value(self.norm_source(source)).chunk(2, -1)
         )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=(attend | ~some)[:, None])

@@ -458,7 +458,7 @@ def _check_cohort(
     return CheckReport(
         path,
         "cohort",
-        tuple(problems),
+        tuple(dict.fromkeys(problems)),  # a shared table's fault is every record's
         exit_code,
         _patterns(readable),
         _observed(readable, specs),

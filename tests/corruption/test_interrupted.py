@@ -52,8 +52,11 @@ def ended(arguments):
 @pytest.mark.parametrize("trouble", TROUBLE)
 @pytest.mark.parametrize("command", ["predict", "impute", "simulate"])
 def test_nothing_is_left_and_nothing_is_lost(
-    bundle_dir, cohort_dir, tmp_path, monkeypatch, command, trouble
+    bundle_dir, cohort_dir, tmp_path, monkeypatch, request, command, trouble
 ):
+    # A test run in the background may have been started with interrupts ignored.
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, old))
     patient = shutil.copytree(cohort_dir / "patients" / "p001", tmp_path / "p001")
     out = tmp_path / "out"
     happen, code = TROUBLE[trouble]

@@ -37,8 +37,10 @@ def source(tmp_path):
             name = f"{patient}_V{visit + 1:02d}"
             folder = tmp_path / "source" / "images" / name
             folder.mkdir(parents=True)
-            film = rng.integers(0, 256, (40, 30), dtype=np.uint8)
-            Image.fromarray(film).save(folder / "cxr_frontal.png")
+            rows, columns_of = np.mgrid[0:40, 0:30]
+            film = 120 + 60 * np.sin(rows / 8 + number) * np.cos(columns_of / 7)
+            film += rng.normal(0, 4, film.shape)  # as smooth as a picture of something
+            Image.fromarray(film.astype(np.uint8)).save(folder / "cxr_frontal.png")
             row = dict.fromkeys(columns, "") | dict.fromkeys(LEAKY, "yes")
             ehr.append({"visit_id": name, "patient_id": patient, **row, "sex": "F"})
             label = ("", "0", "1")[number % 3]

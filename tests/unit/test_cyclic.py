@@ -424,6 +424,13 @@ class TestFusion:
         assert (state[0] - state[1]).abs().max() > 1e-3
 
     @pytest.mark.parametrize("form", ["pairwise", "joint"])
+    def test_nobody_is_asked_about(self, form):
+        fuse = encode_versions(backbone(fusion=form), make_batch())
+        nobody = torch.zeros(0, 3, dtype=torch.bool)
+        out = fuse(torch.arange(0), nobody, nobody)
+        assert out.logits.shape == (0, K) and out.embedding.shape == (0, 4)
+
+    @pytest.mark.parametrize("form", ["pairwise", "joint"])
     def test_every_weight_is_reached(self, form):
         network = backbone(fusion=form)
         total = sum(
