@@ -16,9 +16,11 @@ def test_imports_go_down_only():
 
 
 def test_nothing_is_unpickled_fetched_or_reported_home():
+    # Names of code systems look like addresses; nobody goes there.
+    names = r"www\.w3\.org|loinc\.org|unitsofmeasure\.org|hl7\.org/fhir/sid|terminology\.hl7\.org"
     forbidden = re.compile(
         r"import pickle|pickle\.|torch\.load\(|joblib\.load|allow_pickle=True|yaml\.load\(|"
-        r"urllib\.request|\brequests\b|\bsocket\b|https?://(?!www\.w3\.org|loinc\.org|unitsofmeasure\.org)"
+        rf"urllib\.request|\brequests\b|\bsocket\b|https?://(?!{names})"
     )
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"

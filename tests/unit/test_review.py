@@ -266,8 +266,9 @@ def test_names_and_answers_cannot_leave_the_list(tmp_path):
     name = HOSTILE.replace("/", "")
     write(tmp_path / name, record_id=HOSTILE, predicted=HOSTILE, classes=[HOSTILE, "b"])
     write(tmp_path / "a\u202eb", record_id="\u202eright to left")
-    (tmp_path / os.fsdecode(b"c\xff")).mkdir()
-    (tmp_path / os.fsdecode(b"c\xff") / "report.html").write_text(page_text())
+    folder = tmp_path / os.fsdecode(b"c\xff")
+    folder.mkdir()
+    (folder / "report.html").write_text(page_text(), encoding="utf-8")
     with serving(tmp_path) as client:
         text = client.get("/")[1].decode()
         assert "<script" not in text and "<!--" not in text and "49" not in text
