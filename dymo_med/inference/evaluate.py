@@ -185,16 +185,7 @@ def evaluate(
     for name in methods:
         bundle.with_selector(name)  # an unknown one is refused before anything is written
     quality.check_draws(draws)
-    if not 0 <= part_id < num_parts:
-        raise ConfigError(
-            Problem(
-                "--part-id",
-                "there is no such part",
-                expected=f"0 to {num_parts - 1}",
-                got=str(part_id),
-                remedy="Count parts from 0",
-            )
-        )
+    check_part(part_id, num_parts)
     _distinct((bundle, *against))
     for other in against:
         if {s.name for s in matched_specs(other, cohort)} != {s.name for s in specs}:
@@ -208,15 +199,8 @@ def evaluate(
                 )
             )
     seen = max(patients_seen(one, records) for one in (bundle, *against))
-    if seen and not allow_overlap:
-        raise ConfigError(
-            Problem(
-                f"cohort {cohort.name}, split {split}",
-                f"{seen} of its patients were used to make bundle {bundle.name}",
-                expected="patients whom the bundle has never seen",
-                remedy="Choose another split, or add --allow-overlap to see flattering figures",
-            )
-        )
+    if not allow_overlap:
+        require_unseen(seen, bundle.name, cohort, split)
     most_reports = None if reports is True else int(reports)
     run = _Run(
         bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
@@ -873,6 +857,41 @@ def patients_seen(bundle: ModelBundle | SegmentationBundle, records: Sequence[Co
     """Return how many of the patients the bundle was fitted on."""
     fitted = {patient for ids in bundle.provenance.get("patients", {}).values() for patient in ids}
     return len({r.patient_id for r in records if hashed_id(bundle.name, r.patient_id) in fitted})
+
+
+def require_unseen(seen: int, bundle_name: str, cohort: Cohort, split: str) -> None:
+    """Refuse figures about patients whom a bundle was fitted on.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if seen:
+        raise ConfigError(
+            Problem(
+                f"cohort {cohort.name}, split {split}",
+                f"{seen} of its patients were used to make bundle {bundle_name}",
+                expected="patients whom the bundle has never seen",
+                remedy="Choose another split, or add --allow-overlap to see flattering figures",
+            )
+        )
+
+
+def check_part(part_id: int, num_parts: int) -> None:
+    """Check that there is such a part.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if not 0 <= part_id < num_parts:
+        raise ConfigError(
+            Problem(
+                "--part-id",
+                "there is no such part",
+                expected=f"0 to {num_parts - 1}",
+                got=str(part_id),
+                remedy="Count parts from 0",
+            )
+        )
 
 
 def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:

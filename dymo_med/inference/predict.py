@@ -239,7 +239,7 @@ def predict_patient(
     """
     if out is not None:
         check_replaceable(out, "prediction.json", _WRITTEN)
-    record = _read(patient_dir, bundle, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
     prediction = assemble(bundle, record, answers, 0, explanation, seed=seed, identify=identify)
@@ -276,7 +276,9 @@ def predict_patient(
     return prediction
 
 
-def _read(patient_dir: Path, bundle: ModelBundle, treat_refused_as_missing: bool) -> PatientRecord:
+def read_for(
+    bundle: ModelBundle | SegmentationBundle, patient_dir: Path, treat_refused_as_missing: bool
+) -> PatientRecord:
     """Read a patient as the bundle needs it."""
     return read_patient(
         patient_dir,
@@ -332,7 +334,7 @@ def impute_patient(
     """
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
-    record = _read(patient_dir, bundle, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing)
     sources = _sources(record, identify)
     answers = answer(bundle, [record], seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:

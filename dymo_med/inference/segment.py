@@ -30,7 +30,6 @@ from dymo_med.data.masks import (
     volumes_ml,
     write_volume,
 )
-from dymo_med.data.patient import read_patient
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
 from dymo_med.inference.overlays import COLOURS, cut_place, outlined
@@ -38,6 +37,7 @@ from dymo_med.inference.predict import (
     RECOVERED,
     STEP_COLUMNS,
     gate_results,
+    read_for,
     selection_steps,
     versions,
 )
@@ -242,7 +242,7 @@ def segment_patient(
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector
     bundle.require_selector(method)
-    record = _read(patient_dir, bundle, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing)
     segmented = segment_record(bundle, record, methods=[method], flips=flips, seed=seed)
     answer = _answer(bundle, segmented, method)
     if out is not None:
@@ -269,19 +269,6 @@ def segment_patient(
                 folder / "selection.csv", STEP_COLUMNS, [step.model_dump() for step in file.steps]
             )
     return answer
-
-
-def _read(
-    patient_dir: Path, bundle: SegmentationBundle, treat_refused_as_missing: bool
-) -> PatientRecord:
-    """Read a patient as the bundle needs it."""
-    return read_patient(
-        patient_dir,
-        bundle.specs,
-        missing_values=bundle.missing_values,
-        norms=bundle.norms,
-        treat_refused_as_missing=treat_refused_as_missing,
-    )
 
 
 def write_segmentation_report(file: SegmentationFile, path: Path) -> None:
@@ -511,7 +498,7 @@ def impute_segmented(
         )
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
-    record = _read(patient_dir, bundle, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing)
     segmented = segment_record(bundle, record, seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
         files = _write_recovered(bundle, segmented, folder / RECOVERED)

@@ -30,6 +30,7 @@ from dymo_med.inference.evaluate import (
     FAILURE_COLUMNS,
     PROGRESS,
     EvaluateResult,
+    check_part,
     digest_of,
     failure_row,
     joined,
@@ -38,6 +39,7 @@ from dymo_med.inference.evaluate import (
     message_of,
     patients_seen,
     prepare_folder,
+    require_unseen,
 )
 from dymo_med.inference.predict import versions
 from dymo_med.inference.report import environment
@@ -148,26 +150,10 @@ def evaluate_segmentation(
                 remedy="Choose another split",
             )
         )
-    if not 0 <= part_id < num_parts:
-        raise ConfigError(
-            Problem(
-                "--part-id",
-                "there is no such part",
-                expected=f"0 to {num_parts - 1}",
-                got=str(part_id),
-                remedy="Count parts from 0",
-            )
-        )
+    check_part(part_id, num_parts)
     seen = patients_seen(bundle, records)
-    if seen and not allow_overlap:
-        raise ConfigError(
-            Problem(
-                f"cohort {cohort.name}, split {split}",
-                f"{seen} of its patients were used to make bundle {bundle.name}",
-                expected="patients whom the bundle has never seen",
-                remedy="Choose another split, or add --allow-overlap to see flattering figures",
-            )
-        )
+    if not allow_overlap:
+        require_unseen(seen, bundle.name, cohort, split)
     known: Row = {
         "task": "segmentation",
         "bundle": bundle.bundle_id,
