@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -55,6 +55,9 @@ from dymo_med.types import (
     Task,
 )
 
+if TYPE_CHECKING:
+    from dymo_med.bundle_segmentation import SegmentationBundle
+
 TABLES: dict[str, Registry[Any]] = {
     "imputer": IMPUTERS,
     "backbone": BACKBONES,
@@ -63,7 +66,7 @@ TABLES: dict[str, Registry[Any]] = {
 }
 SCHEMA_VERSION = 2
 _AGAIN = "Copy the bundle again from where it was made"
-_STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
+STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -226,7 +229,8 @@ class ModelBundle:
         with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
             for name in parts:
                 (work / name).mkdir()
-            write_json(work / "configs" / "metadata.json", self._metadata())
+            about = f"{self.task.type}: {self.task.target}"
+            write_json(work / "configs" / "metadata.json", metadata_of(self, about))
             write_json(work / "configs" / "inference.json", self._inference())
             write_json(work / "configs" / "selectors.json", self._selectors())
             if self.conformal is not None:
@@ -238,7 +242,7 @@ class ModelBundle:
                 write_json(work / "configs" / "performance.json", asdict(self.performance))
             if self.norms is not None:
                 write_json(work / "configs" / "quality.json", asdict(self.norms))
-            statistics = {k: getattr(self.statistics, k) for k in _STATISTICS}
+            statistics = {k: getattr(self.statistics, k) for k in STATISTICS}
             tensors = {
                 "imputer": self.imputer.state_dict(),
                 "backbone": self.backbone.state_dict(),
@@ -254,34 +258,6 @@ class ModelBundle:
             sums = checksums_of(work)
             write_json(work / "checksums.json", sums)
         return identity(sums)
-
-    def _metadata(self) -> dict[str, Any]:
-        """Return `metadata.json`, with the keys that MONAI bundles must have."""
-        outputs = {c: {"type": "probability", "dtype": "float32"} for c in self.task.classes}
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "version": self.version,
-            "monai_version": str(self.provenance["versions"]["monai"]),
-            "pytorch_version": str(self.provenance["versions"]["torch"]),
-            "numpy_version": str(self.provenance["versions"]["numpy"]),
-            "required_packages_version": {"dymo-med": self.version},
-            "task": f"{self.task.type}: {self.task.target}",
-            "description": self.description,
-            "authors": "see provenance",
-            "copyright": "see docs/README.md",
-            "network_data_format": {
-                "inputs": {
-                    s.name: {"type": s.kind, "spatial_shape": list(s.shape), "optional": True}
-                    for s in self.specs
-                },
-                "outputs": outputs,
-            },
-            "target": self.task.to_dict(),
-            "modalities": [spec.to_dict() for spec in self.specs],
-            "missing_values": list(self.missing_values),
-            "provenance": dict(self.provenance),
-        }
 
     def _inference(self) -> dict[str, Any]:
         return {
@@ -848,6 +824,42 @@ def checksums_of(folder: Path) -> dict[str, str]:
 def identity(sums: Mapping[str, str]) -> str:
     """Return the id of a bundle: a hash over its checksums."""
     return hashlib.sha256(json.dumps(dict(sums), sort_keys=True).encode()).hexdigest()
+
+
+def metadata_of(bundle: ModelBundle | SegmentationBundle, about: str) -> dict[str, Any]:
+    """Return `metadata.json`, with the keys that MONAI bundles must have.
+
+    Args:
+        bundle: Of either task.
+        about: The task in words.
+    """
+    versions = bundle.provenance["versions"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": bundle.name,
+        "version": bundle.version,
+        "monai_version": str(versions["monai"]),
+        "pytorch_version": str(versions["torch"]),
+        "numpy_version": str(versions["numpy"]),
+        "required_packages_version": {"dymo-med": bundle.version},
+        "task": about,
+        "description": bundle.description,
+        "authors": "see provenance",
+        "copyright": "see docs/README.md",
+        "network_data_format": {
+            "inputs": {
+                s.name: {"type": s.kind, "spatial_shape": list(s.shape), "optional": True}
+                for s in bundle.specs
+            },
+            "outputs": {
+                name: {"type": "probability", "dtype": "float32"} for name in bundle.task.classes
+            },
+        },
+        "target": bundle.task.to_dict(),
+        "modalities": [spec.to_dict() for spec in bundle.specs],
+        "missing_values": list(bundle.missing_values),
+        "provenance": dict(bundle.provenance),
+    }
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,12 +25,13 @@ from torch import Tensor
 from dymo_med import __version__
 from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
 from dymo_med.bundle import (
-    SCHEMA_VERSION,
+    STATISTICS,
     check_version,
     checksums_of,
     identity,
     load_norms,
     load_weights,
+    metadata_of,
     on_cpu,
     read_part,
     require_task,
@@ -45,7 +46,6 @@ from dymo_med.registry import nearest
 from dymo_med.selection import SELECTORS, Selector
 from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics, Task
 
-_STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 _READOUT = tuple(f.name for f in fields(Readout))
 
 
@@ -155,7 +155,8 @@ class SegmentationBundle:
         with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
             for name in parts:
                 (work / name).mkdir()
-            write_json(work / "configs" / "metadata.json", self._metadata())
+            about = f"{self.task.type}: {', '.join(self.task.classes)}"
+            write_json(work / "configs" / "metadata.json", metadata_of(self, about))
             write_json(work / "configs" / "inference.json", self._inference())
             if self.norms is not None:
                 write_json(work / "configs" / "quality.json", asdict(self.norms))
@@ -176,7 +177,7 @@ class SegmentationBundle:
                 tensors["imputer"] = self.trust.imputer.state_dict()
                 statistics, readout = self.trust.statistics, self.trust.readout
                 tensors["statistics"] = {
-                    **{k: getattr(statistics, k) for k in _STATISTICS},
+                    **{k: getattr(statistics, k) for k in STATISTICS},
                     **{f"readout.{k}": getattr(readout, k) for k in _READOUT},
                 }
             for name, part in tensors.items():
@@ -185,36 +186,6 @@ class SegmentationBundle:
             sums = checksums_of(work)
             write_json(work / "checksums.json", sums)
         return identity(sums)
-
-    def _metadata(self) -> dict[str, Any]:
-        versions = self.provenance["versions"]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "name": self.name,
-            "version": self.version,
-            "monai_version": str(versions["monai"]),
-            "pytorch_version": str(versions["torch"]),
-            "numpy_version": str(versions["numpy"]),
-            "required_packages_version": {"dymo-med": self.version},
-            "task": f"{self.task.type}: {', '.join(self.task.classes)}",
-            "description": self.description,
-            "authors": "see provenance",
-            "copyright": "see docs/README.md",
-            "network_data_format": {
-                "inputs": {
-                    s.name: {"type": s.kind, "spatial_shape": list(s.shape), "optional": True}
-                    for s in self.specs
-                },
-                "outputs": {
-                    region: {"type": "probability", "dtype": "float32"}
-                    for region in self.task.classes
-                },
-            },
-            "target": self.task.to_dict(),
-            "modalities": [spec.to_dict() for spec in self.specs],
-            "missing_values": list(self.missing_values),
-            "provenance": dict(self.provenance),
-        }
 
     def _inference(self) -> dict[str, Any]:
         return {
@@ -378,7 +349,7 @@ def _load_trust(
         imputer.to(where).eval().requires_grad_(False),
         inference["imputer"],
         Readout(**{k: tensors[f"readout.{k}"] for k in _READOUT}).to(where),
-        SubsetStatistics("cosine", **{k: tensors[k] for k in _STATISTICS}).to(where),
+        SubsetStatistics("cosine", **{k: tensors[k] for k in STATISTICS}).to(where),
         selectors,
         choice,
     )
