@@ -1,6 +1,8 @@
 """Train one recipe with several seeds, evaluate each, and print mean, lowest and highest.
 
 python benchmarks/seeds.py RECIPE COHORT OUT --seeds 5 --missing as-is --missing rate:0.5
+
+With `--against OTHER_RECIPE` bundles of that recipe, of the same seeds, are set beside it.
 """
 
 import argparse
@@ -22,24 +24,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--missing", action="append", default=None)
     parser.add_argument("--metric", action="append", default=None)
+    parser.add_argument("--against", action="append", type=Path, default=[])
     arguments = parser.parse_args()
     metrics = arguments.metric or ["auroc", "log_loss"]
     scenarios = tuple(arguments.missing or ["as-is"])
     found: dict[tuple[str, str, str], list[float]] = {}
     for seed in range(arguments.seeds):
         out = arguments.out / f"seed-{seed}"
-        began = time.perf_counter()
-        bundle = train(
-            arguments.recipe, arguments.cohort, out / "run", seed=seed, device="cpu", resume=True
-        )
-        seconds = time.perf_counter() - began
-        loaded = load_bundle(bundle, "cpu")
+        bundles, seconds = [], []
+        for recipe in (arguments.recipe, *arguments.against):
+            began = time.perf_counter()
+            # The run of the recipe itself keeps its place, whatever it is set beside.
+            run = out / ("run" if recipe == arguments.recipe else f"run-{recipe.stem}")
+            bundle = train(recipe, arguments.cohort, run, seed=seed, device="cpu", resume=True)
+            seconds.append(f"{time.perf_counter() - began:.0f} s")
+            bundles.append(load_bundle(bundle, "cpu"))
+        loaded, *others = bundles
         evaluate(
             loaded,
             read_cohort(arguments.cohort),
             out / "evaluation",
             scenarios=scenarios,
             reports=0,
+            against=others,
         )
         with (out / "evaluation" / "metrics.csv").open(newline="") as stream:
             for row in csv.DictReader(stream):
@@ -52,7 +59,7 @@ def main() -> None:
                         key = (row["scenario"], name, row["metric"])
                         found.setdefault(key, []).append(float(row["value"]))
         picked = f"{loaded.choice.name}. {loaded.choice.why}"
-        print(f"seed {seed}: trained in {seconds:.0f} s; default {picked}", flush=True)
+        print(f"seed {seed}: trained in {', '.join(seconds)}; default {picked}", flush=True)
     print(f"\n{platform.processor() or platform.machine()}, torch {torch.__version__}")
     print(f"{arguments.seeds} seeds of training: mean (lowest to highest)\n")
     print("| scenario | method | metric | value |\n|---|---|---|---|")
