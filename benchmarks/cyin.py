@@ -67,6 +67,7 @@ VARIANTS: dict[str, Setting] = {
     "no label bottleneck": {"label_bottleneck": False},
     "no cyclic interaction": {"cyclic_interaction": False},
     "no translation loss": {"translation": False},
+    "no cycle loss": {"cycle": False},
     "no bottleneck space": {"token_bottleneck": False, "bottleneck_space": False},
     "no translated latents": {"translated_latents": False},
     "zero filling": OFF,

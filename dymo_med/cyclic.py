@@ -51,6 +51,7 @@ class LatentOptions(Strict):
         bottleneck_space: Whether latents are random and forget; otherwise they are points.
         cyclic_interaction: Whether a bottleneck is asked for other modalities than its own.
         translation: Whether the translation's own loss counts.
+        cycle: Whether it asks that translations lead back, too, to where they came from.
         translated_latents: Whether a missing latent is translated; otherwise it is zero.
     """
 
@@ -73,6 +74,7 @@ class LatentOptions(Strict):
     bottleneck_space: bool = True
     cyclic_interaction: bool = True
     translation: bool = True
+    cycle: bool = True
     translated_latents: bool = True
 
 
@@ -394,7 +396,7 @@ class CyclicLatents(nn.Module):
         Reconstruction is the mean squared error to the target of every single-source translation
         and of those combined; the cycle leads every translation back where it came from, singly
         and combined. For three modalities these are 9 and 9 terms. Both ends of a term are
-        modalities that the record has.
+        modalities that the record has. Without `cycle` there is reconstruction alone.
 
         Args:
             latents: Draws `(B, M, L, C)`.
@@ -406,8 +408,10 @@ class CyclicLatents(nn.Module):
         counted = present[:, :, None] & present[:, None] & other  # (B, source, target)
         if not self.options.moving_targets:
             latents = latents.detach()
-        back = self.translate(translated)  # (B, source, target): back in the source
         total = self._errors(translated, latents, available, counted)
+        if not self.options.cycle:
+            return total
+        back = self.translate(translated)  # (B, source, target): back in the source
         # Seen from where it came from, what comes back is a translation like any other.
         return total + self._errors(back.transpose(1, 2), latents, available, counted)
 

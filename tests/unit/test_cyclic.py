@@ -170,6 +170,9 @@ class TestTranslation:
         expected = torch.stack(rec).mean(0) + torch.stack(cyc).mean(0)
         found = network.translation_loss(z, available, network.translate(z))
         torch.testing.assert_close(found, expected)
+        one_way = backbone(combine=combine, cycle=False).latents
+        found = one_way.translation_loss(z, available, one_way.translate(z))
+        torch.testing.assert_close(found, torch.stack(rec).mean(0))
 
     @pytest.mark.parametrize(("combine", "size"), [("mean", 0.5), ("sum", 1.0)])
     def test_a_sum_of_right_translations_is_too_large(self, combine, size):
