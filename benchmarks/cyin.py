@@ -1,13 +1,13 @@
 """What each part of CyIN is worth where the truth is known.
 
-    python benchmarks/cyin.py tune TRIALS.csv [--trials 24] [--part 1/2]
-    python benchmarks/cyin.py run RESULTS.csv [--seeds 40] [--samples 640]
+    python benchmarks/cyin.py tune TRIALS.csv [--trials 16] [--part 1/2]
+    python benchmarks/cyin.py run RESULTS.csv [--seeds 24] [--samples 640] [--private 0.5]
 
 Three modalities, each a sequence of tokens: a linear mixture, the same at every step, of factors
 that all three share, of factors of its own, and of noise. A factor is the same for the whole sample
 up to fluctuations from step to step. All is Gaussian, so that the mutual information between
 modalities is known, and so is the best that anybody could answer (`best possible`). The class
-depends on shared and private factors.
+depends on shared and private factors alike, or with `--private 0` on shared ones alone.
 
 Per seed and variant one network is trained on complete samples by CyIN's own loss, its epoch
 chosen on validation samples, and asked on test samples of which modalities are missing at given
@@ -15,7 +15,7 @@ rates: each sample lacks the same number of modalities up to rounding, and keeps
 that 0.7 of three really is 2/3.
 
 `tune` tries the same random settings for every variant on seeds of its own and prints each one's
-best, which are those of `TUNED`. `run` asks other seeds. It prints Markdown tables: accuracy, and
+best: `TUNED`. `run` asks other seeds. It prints Markdown tables: accuracy, and
 paired differences to the full method, with 95 % t intervals over seeds.
 """
 
@@ -101,16 +101,35 @@ SPACE: dict[str, tuple[object, ...]] = {
     "residual_dims": ((8,), (16, 8)),
     "residual_blocks": (1, 2),
 }
-TUNED: dict[str, Setting] = {}
+# What `tune` found best: which of its trials.
+TUNED = {
+    "full": 13,
+    "no token bottleneck": 9,
+    "no label bottleneck": 2,
+    "no cyclic interaction": 14,
+    "no translation loss": 0,
+    "no cycle loss": 0,
+    "no bottleneck space": 5,
+    "no translated latents": 9,
+    "zero filling": 12,
+    "zero filling, trained on gaps": 2,
+}
+
+
+def drawn(trial: int) -> Setting:
+    """Return the setting of a trial."""
+    draw = random.Random(trial)
+    return {key: draw.choice(values) for key, values in SPACE.items()}
 
 
 class Mixture:
     """How the data come about: loadings of one seed, `(L W, FACTORS (1 + L))` per modality.
 
     What they load on is the steady part of every factor, then its fluctuation at every step.
+    `private` is the share of all private factors together in what decides the class.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, private: float) -> None:
         g = torch.Generator().manual_seed(1000 + seed)
         self.loading = {}
         for m, name in enumerate(NAMES):
@@ -121,10 +140,11 @@ class Mixture:
             steady = (token * STEADY**0.5).repeat(LENGTH, 1)
             moving = torch.kron(torch.eye(LENGTH), token * (1 - STEADY) ** 0.5)
             self.loading[name] = torch.cat([steady, moving], 1)
-        # The class: shared factors count as much as all private ones together.
-        shared = torch.randn(SHARED, CLASSES, generator=g)
-        private = torch.randn(FACTORS - SHARED, CLASSES, generator=g)
-        self.effect = torch.cat([shared / shared.norm(), private / private.norm()]) * 6
+        effects = []
+        for factors, share in ((SHARED, 1 - private), (FACTORS - SHARED, private)):
+            effect = torch.randn(factors, CLASSES, generator=g)
+            effects.append(effect / effect.norm() * (72 * share) ** 0.5)
+        self.effect = torch.cat(effects)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         hidden = torch.randn(n, FACTORS * (1 + LENGTH), generator=generator)
@@ -304,13 +324,13 @@ def clip(state: State, most: float) -> None:
         g *= factor[:, None]
 
 
-def make(seeds: range, samples: int, test: int) -> Data:
+def make(seeds: range, private: float, samples: int, test: int) -> Data:
     """Return the samples of all seeds, `(seeds, n, ...)`: `samples` to train on, `test` to ask."""
     # Those looked at and asked about are the same however many there are to train.
     counts = {"validation": VALIDATION, "test": test, "train": samples}
     made = []
     for seed in seeds:
-        mixture, generator = Mixture(seed), torch.Generator().manual_seed(seed)
+        mixture, generator = Mixture(seed, private), torch.Generator().manual_seed(seed)
         made.append({split: mixture.sample(n, generator) for split, n in counts.items()})
     return {
         split: (
@@ -323,7 +343,7 @@ def make(seeds: range, samples: int, test: int) -> Data:
 
 def tell_information(seeds: range) -> None:
     """Print how much modalities say of each other: the range over seeds, in nats."""
-    mixtures = [Mixture(seed) for seed in seeds]
+    mixtures = [Mixture(seed, 0.5) for seed in seeds]  # whatever decides the class
     for a, b in combinations(NAMES, 2):
         nats = [m.information((a,), (b,)) for m in mixtures]
         print(f"{a} and {b}: {min(nats):.2f} to {max(nats):.2f} nats")
@@ -349,14 +369,14 @@ def ask(setting: Setting, state: State, data: Data) -> dict[float, Tensor]:
     return found
 
 
-def ask_truth(data: Data, seeds: range) -> dict[float, Tensor]:
+def ask_truth(data: Data, seeds: range, private: float) -> dict[float, Tensor]:
     """Return the accuracies in percent of the true probabilities."""
     values, labels = data["test"]
     found: dict[float, list[Tensor]] = {}
     for i, seed in enumerate(seeds):
         mine = {n: v[i] for n, v in values.items()}
         for rate, left in asked_masks(labels.shape[1]).items():
-            right = Mixture(seed).best(mine, left).argmax(1) == labels[i]
+            right = Mixture(seed, private).best(mine, left).argmax(1) == labels[i]
             found.setdefault(rate, []).append(100 * right.float().mean())
     return {rate: torch.stack(right) for rate, right in found.items()}
 
@@ -383,27 +403,28 @@ def tables(results: pd.DataFrame) -> None:
         cells = [f"{wide.loc[name][c].mean():.1f}" for c in columns]
         score = results[results.variant == name].validation.mean()
         print(f"| {name} | {' | '.join(cells)} | {'' if np.isnan(score) else f'{score:.4f}'} |")
-    print("\n| full minus | " + " | ".join(map(str, columns)) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+    scores = results.groupby(["variant", "seed"]).validation.first()
+    print("\n| full minus | " + " | ".join(map(str, columns)) + " | validation log-loss |")
+    print("|---" * (len(columns) + 2) + "|")
     for name in names:
         if name == "full":
             continue
-        cells = []
-        for c in columns:
-            mean, half = interval((wide.loc["full"][c] - wide.loc[name][c]).dropna().to_numpy())
-            cells.append(f"{mean:+.1f} ± {half:.1f}")
+        less = wide.loc["full"] - wide.loc[name]
+        cells = ["{:+.1f} ± {:.1f}".format(*interval(less[c].to_numpy())) for c in columns]
+        mean, half = interval((scores["full"] - scores[name]).to_numpy())
+        cells.append("" if np.isnan(mean) else f"{mean:+.4f} ± {half:.4f}")
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def run(out: Path, seeds: range, samples: int) -> None:
+def run(out: Path, seeds: range, private: float, samples: int) -> None:
     """Ask every variant at its tuned setting; what `out` has is not repeated."""
     columns = ("seed", "variant", "rate", "accuracy", "validation", "seconds")
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=columns)
     tell_information(seeds)
-    data = make(seeds, samples, test=4000)
+    data = make(seeds, private, samples, test=4000)
     nothing = torch.full((len(seeds),), torch.nan)
-    plans = {name: {**TUNED[name], **off} for name, off in VARIANTS.items()}
-    plans |= {name: {**TUNED["full"], **form} for name, form in FORMS.items()}
+    plans = {name: {**drawn(TUNED[name]), **off} for name, off in VARIANTS.items()}
+    plans |= {name: {**drawn(TUNED["full"]), **form} for name, form in FORMS.items()}
     for name, setting in plans.items():
         if set(seeds) <= set(done[done.variant == name].seed):
             continue
@@ -412,8 +433,8 @@ def run(out: Path, seeds: range, samples: int) -> None:
         seconds = time.process_time() - start
         asked = {name: (ask(setting, state, data), score)}
         if name == "full":
-            asked["best possible"] = ask_truth(data, seeds), nothing
-            asked["sampled latents"] = ask({**setting, "latents": "sample"}, state, data), score
+            asked["best possible"] = ask_truth(data, seeds, private), nothing
+            asked["sampled latents"] = ask({**setting, "latents": "sample"}, state, data), nothing
         rows = [
             (seed, label, rate, float(accuracy[i]), float(validation[i]), seconds)
             for label, (found, validation) in asked.items()
@@ -425,17 +446,16 @@ def run(out: Path, seeds: range, samples: int) -> None:
         done.to_csv(out, index=False)
         print(f"{name}: {seconds:.0f} CPU seconds", flush=True)
     tables(done)
-    print(f"\n{len(seeds)} seeds, {samples} training samples", end="; ")
+    print(f"\n{len(seeds)} seeds, {samples} samples to train on, private {private}", end="; ")
 
 
-def tune(out: Path, trials: int, part: tuple[int, int], samples: int) -> None:
+def tune(out: Path, trials: int, part: tuple[int, int], private: float, samples: int) -> None:
     """Try the same random settings for every variant; what `out` has is not repeated."""
     columns = ("trial", "variant", "setting", "accuracy", "complete", "validation")
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=columns)
-    data = make(TUNING, samples, test=1000)
+    data = make(TUNING, private, samples, test=1000)
     for trial in range(trials):
-        draw = random.Random(trial)
-        setting = {key: draw.choice(values) for key, values in SPACE.items()}
+        setting = drawn(trial)
         for name, off in VARIANTS.items():
             if trial % part[1] != part[0] - 1:
                 continue
@@ -449,26 +469,30 @@ def tune(out: Path, trials: int, part: tuple[int, int], samples: int) -> None:
             done = new if done.empty else pd.concat([done, new], ignore_index=True)
             done.to_csv(out, index=False)
             print(trial, name, *row[3:], flush=True)
+    wide = done.pivot(index="trial", columns="variant", values="accuracy")
+    print("| variant | best trial | accuracy, % | full minus, mean of trials |\n|---|---|---|---|")
     for name in VARIANTS:
-        mine = done[done.variant == name].sort_values("accuracy", ascending=False)
-        print(f"{name}: {mine.accuracy.iloc[0]:.2f} {mine.setting.iloc[0]}")
+        less = "{:+.1f} ± {:.1f}".format(*interval((wide["full"] - wide[name]).dropna().to_numpy()))
+        print(f"| {name} | {wide[name].idxmax()} | {wide[name].max():.1f} | {less} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", choices=["tune", "run"])
     parser.add_argument("out", type=Path, help="CSV file; what it has is not repeated")
-    parser.add_argument("--seeds", type=int, default=40, help="of `run`: how many")
+    parser.add_argument("--seeds", type=int, default=24, help="of `run`: how many")
     parser.add_argument("--first", type=int, default=0, help="of `run`: the first of them")
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--part", default="1/1", help="of the trials, for several processes")
-    parser.add_argument("--samples", type=int, default=640)
+    parser.add_argument("--samples", type=int, default=640, help="to train on")
+    parser.add_argument("--private", type=float, default=0.5, help="share in deciding the class")
     parsed = parser.parse_args()
     if parsed.mode == "tune":
         which, of = map(int, parsed.part.split("/"))
-        tune(parsed.out, parsed.trials, (which, of), parsed.samples)
+        tune(parsed.out, parsed.trials, (which, of), parsed.private, parsed.samples)
     else:
-        run(parsed.out, range(parsed.first, parsed.first + parsed.seeds), parsed.samples)
+        seeds = range(parsed.first, parsed.first + parsed.seeds)
+        run(parsed.out, seeds, parsed.private, parsed.samples)
     print(f"{platform.machine()}, {torch.get_num_threads()} thread")
 
 
