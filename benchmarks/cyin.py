@@ -20,7 +20,6 @@ differences, with 95 % t intervals over seeds.
 """
 
 import argparse
-import json
 import platform
 import random
 import time
@@ -226,14 +225,14 @@ class Network(nn.Module):
     def loss(
         self, values: dict[str, Tensor], labels: Tensor, progress: float, generator: torch.Generator
     ) -> Tensor:
-        """Return the loss of complete samples."""
+        """Return the loss of complete samples, or with `gaps` of samples that lack modalities."""
         n = len(labels)
-        ids = tuple(str(i) for i in range(n))
-        everything = ModalityMask(NAMES, torch.ones(n, len(NAMES), dtype=torch.bool))
-        batch = Batch(ids, ids, values, everything, {}, labels)
         if self.gaps:
             count = torch.randint(len(NAMES), (n,), generator=generator)
             return F.cross_entropy(self.answer(values, absent(count, generator)), labels)
+        ids = tuple(str(i) for i in range(n))
+        everything = ModalityMask(NAMES, torch.ones(n, len(NAMES), dtype=torch.bool))
+        batch = Batch(ids, ids, values, everything, {}, labels)
         return self.network.own_loss(
             batch, progress, lambda z: F.cross_entropy(z, labels, reduction="none"), generator
         ).mean()
@@ -379,11 +378,12 @@ def ask(setting: Setting, state: State, data: Data) -> dict[float, Tensor]:
 def ask_truth(data: Data, seeds: range, private: float) -> dict[float, Tensor]:
     """Return the accuracies in percent of the true probabilities."""
     values, labels = data["test"]
+    masks = asked_masks(labels.shape[1])
     found: dict[float, list[Tensor]] = {}
     for i, seed in enumerate(seeds):
-        mine = {n: v[i] for n, v in values.items()}
-        for rate, left in asked_masks(labels.shape[1]).items():
-            right = Mixture(seed, private).best(mine, left).argmax(1) == labels[i]
+        mixture, mine = Mixture(seed, private), {n: v[i] for n, v in values.items()}
+        for rate, left in masks.items():
+            right = mixture.best(mine, left).argmax(1) == labels[i]
             found.setdefault(rate, []).append(100 * right.float().mean())
     return {rate: torch.stack(right) for rate, right in found.items()}
 
@@ -459,24 +459,23 @@ def run(out: Path, seeds: range, private: float, samples: int) -> None:
 
 def tune(out: Path, trials: int, part: tuple[int, int], private: float, samples: int) -> None:
     """Try the same random settings for every variant; what `out` has is not repeated."""
-    columns = ("trial", "variant", "setting", "accuracy", "complete", "validation")
+    columns = ("trial", "variant", "accuracy", "complete", "validation")
     done = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=columns)
     data = make(TUNING, private, samples, test=1000)
-    for trial in range(trials):
-        setting = drawn(trial)
+    which, of = part
+    for trial in range(which - 1, trials, of):
         for name, off in VARIANTS.items():
-            if trial % part[1] != part[0] - 1:
-                continue
             if ((done.trial == trial) & (done.variant == name)).any():
                 continue
-            state, score = train({**setting, **off}, data, TUNING)
-            asked = ask({**setting, **off}, state, data)
+            setting = {**drawn(trial), **off}
+            state, score = train(setting, data, TUNING)
+            asked = ask(setting, state, data)
             figures = overall(asked).mean(), asked[0.0].mean(), score.mean()
-            row = (trial, name, json.dumps(setting), *(round(float(x), 4) for x in figures))
+            row = (trial, name, *(round(float(x), 4) for x in figures))
             new = pd.DataFrame([row], columns=columns)
             done = new if done.empty else pd.concat([done, new], ignore_index=True)
             done.to_csv(out, index=False)
-            print(trial, name, *row[3:], flush=True)
+            print(*row, flush=True)
     wide = done.pivot(index="trial", columns="variant", values="accuracy")
     print("| variant | best trial | accuracy, % | full minus, mean of trials |\n|---|---|---|---|")
     for name in VARIANTS:
