@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable, Mapping
 from math import cos, pi
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -59,6 +59,11 @@ class Schedule(Strict):
             `poly` in proportion to (1 - epoch / epochs) to the power of 0.9.
         parts: Parts that a batch is worked through in, one after the other; their gradients are
             added up before the step. More parts need less memory.
+        clip_gradients: Largest Euclidean norm of a step's gradient, taken over all parameters; a
+            longer one is shortened and keeps its direction. None = it stays as it is, which is
+            the default with `clip_values` and with `gradient: gmd`.
+        clip_values: Largest size of each single entry of a step's gradient, which changes its
+            direction; None = entries stay as they are.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 100
@@ -69,6 +74,21 @@ class Schedule(Strict):
     min_improvement: Annotated[float, Field(ge=0)] = 1e-4
     decay: Literal["none", "cosine", "poly"] = "none"
     parts: Annotated[int, Field(ge=1)] = 1
+    clip_gradients: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 5.0
+    clip_values: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_instead(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("clip_values") is not None:
+            return {"clip_gradients": None, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _one_clipping(self) -> Self:
+        if self.clip_gradients is not None and self.clip_values is not None:
+            raise ValueError("give clip_gradients or clip_values, not both")
+        return self
 
     def step_size(self, epoch: int) -> float:
         """Return the step size of an epoch, counted from 0."""
@@ -127,10 +147,18 @@ class BackboneTraining(Schedule):
 
     @model_validator(mode="before")
     @classmethod
-    def _subsets_of_gmd(cls, data: Any) -> Any:
+    def _published_gmd(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("gradient") == "gmd":
-            return {"subsets": 15, **data}
+            return {"subsets": 15, "clip_gradients": None, **data}
         return data
+
+    @model_validator(mode="after")
+    def _directions_stay(self) -> Self:
+        if self.gradient == "gmd" and self.clip_values is not None:
+            raise ValueError(
+                "clip_values would turn the gradient that gmd projected; use clip_gradients"
+            )
+        return self
 
 
 class Recipe(Strict):

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -227,7 +228,7 @@ def train_stage(
                 total += float(loss.detach()) * len(part)
             if gradients is not None:
                 gradients.merge(generator)
-            fabric.clip_gradients(module, optimizer, max_norm=5.0, error_if_nonfinite=True)
+            _clip(fabric, module, optimizer, schedule)
             optimizer.step()
         objective.end_epoch()
         objective.eval()
@@ -247,6 +248,25 @@ def train_stage(
             progress(name, state.epoch, schedule.epochs, row)
     objective.load_state_dict(best)
     objective.eval()
+
+
+def _clip(fabric: Fabric, module: Any, optimizer: Any, schedule: Schedule) -> None:
+    """Bound the gradient of a step, that of the whole batch and after any decoupling.
+
+    Args:
+        fabric: Device and precision.
+        module: What is trained, its gradients complete.
+        optimizer: Its optimiser.
+        schedule: The bounds.
+
+    Raises:
+        RuntimeError: If a gradient is not finite; without a bound, too.
+    """
+    norm = math.inf if schedule.clip_gradients is None else schedule.clip_gradients
+    # With an infinite bound the factor is exactly 1, and what is not finite is still found.
+    fabric.clip_gradients(module, optimizer, max_norm=norm, error_if_nonfinite=True)
+    if schedule.clip_values is not None:
+        fabric.clip_gradients(module, optimizer, clip_val=schedule.clip_values)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.config import BackboneTraining, Schedule
@@ -18,7 +20,7 @@ from dymo_med.training.gmd import (
     random_orders,
     shared_by_all,
 )
-from dymo_med.training.loop import Log, Objective, train_stage
+from dymo_med.training.loop import Log, Objective, _clip, train_stage
 from dymo_med.training.losses import distinct_subsets
 from dymo_med.types import Batch, ModalityMask, ModalitySpec
 
@@ -326,3 +328,104 @@ def test_training_in_mixed_precision_follows_full_precision(tmp_path):
     assert mixed.dtype == torch.float32
     assert not torch.equal(full, mixed)
     assert mixed_losses == pytest.approx(losses, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "norm", "values"),
+    [
+        ({}, 5.0, None),
+        ({"gradient": "sum"}, 5.0, None),
+        ({"clip_gradients": 0.5}, 0.5, None),
+        ({"clip_gradients": None}, None, None),
+        ({"clip_values": 2}, None, 2.0),
+        ({"gradient": "gmd"}, None, None),
+        ({"gradient": "gmd", "clip_gradients": 3.0}, 3.0, None),
+    ],
+)
+def test_what_a_recipe_clips(settings, norm, values):
+    read = BackboneTraining(**settings)
+    assert (read.clip_gradients, read.clip_values) == (norm, values)
+    # A stored recipe is read back as what it was.
+    assert BackboneTraining(**read.model_dump()) == read
+    if "gradient" not in settings:
+        assert Schedule(**settings).clip_gradients == norm
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_gradients": 5.0, "clip_values": 1.0}, "not both"),
+        ({"gradient": "gmd", "clip_values": 1.0}, "would turn the gradient"),
+        ({"clip_gradients": 0}, "greater than 0"),
+        ({"clip_gradients": -1.0}, "greater than 0"),
+        ({"clip_values": 0}, "greater than 0"),
+        ({"clip_gradients": float("inf")}, "finite"),
+        ({"clip_values": float("nan")}, "greater than 0|finite"),
+    ],
+)
+def test_what_a_recipe_cannot_clip(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        BackboneTraining(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradient", "expected"),
+    [
+        ({}, [3.0, -3.9], [3.0, -3.9]),  # shorter than 5
+        ({}, [6.0, -8.0], [3.0, -4.0]),
+        ({"clip_gradients": 0.5}, [3.0, -4.0], [0.3, -0.4]),
+        ({"clip_gradients": None}, [3e8, -4e8], [3e8, -4e8]),
+        ({"clip_values": 3.5}, [3.0, -4.0], [3.0, -3.5]),
+        ({"clip_values": 10.0}, [3e8, -4.0], [10.0, -4.0]),
+    ],
+)
+def test_the_law_of_clipping(settings, gradient, expected):
+    weights = nn.Linear(2, 1, bias=False)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module, optimizer = fabric.setup(weights, torch.optim.SGD(weights.parameters(), 1.0))
+    weights.weight.grad = torch.tensor([gradient])
+    _clip(fabric, module, optimizer, Schedule(**settings))
+    torch.testing.assert_close(weights.weight.grad, torch.tensor([expected]), rtol=1e-6, atol=0)
+    if expected == gradient:  # not only nearly: recipes that do not clip keep their bits
+        assert torch.equal(weights.weight.grad, torch.tensor([gradient]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_gradients": None}, {"clip_values": 1.0}])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_never_clipped_away(settings, bad):
+    weights = nn.Linear(2, 1, bias=False)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    module, optimizer = fabric.setup(weights, torch.optim.SGD(weights.parameters(), 1.0))
+    weights.weight.grad = torch.tensor([[1.0, bad]])
+    with pytest.raises(RuntimeError, match="non-finite"):
+        _clip(fabric, module, optimizer, Schedule(**settings))
+
+
+def steps_of(tmp_path, name, decouple, **schedule):
+    """Every gradient that reached the optimiser in one epoch, `(steps, P)`."""
+    seen = []
+
+    def look(optimizer, *_):
+        found = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.append(torch.cat([g.flatten() for g in found]).clone())
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        trained(tmp_path, name, decouple=decouple, epochs=1, **schedule)
+    finally:
+        handle.remove()
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_clipping_acts_once_on_the_whole_and_merged_gradient(tmp_path, decouple, parts):
+    """The first step of two runs starts from the same weights: there only the length differs."""
+    free = steps_of(tmp_path, "free", decouple, parts=parts, clip_gradients=None)
+    bound = float(free[0].norm()) / 8
+    clipped = steps_of(tmp_path, "clipped", decouple, parts=parts, clip_gradients=bound)
+    torch.testing.assert_close(clipped[0], free[0] / 8, rtol=1e-4, atol=1e-9)
+    assert all(float(step.norm()) <= bound * (1 + 1e-5) for step in clipped)
+    # A bound that nothing reaches changes no bit.
+    wide = steps_of(tmp_path, "wide", decouple, parts=parts, clip_gradients=1e6)
+    assert torch.equal(wide, free)
