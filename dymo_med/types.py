@@ -601,6 +601,8 @@ class ModalityValue:
             `privacy` turns them into something that may be shown.
         field_of_view: Where a volume as stored lies; None for pictures and tables.
         native: The scan as it was stored; None for tables.
+        descriptors: Float32 `(P,)`, of a scan's intensities as stored (`modalities.descriptors`);
+            None for other kinds.
     """
 
     values: Tensor
@@ -610,6 +612,7 @@ class ModalityValue:
     identifiers: tuple[str, ...] = field(default=(), repr=False)
     field_of_view: FieldOfView | None = None
     native: Native | None = None
+    descriptors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -714,6 +717,8 @@ class Batch:
         masks: Uint8 `(B, X, Y, Z)`, the labels of a segmentation, all 0 where not known; None if
             no record has one.
         masked: Bool `(B,)`: True = the mask is known; None likewise.
+        descriptors: Per image modality float32 `(B, P)`, of scans as they were stored; meaningless
+            where not observed. A modality without an entry is described by its values.
     """
 
     record_ids: tuple[str, ...]
@@ -725,6 +730,7 @@ class Batch:
     shares: Tensor | None = None
     masks: Tensor | None = None
     masked: Tensor | None = None
+    descriptors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return B."""
@@ -746,6 +752,7 @@ class Batch:
             shares=None if self.shares is None else self.shares.to(device),
             masks=None if self.masks is None else self.masks.to(device),
             masked=None if self.masked is None else self.masked.to(device),
+            descriptors={k: v.to(device) for k, v in self.descriptors.items()},
         )
 
     def rows(self, index: Tensor) -> Batch:
@@ -761,6 +768,7 @@ class Batch:
             shares=None if self.shares is None else self.shares[index],
             masks=None if self.masks is None else self.masks[index],
             masked=None if self.masked is None else self.masked[index],
+            descriptors={k: v[index] for k, v in self.descriptors.items()},
         )
 
     def partly_filled(self) -> Tensor:

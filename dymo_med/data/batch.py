@@ -23,7 +23,7 @@ def collate(records: Sequence[PatientRecord], specs: Sequence[ModalitySpec]) -> 
         raise ValueError("A batch needs at least one record, got none.")
     count = len(records)
     available = torch.zeros(count, len(specs), dtype=torch.bool)
-    values, observed_fields = {}, {}
+    values, observed_fields, descriptors = {}, {}, {}
     for m, spec in enumerate(specs):
         rows = [i for i, record in enumerate(records) if spec.name in record.modalities]
         found = [records[i].modalities[spec.name] for i in rows]
@@ -43,6 +43,10 @@ def collate(records: Sequence[PatientRecord], specs: Sequence[ModalitySpec]) -> 
                 filled[i] = True if value.observed_fields is None else value.observed_fields
             values[spec.name] = stacked.where(filled, stacked.new_zeros(()))
             observed_fields[spec.name] = filled
+        if rows and all(value.descriptors is not None for value in found):
+            told = [value.descriptors for value in found if value.descriptors is not None]
+            descriptors[spec.name] = torch.zeros(count, len(told[0]))
+            descriptors[spec.name][rows] = torch.stack(told)
     masks = [record.mask for record in records]
     known = [mask for mask in masks if mask is not None]
     labels = [-1 if record.label is None else record.label for record in records]
@@ -57,4 +61,5 @@ def collate(records: Sequence[PatientRecord], specs: Sequence[ModalitySpec]) -> 
         if known
         else None,
         masked=torch.tensor([mask is not None for mask in masks]) if known else None,
+        descriptors=descriptors,
     )

@@ -303,6 +303,7 @@ class Image(Modality):
             field_of_view=scan.field if len(self.spec.shape) == 4 else None,
             identifiers=scan.identifiers,
             native=facts.native,
+            descriptors=facts.descriptors,
         )
 
     def _extent(self) -> str:

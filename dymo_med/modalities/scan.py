@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dymo_med.types import Native
 
@@ -88,6 +89,7 @@ class ScanFacts:
         spacing_mm: Voxel size; None for a picture that states none.
         warnings: Sentences for the report.
         native: What the quality gate goes by.
+        descriptors: Float32 `(P,)`, of its intensities (`modalities.descriptors`).
     """
 
     size: tuple[int, ...]
@@ -95,6 +97,7 @@ class ScanFacts:
     spacing_mm: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = ()
     native: Native | None = None
+    descriptors: Tensor | None = None
 
     def shown(self) -> dict[str, str]:
         """Return the facts as text by name."""

@@ -44,6 +44,7 @@ from torch.nn import functional as F
 
 from dymo_med.modalities import dicom, volumes
 from dymo_med.modalities.alignment import Reference, beside
+from dymo_med.modalities.descriptors import describe
 from dymo_med.modalities.native import native
 from dymo_med.modalities.scan import (
     CORNER_MM,
@@ -397,17 +398,29 @@ class CheckScand(MapTransform):  # type: ignore[misc]
 
 
 class MeasureNatived(MapTransform):  # type: ignore[misc]
-    """Measures the scan as stored, before anything is done to it (`modalities.native`)."""
+    """Measures the scan as stored, before anything is done to it.
 
-    def __init__(self) -> None:
+    For the quality gate (`modalities.native`), and for networks (`modalities.descriptors`).
+
+    Args:
+        relative: Whether intensities have no unit.
+    """
+
+    def __init__(self, relative: bool) -> None:
         super().__init__(keys=KEY)
+        self.relative = relative
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with its measures among the facts."""
         image = data[KEY]
         affine = image.affine.numpy() if isinstance(image, MetaTensor) else None
-        measured = native(_plain(image).numpy(), affine)
-        return {**data, FACTS: replace(data[FACTS], native=measured)}
+        values = _plain(image).numpy()
+        facts = replace(
+            data[FACTS],
+            native=native(values, affine),
+            descriptors=describe(values, relative=self.relative),
+        )
+        return {**data, FACTS: facts}
 
 
 class PercentileRanged(MapTransform):  # type: ignore[misc]
@@ -577,7 +590,7 @@ def pipeline(spec: ModalitySpec) -> Compose:
     steps: list[Any] = [
         LoadScand(channels, spec.dicom),
         CheckScand(spec),
-        MeasureNatived(),
+        MeasureNatived(relative=spec.intensity != "none"),
     ]
     if spec.intensity == "percentile":
         steps.append(PercentileRanged())

@@ -1,0 +1,103 @@
+"""A scan's intensities in a few numbers, measured on its own voxels before any resampling.
+
+A lesion of a few voxels is a bright or dark tail of the intensities inside the body. Averaging to
+a coarse grid shortens that tail, and a network must see many patients before it finds it. These
+numbers state it outright.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dymo_med.modalities.native import otsu
+
+PERCENTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 97.5, 99.0, 99.9)
+# In interquartile ranges from the median.
+THRESHOLDS = (1.0, 1.5, 2.0, 3.0)
+NAMES = (
+    *(f"percentile {p:g}" for p in PERCENTILES),
+    "mean",
+    "standard deviation",
+    "third moment",
+    "fourth moment",
+    *(f"share above {t:g}" for t in THRESHOLDS),
+    *(f"share below -{t:g}" for t in THRESHOLDS),
+    "share of the field of view",
+)
+"""What each of the P descriptors of a scan is."""
+
+# A number this common is the background.
+_COMMON = 0.05
+# No voxel counts as further from the median than so many interquartile ranges.
+_FURTHEST = 50.0
+# Percentiles of fewer voxels say nothing.
+_FEWEST = 8
+# Outliers beyond these percentiles do not stretch the histogram behind the threshold.
+_TAIL = 0.001
+# Voxels that are looked at; of a larger scan every n-th along each axis.
+_MOST_LOOKED_AT = 500_000
+
+
+def describe(scan: np.ndarray, *, relative: bool = True) -> Tensor:
+    """Return the descriptors of one scan.
+
+    Voxels of the body are those unlike the background, where one number (0, or the lowest) makes
+    up a twentieth of the scan; in a volume without such a number, those brighter than half way to
+    the threshold that parts dark from bright (Otsu); in a picture without, all. Their intensities
+    count in interquartile ranges from their median, since those of most scanners have no unit.
+
+    Args:
+        scan: `(C, *spatial)`, finite; channels are averaged.
+        relative: False where intensities have a unit (CT): percentiles and moments then count in
+            thousands of that unit.
+
+    Returns:
+        Float32 `(P,)`, what `NAMES` says. Moments are roots of their own order and shares are
+        square roots, so that all spread about evenly.
+
+    Example:
+        >>> describe(np.arange(1000.0).reshape(1, 10, 10, 10)).shape
+        torch.Size([24])
+    """
+    axes = scan.ndim - 1
+    step = max(1, math.ceil((math.prod(scan.shape[1:]) / _MOST_LOOKED_AT) ** (1 / axes)))
+    every = (slice(None), *[slice(None, None, step)] * axes)
+    voxels = scan[every].mean(axis=0, dtype=np.float64).ravel()
+    body = _body(voxels, volume=axes == 3)
+    share = len(body) / len(voxels)
+    ordered = np.sort(body if len(body) >= _FEWEST else voxels)
+    low, centre, high = np.quantile(ordered, (0.25, 0.5, 0.75))
+    # Where more than half of the body has one value, its standard deviation is the yardstick.
+    spread = high - low or float(ordered.std()) or 1.0
+    z = ((ordered - centre) / spread).clip(-_FURTHEST, _FURTHEST)
+    told = z if relative else ordered / 1000
+    away = told - told.mean()
+    numbers = [
+        *np.quantile(told, np.asarray(PERCENTILES) / 100),
+        told.mean(),
+        math.sqrt(np.mean(away**2)),
+        float(np.cbrt(np.mean(away**3))),
+        float(np.mean(away**4)) ** 0.25,
+        *(math.sqrt(np.mean(z > t)) for t in THRESHOLDS),
+        *(math.sqrt(np.mean(z < -t)) for t in THRESHOLDS),
+        math.sqrt(share),
+    ]
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _body(voxels: np.ndarray, volume: bool) -> np.ndarray:
+    """Return the voxels of the body."""
+    for background in (0.0, float(voxels.min())):
+        other = voxels != background
+        if 1 - other.mean() >= _COMMON:
+            return voxels[other]
+    if not volume:
+        return voxels
+    low, high = np.quantile(voxels, (_TAIL, 1 - _TAIL))
+    if low == high:
+        return voxels
+    return voxels[voxels > low + (otsu(voxels.clip(low, high)) - low) / 2]
