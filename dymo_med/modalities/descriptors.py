@@ -91,13 +91,13 @@ def describe(scan: np.ndarray, *, relative: bool = True) -> Tensor:
 
 def _body(voxels: np.ndarray, volume: bool) -> np.ndarray:
     """Return the voxels of the body."""
+    body: np.ndarray = voxels
     for background in (0.0, float(voxels.min())):
         other = voxels != background
         if 1 - other.mean() >= _COMMON:
-            return voxels[other]
-    if not volume:
-        return voxels
+            body = voxels[other]
+            return body
     low, high = np.quantile(voxels, (_TAIL, 1 - _TAIL))
-    if low == high:
-        return voxels
-    return voxels[voxels > low + (otsu(voxels.clip(low, high)) - low) / 2]
+    if volume and low < high:
+        body = voxels[voxels > low + (otsu(voxels.clip(low, high)) - low) / 2]
+    return body
