@@ -177,7 +177,9 @@ class SegmentationObjective(Objective):
     over regions, subsets and validation patients.
 
     Deviations from the published code: the score is taken on validation patients, not on those
-    that are reported; absent scans are left out of a patient's subsets.
+    that are reported; absent scans are left out of a patient's subsets. Where gradients are
+    decoupled, a patient who has nothing of a subset counts nothing in its loss (`own_dice_loss`);
+    else all his scans stand in for it.
 
     Args:
         network: What is trained.
@@ -234,9 +236,15 @@ class SegmentationObjective(Objective):
         ):
             found = self.network.outputs(batch.values, available)
         logits = [None if x is None else x.logits.float() for x in found]
+        subsets = self._drawn.to(available.device)
+        if self.decoupling is not None:
+            return tuple(
+                own_dice_loss(logits, used, target, step.weights)
+                for used in subsets[:, None] & available
+            )
         return tuple(
             soft_dice_loss(torch.sigmoid(SharedUNet.combine(logits, used)), target, step.weights)
-            for used in within(available, self._drawn.to(available.device))
+            for used in within(available, subsets)
         )
 
     def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
@@ -271,6 +279,33 @@ class SegmentationObjective(Objective):
             probabilities = torch.sigmoid(versions.logits(row, used, torch.zeros_like(used))[0])
             found.append(float(dice(decided(probabilities, self._mask), true).mean()))
         return np.array(found)
+
+
+def own_dice_loss(
+    logits: Sequence[Tensor | None], used: Tensor, target: Tensor, weights: Tensor
+) -> Tensor:
+    """Return the soft Dice loss of one subset over the records that have any of it, a scalar.
+
+    The loss is scaled by the share of the batch's weight that these records have, so that a
+    record counts the same in the loss of a subset that few have as in that of one that all have.
+
+    Args:
+        logits: M tensors `(B, R, *spatial)`, in canonical order; None where nobody has the scan.
+        used: Bool `(B, M)`: what each record has of the subset.
+        target: Bool `(B, R, *spatial)`.
+        weights: `(B,)`.
+
+    Returns:
+        0, which depends on no parameter, where no record has any of it.
+    """
+    rows = used.any(1).nonzero().squeeze(1)
+    if not len(rows):
+        return weights.new_zeros(())
+    share = weights[rows].sum() / weights.sum()
+    if len(rows) < len(used):  # scans are large: they are copied only where some are left out
+        logits = [None if x is None else x[rows] for x in logits]
+        used, target, weights = used[rows], target[rows], weights[rows]
+    return share * soft_dice_loss(torch.sigmoid(SharedUNet.combine(logits, used)), target, weights)
 
 
 def random_crop(batch: Batch, size: Sequence[int] | None, generator: torch.Generator) -> Batch:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from lightning_fabric import Fabric
 
 from dymo_med.backbones import SharedUNet, Windows
 from dymo_med.backbones.dense import dense_versions, slide
+from dymo_med.backbones.shared_unet import ModalityOutput
 from dymo_med.bundle import load_bundle
 from dymo_med.bundle_segmentation import load_segmentation_bundle
 from dymo_med.config import BackboneTraining
@@ -17,10 +19,16 @@ from dymo_med.data.batch import collate
 from dymo_med.data.masks import read_known
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import BundleError, ConfigError
+from dymo_med.training.gmd import ObjectiveGradients
 from dymo_med.training.loop import Log, Step, train_stage
 from dymo_med.training.losses import soft_dice_loss
-from dymo_med.training.segmentation import SegmentationObjective, random_crop
+from dymo_med.training.segmentation import (
+    SegmentationObjective,
+    own_dice_loss,
+    random_crop,
+)
 from dymo_med.training.train import train
+from dymo_med.types import Batch, MaskSpec, ModalityMask, ModalitySpec
 from tests.segmentation import (  # noqa: F401
     masked_cohort,
     masked_dir,
@@ -110,6 +118,93 @@ def test_decoupled_gradients_train_and_give_the_same_bits(
     assert any(not torch.equal(first[name], plain[name]) for name in first)
     for name, values in first.items():  # every scan's own parameters learn too
         assert bool(values.isfinite().all()) and not torch.equal(values, before[name]), name
+
+
+class Gains(torch.nn.Module):
+    """Logits are a common gain times the scan's own gain times the scan."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.specs = tuple(ModalitySpec(n, "image", n, (1, 1, 1, 1), (1.0,) * 3) for n in names)
+        self.common = torch.nn.Parameter(torch.tensor(1.0))
+        self.own = torch.nn.ParameterList(torch.nn.Parameter(torch.tensor(1.0)) for _ in names)
+
+    def outputs(self, values, available):
+        return [
+            ModalityOutput(self.common * self.own[m] * values[spec.name], None)
+            for m, spec in enumerate(self.specs)
+        ]
+
+    def specific_modules(self):
+        return [self.own]
+
+
+def gains_step(available, weights):
+    """Two scans of one voxel: of patients who have them 0.5 and -1; else 100, not to be seen."""
+    measured = torch.tensor([0.5, -1.0]).expand(len(available), 2)
+    scans = torch.where(available, measured, 100.0)
+    ids = tuple(f"p{i}" for i in range(len(available)))
+    values = {n: scans[:, m].view(-1, 1, 1, 1, 1) for m, n in enumerate("ab")}
+    batch = Batch(
+        *(ids, ids, values, ModalityMask(("a", "b"), available), {}),
+        torch.full((len(available),), -1),
+        masks=torch.ones(len(available), 1, 1, 1, dtype=torch.uint8),
+        masked=torch.ones(len(available), dtype=torch.bool),
+    )
+    return Step(batch, torch.tensor(weights), torch.Generator().manual_seed(0))
+
+
+def slope(x, weight):
+    """Derivative by the gain g, at g = 1, of the soft Dice loss of voxels that are all lesion.
+
+    With p = sigmoid(g x) and total weight w it is 1 - (2 w p + 1) / (w p + w + 1).
+    """
+    p = 1 / (1 + math.exp(-x))
+    return -(2 * weight**2 + weight) / (weight * p + weight + 1) ** 2 * x * p * (1 - p)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, 1.5]])
+def test_a_patient_who_has_nothing_of_a_subset_adds_nothing_to_its_gradient(weights):
+    available = torch.tensor([[True, True], [False, True]])  # the second lacks scan a
+    mask = MaskSpec("mask", (1,), {"whole": (1,)})
+    step = gains_step(available, weights)
+    network = Gains("ab")
+    objective = SegmentationObjective(
+        *(network, mask, BackboneTraining(gradient="gmd"), step.batch, torch.ones(2)),
+        *(None, torch.device("cpu"), 0),
+    )
+    objective._drawn = torch.tensor([[True, False], [False, True], [True, True]])
+    gradients = ObjectiveGradients(network.parameters(), objective.decoupling)
+    gradients.backward(objective(step))
+    share = weights[0] / sum(weights)
+    # Of scan a: the first patient alone, by his share of the batch. The second has another scan,
+    # which is not trained in its name: nothing reaches the gain of b.
+    of_a = share * slope(0.5, weights[0])
+    assert gradients.flat[0].tolist() == pytest.approx([of_a, of_a, 0.0], rel=1e-5)
+    assert gradients.reached[0].tolist() == [True, True, False]
+    # Of scan b: both patients, whose voxels are the same.
+    of_b = slope(-1.0, sum(weights))
+    assert gradients.flat[1].tolist() == pytest.approx([of_b, 0.0, of_b], rel=1e-5)
+    # Of both scans: the second patient with what he has of them.
+    assert gradients.reached[2].all()
+
+
+def test_a_subset_that_nobody_in_the_batch_has_anything_of_has_no_gradient():
+    available = torch.tensor([[False, True], [False, True]])
+    logits = [torch.zeros(2, 1, 1, requires_grad=True)] * 2
+    used = available & torch.tensor([True, False])
+    loss = own_dice_loss(logits, used, torch.ones(2, 1, 1, dtype=torch.bool), torch.ones(2))
+    assert float(loss) == 0 and not loss.requires_grad
+
+
+def test_without_gaps_the_loss_of_a_subset_is_the_batch_s_soft_dice():
+    g = torch.Generator().manual_seed(0)
+    logits = [torch.randn(3, 2, 5, generator=g) for _ in range(2)]
+    target = torch.rand(3, 2, 5, generator=g) < 0.5
+    weights = torch.tensor([1.0, 0.5, 1.5])
+    used = torch.tensor([True, False]).expand(3, 2)
+    plain = soft_dice_loss(torch.sigmoid(logits[0]), target, weights)
+    assert torch.equal(own_dice_loss(logits, used, target, weights), plain)
 
 
 def test_windows_agree_with_one_look_and_flips_change_it(segmentation_bundle, batch):  # noqa: F811
