@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dymo_med.backbones import BACKBONES
 from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.config import BackboneTraining, Schedule
 from dymo_med.training.gmd import (
@@ -20,9 +21,10 @@ from dymo_med.training.gmd import (
     random_orders,
     shared_by_all,
 )
-from dymo_med.training.loop import Log, Objective, _clip, train_stage
+from dymo_med.training.loop import Log, Objective, Step, _clip, train_stage
 from dymo_med.training.losses import distinct_subsets
-from dymo_med.types import Batch, ModalityMask, ModalitySpec
+from dymo_med.training.objectives import FusionObjective
+from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
 
 def project_plain(flat, orders):
@@ -429,3 +431,35 @@ def test_clipping_acts_once_on_the_whole_and_merged_gradient(tmp_path, decouple,
     # A bound that nothing reaches changes no bit.
     wide = steps_of(tmp_path, "wide", decouple, parts=parts, clip_gradients=1e6)
     assert torch.equal(wide, free)
+
+
+def test_a_classifier_too_trains_no_other_modality_in_the_name_of_a_subset():
+    """Of modality a alone: the gradient is that of the records that have it, by their share."""
+    column = Column("x", "continuous", mean=0.0, std=1.0)
+    specs = [ModalitySpec(n, "table", "ehr.csv", (1,), columns=(column,)) for n in "ab"]
+    generator = torch.Generator().manual_seed(0)
+    available = torch.tensor([[True, True], [False, True], [True, False], [False, True]])
+    data = Batch(
+        *(tuple("pqrs"), tuple("pqrs")),
+        {n: torch.randn(4, 1, generator=generator) for n in "ab"},
+        ModalityMask(("a", "b"), available),
+        {n: available[:, m, None] for m, n in enumerate("ab")},
+        torch.tensor([0, 1, 1, 0]),
+    )
+    kind = BACKBONES["transformer"]
+    torch.manual_seed(0)
+    network = kind(specs, 2, kind.Options(dim=8, heads=2, layers=1, projection=4, width=4))
+    flats = []
+    for rows in (torch.arange(4), torch.tensor([0, 2])):
+        part = data.rows(rows)
+        objective = FusionObjective(
+            *(network, 2, BackboneTraining(gradient="gmd"), part, torch.ones(len(rows))),
+            *(torch.device("cpu"), 0),
+        )
+        objective.begin_batch(generator)
+        objective._drawn = torch.tensor([[True, False], [False, True], [True, True]])
+        gradients = ObjectiveGradients(network.parameters(), objective.decoupling)
+        gradients.backward(objective(Step(part, torch.ones(len(rows)), generator)))
+        flats.append(gradients.flat[0] * len(rows))
+    torch.testing.assert_close(*flats)
+    assert bool(flats[0].any())
