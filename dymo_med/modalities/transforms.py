@@ -24,14 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor, PILReader
-from monai.transforms import (
-    Compose,
-    MapTransform,
-    NormalizeIntensityd,
-    Orientation,
-    Orientationd,
-    SpatialResample,
-)
+from monai.transforms import Compose, MapTransform, Orientation
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
@@ -39,13 +32,13 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from PIL import Image as Picture
 from PIL import ImageOps
-from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as F
 
 from dymo_med.modalities import dicom, volumes
 from dymo_med.modalities.alignment import Reference, beside
 from dymo_med.modalities.descriptors import describe
 from dymo_med.modalities.native import native
+from dymo_med.modalities.resample import Resampler, Volume, centred, standardised
 from dymo_med.modalities.scan import (
     CORNER_MM,
     ScanError,
@@ -64,6 +57,7 @@ FIELD = "field"
 FILES = "files"
 IDENTIFIERS = "identifiers"
 REFERENCE = "reference"
+PADDING = "padding"
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 # What nibabel, gzip, Pillow and numpy raise for files that are cut short or not what they claim.
@@ -84,6 +78,7 @@ UNREADABLE = (
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
 
 # The way a viewer shows a slice, by the world axis it is perpendicular to.
+_SMALL = (np.uint8, np.int8, np.int16)
 _SCREEN = {"S": "LPS", "I": "LPS", "A": "LIA", "P": "LIA", "R": "AIR", "L": "AIR"}
 
 
@@ -212,6 +207,11 @@ class PictureReader(PILReader):  # type: ignore[misc]
         return array.astype(np.float32), meta
 
 
+def _like(image: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return values with the geometry of the image that they were made from."""
+    return MetaTensor(values, affine=image.affine) if isinstance(image, MetaTensor) else values
+
+
 def _plain(image: torch.Tensor) -> torch.Tensor:
     """Return the values without what MONAI keeps beside them."""
     return image.as_tensor() if isinstance(image, MetaTensor) else image
@@ -269,7 +269,10 @@ class LoadScand(MapTransform):  # type: ignore[misc]
                 got=type(error).__name__,
                 remedy="Export or copy it again",
             ) from error
-        values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        # A volume stays as small as it is stored until the grid's part of it is cut out.
+        small = array.ndim == 3 and min(array.shape) > 1 and array.dtype in _SMALL
+        dtype = array.dtype.newbyteorder("=") if small else np.dtype(np.float32)
+        values = torch.from_numpy(array.astype(dtype, copy=False))
         values = values[None] if meta["channels"] == "none" else values.movedim(-1, 0)
         found = {
             **data,
@@ -384,9 +387,12 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 remedy="Remove the file if the scan was not made, or export it again",
                 refused="constant",
             )
-        if self.spec.intensity == "zscore":
-            inside = values[values != 0]
-            if inside.min() == inside.max():
+        if self.spec.intensity == "zscore" and lowest <= 0 <= highest:
+            array = values.numpy()
+            inside = array != 0
+            if array.max(where=inside, initial=lowest.item()) == array.min(
+                where=inside, initial=highest.item()
+            ):
                 raise ScanError(
                     "all voxels other than zero have the same value, so zscore leaves nothing",
                     expected="an image with contrast",
@@ -423,11 +429,32 @@ class MeasureNatived(MapTransform):  # type: ignore[misc]
         return {**data, FACTS: facts}
 
 
-class PercentileRanged(MapTransform):  # type: ignore[misc]
-    """Maps the 1st and 99th percentile of the stored values to 0 and 1 and clips beyond.
+def percentiles(data: Mapping[Hashable, Any]) -> tuple[float, float, ScanFacts | None]:
+    """Return the 1st and 99th percentile of the stored values, without padding, and the facts.
 
     Where the two are equal (a mask of something small), minimum and maximum take their place, and
-    a warning says so.
+    a warning among the facts says so.
+
+    Args:
+        data: What `LoadScand` returned.
+    """
+    values, facts = _plain(data[KEY]), data.get(FACTS)
+    if (padding := data.get(PADDING)) is not None:
+        values = values[~padding]
+    if values.is_floating_point():
+        low, high = (float(x) for x in percentile(values, (1, 99)))
+    else:
+        low, high = (float(np.float32(x)) for x in np.percentile(values.numpy(), (1, 99)))
+    if low == high:
+        low, high = (float(x) for x in values.aminmax())
+        warning = "98 % of its voxels have the same value; minimum and maximum were made 0 and 1."
+        if facts is not None:
+            facts = replace(facts, warnings=(*facts.warnings, warning))
+    return low, high, facts
+
+
+class PercentileRanged(MapTransform):  # type: ignore[misc]
+    """Maps the 1st and 99th percentile of the stored values to 0 and 1 and clips beyond.
 
     The same numbers as MONAI's `ScaleIntensityRangePercentilesd`, from one sort instead of two and
     without its bookkeeping, which for a small picture took longer than the work.
@@ -439,29 +466,50 @@ class PercentileRanged(MapTransform):  # type: ignore[misc]
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the scan with its values between 0 and 1."""
         image = data[KEY]
+        low, high, facts = percentiles(data)
+        values = ((_plain(image) - low) / (high - low)).clamp(0, 1)
+        return {**data, KEY: _like(image, values), FACTS: facts}
+
+
+class TissueOfd(MapTransform):  # type: ignore[misc]
+    """Puts a mask of the tissue (all voxels other than 0) beside a picture, as channels.
+
+    Where the scan has padding, two more follow: the tissue without it, and its mask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(keys=KEY)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the picture with its masks, `(2 C or 4 C, *spatial)`."""
+        image, padding = data[KEY], data.get(PADDING)
         values = _plain(image)
-        low, high = percentile(values, (1, 99))
-        scaled = dict(data)
-        if high == low:
-            low, high = values.aminmax()
-            facts = data[FACTS]
-            warning = (
-                "98 % of its voxels have the same value; minimum and maximum were made 0 and 1."
-            )
-            scaled[FACTS] = replace(facts, warnings=(*facts.warnings, warning))
-        values = ((values - low) / (high - low)).clamp(0, 1)
-        scaled[KEY] = (
-            MetaTensor(values, affine=image.affine) if isinstance(image, MetaTensor) else values
-        )
-        return scaled
+        parts = [values, (values != 0).float()]
+        if padding is not None:
+            real = (values != 0) & ~padding
+            parts += [values * real, real.float()]
+        return {**data, KEY: _like(image, torch.cat(parts))}
+
+
+class StandardisePictured(MapTransform):  # type: ignore[misc]
+    """Standardises a picture over its tissue; see `resample.standardised`."""
+
+    def __init__(self) -> None:
+        super().__init__(keys=KEY)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the picture `(C, rows, columns)` without its masks."""
+        padded = data.get(PADDING) is not None
+        parts = data[KEY].numpy().reshape(4 if padded else 2, -1, *data[KEY].shape[1:])
+        counted = (parts[2], parts[3]) if padded else None
+        return {**data, KEY: torch.from_numpy(standardised(parts[0], parts[1], counted))}
 
 
 class ToScreend(MapTransform):  # type: ignore[misc]
     """A single-slice volume becomes a picture `(C, rows, columns)` as a viewer shows it."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__(keys=KEY)
-        self.channels = channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the picture, and its `pixel_mm` (rows, columns)."""
@@ -475,9 +523,24 @@ class ToScreend(MapTransform):  # type: ignore[misc]
             pixel_mm = (spacing[1], spacing[0])
             # (1, columns, rows, 1) -> (1, rows, columns)
             image = image.as_tensor()[..., 0].transpose(1, 2)
-        if len(image) < self.channels:
-            image = image.expand(self.channels, *image.shape[1:])
         return {**data, KEY: image, "pixel_mm": pixel_mm}
+
+
+class Channelsd(MapTransform):  # type: ignore[misc]
+    """Gives a grey picture the channels of its modality, all alike.
+
+    Args:
+        channels: How many.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(keys=KEY)
+        self.channels = channels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the picture `(channels, rows, columns)`."""
+        image = data[KEY]
+        return {**data, KEY: image.expand(self.channels, *image.shape[1:])}
 
 
 class FitFramed(MapTransform):  # type: ignore[misc]
@@ -520,26 +583,21 @@ class FitFramed(MapTransform):  # type: ignore[misc]
         return {**data, KEY: values[0]}
 
 
-class CentredGridd(MapTransform):  # type: ignore[misc]
-    """Resamples a volume to an RAS+ grid centred on a field of view.
+class ToGridd(MapTransform):  # type: ignore[misc]
+    """Takes a volume to an RAS+ grid centred on a field of view, and normalises it.
 
-    Along an axis that becomes coarser the scan is smoothed first, to a resolution (full width at
-    half maximum) of the new spacing, so that a thin structure is blurred, not skipped.
+    Normalised values move with the scan: a shift of a hundredth of a voxel changes them by about
+    a hundredth of what neighbours differ by.
 
     Args:
-        size: Voxels per axis of the grid.
-        spacing_mm: Voxel size of the grid.
-        pad_minimum: Outside the field of view take the scan's minimum instead of 0.
+        spec: The modality; its shape, spacing and `intensity`.
     """
 
-    def __init__(self, size: Sequence[int], spacing_mm: Sequence[float], pad_minimum: bool) -> None:
+    def __init__(self, spec: ModalitySpec) -> None:
         super().__init__(keys=KEY)
-        self.size = np.asarray(size)
-        self.spacing_mm = np.asarray(spacing_mm, dtype=float)
-        self.pad_minimum = pad_minimum
-        self.resample = SpatialResample(
-            mode="bilinear", padding_mode="zeros", align_corners=True, dtype=torch.float32
-        )
+        self.size = spec.shape[1:]
+        self.spacing_mm = spec.spacing_mm
+        self.intensity = spec.intensity
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the volume `(1, X, Y, Z)` on the grid; its affine is the grid's.
@@ -549,39 +607,52 @@ class CentredGridd(MapTransform):  # type: ignore[misc]
         Raises:
             ScanError: If scan and reference do not show the same place.
         """
-        image = data[KEY]
-        reference: Reference | None = data.get(REFERENCE)
+        image, reference = data[KEY], data.get(REFERENCE)
+        stored, affine = _plain(image)[0].numpy(), np.asarray(image.affine, dtype=float)
         facts = data[FACTS]
-        if reference is not None and (warning := beside(data[FIELD], reference)):
-            facts = replace(facts, warnings=(*facts.warnings, warning))
-        values = image.as_tensor().float().numpy()
-        affine = np.asarray(image.affine, dtype=float)
-        for axis, (new, old) in enumerate(zip(self.spacing_mm, spacing_of(affine), strict=True)):
-            if new > 1.1 * old:
-                sigma = float(np.sqrt((new / old) ** 2 - 1) / 2.355)
-                values = gaussian_filter1d(values, sigma, axis=1 + axis, mode="nearest")
         if reference is None:
-            last = np.asarray(image.shape[1:]) - 1
-            centre = affine[:3, :3] @ (last / 2) + affine[:3, 3]
-            grid = np.diag([*self.spacing_mm, 1.0])
-            grid[:3, 3] = centre - self.spacing_mm * (self.size - 1) / 2
+            grid = centred(affine, stored.shape, self.size, self.spacing_mm)
         else:
             grid = np.asarray(reference.grid, dtype=float)
-        floor = float(values.min()) if self.pad_minimum else 0.0
-        out = self.resample(
-            MetaTensor(torch.from_numpy(values - floor), affine=torch.from_numpy(affine)),
-            dst_affine=torch.from_numpy(grid),
-            spatial_size=[int(n) for n in self.size],
-        )
-        moved = MetaTensor(out.as_tensor() + floor, affine=torch.from_numpy(grid))
-        return {**data, KEY: moved, FACTS: facts}
+            if warning := beside(data[FIELD], reference):
+                facts = replace(facts, warnings=(*facts.warnings, warning))
+        to_grid = Resampler.between(affine, stored.shape, grid, self.size)
+        part = stored[to_grid.window]
+        if self.intensity == "zscore":
+            padding = data.get(PADDING)
+            moved = _standard(to_grid, part, None if padding is None else padding[0].numpy())
+        elif self.intensity == "percentile":
+            low, high, facts = percentiles({**data, FACTS: facts})
+            moved = to_grid(((part.astype(np.float32) - low) / (high - low)).clip(0, 1))
+        else:
+            lowest = float(stored.min())  # outside of the scan
+            moved = to_grid(part.astype(np.float32) - np.float32(lowest)) + np.float32(lowest)
+        on_grid = MetaTensor(torch.from_numpy(moved)[None], affine=torch.from_numpy(grid))
+        return {**data, KEY: on_grid, FACTS: facts}
+
+
+def _standard(to_grid: Resampler, part: np.ndarray, padding: np.ndarray | None) -> Volume:
+    """Return a volume on the grid, standardised over its tissue: all voxels other than 0.
+
+    Args:
+        to_grid: Where to.
+        part: What the grid sees of the volume.
+        padding: Bool, of the whole volume: voxels that count for nothing; None = there is none.
+    """
+    # One after the other: each of these is as large as the volume.
+    share = to_grid((part != 0).astype(np.float32))
+    counted = None
+    if padding is not None:
+        real = (part != 0) & ~padding[to_grid.window]
+        counted = to_grid((part * real).astype(np.float32)), to_grid(real.astype(np.float32))
+    return standardised(to_grid(part.astype(np.float32)), share, counted)
 
 
 def pipeline(spec: ModalitySpec) -> Compose:
     """Return the transforms of one image modality, from `{"image": path}` to its grid.
 
-    zscore runs last, over the grid's voxels other than 0 (0 stays 0). percentile runs first, over
-    the scan as stored, so that padding cannot shift the percentiles.
+    zscore is over the grid's tissue, in voxels and parts of voxels (0 stays 0). percentile runs
+    first, over the scan as stored, so that padding cannot shift the percentiles.
 
     Args:
         spec: The modality.
@@ -592,18 +663,16 @@ def pipeline(spec: ModalitySpec) -> Compose:
         CheckScand(spec),
         MeasureNatived(relative=spec.intensity != "none"),
     ]
+    if len(size) == 3:
+        return Compose([*steps, ToGridd(spec)])
     if spec.intensity == "percentile":
         steps.append(PercentileRanged())
-    if len(size) == 3:
-        steps += [
-            Orientationd(keys=KEY, axcodes="RAS", labels=None),
-            CentredGridd(size, spec.spacing_mm, pad_minimum=spec.intensity == "none"),
-        ]
-    else:
-        steps += [ToScreend(channels), FitFramed(size, spec.spacing_mm)]
     if spec.intensity == "zscore":
-        steps.append(NormalizeIntensityd(keys=KEY, nonzero=True))
-    return Compose(steps)
+        steps.append(TissueOfd())
+    steps += [ToScreend(), FitFramed(size, spec.spacing_mm)]
+    if spec.intensity == "zscore":
+        steps.append(StandardisePictured())
+    return Compose([*steps, Channelsd(channels)])
 
 
 @dataclass(frozen=True)
