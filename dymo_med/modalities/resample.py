@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ _FWHM = 2.355
 _TRUNCATE = 4.0
 # A Gaussian so narrow (in voxels) does not reach the next voxel.
 _NARROWEST = 0.5 / _TRUNCATE
+# Axes of volume and grid that part by less than this at the grid's end, in voxels, are the same.
+_ALIGNED = 1e-4
 # Less tissue than this in a voxel is a rounding error.
 _NOTHING = 1e-6
 
@@ -90,30 +92,72 @@ class Resampler:
         x, y, z = (slice(int(a), int(max(a, b))) for a, b in zip(low, high, strict=True))
         return cls((x, y, z), tuple(sigma.tolist()), step, tuple(int(n) for n in size))
 
-    def __call__(self, part: Volume) -> Volume:
+    def __call__(
+        self, *parts: NDArray[Any], prepare: Callable[..., NDArray[Any]] = np.asarray
+    ) -> Volume:
         """Return a volume on the grid.
 
         Args:
-            part: The window of the volume, float32; it is smoothed in place.
+            parts: The window of the volume as it is stored, and of what belongs to it.
+            prepare: Makes the numbers that are resampled of these, or of slices of them.
         """
-        if not part.size:
+        if not parts[0].size:
             return np.zeros(self.size, np.float32)
+        towards = np.abs(self.step[:3, :3]) * (np.asarray(self.size) - 1)
+        of_grid = towards.argmax(1)  # the axis of the grid that each axis of the volume follows
+        aside = towards.copy()
+        aside[range(3), of_grid] = 0
+        if aside.max() < _ALIGNED and len(set(of_grid.tolist())) == 3:
+            return self._by_axis(parts, prepare, of_grid)
+        part = np.array(prepare(*parts), np.float32)
         for axis, sigma in enumerate(self.sigma):
             if sigma:
                 gaussian_filter1d(
                     part, sigma, axis, output=part, mode="nearest", truncate=_TRUNCATE
                 )
-        out: Volume = affine_transform(
-            part,
-            self.step[:3, :3],
-            self.step[:3, 3],
-            self.size,
-            np.float32,
-            order=1,
-            mode="grid-constant",
-            cval=0.0,
-        )
-        return out
+        return _interpolated(part, self.step[:3, :3], self.step[:3, 3], self.size)
+
+    def _by_axis(
+        self,
+        parts: Sequence[NDArray[Any]],
+        prepare: Callable[..., NDArray[Any]],
+        of_grid: NDArray[np.intp],
+    ) -> Volume:
+        """Return a volume on a grid along the same axes: one axis, and slice, after the other.
+
+        Both steps are linear, and go axis by axis here, so they are one matrix per axis. This
+        takes no copy of the volume, and a tenth of the time.
+        """
+        weights = []
+        for axis, n in enumerate(parts[0].shape):
+            smooth = np.eye(n)
+            if sigma := self.sigma[axis]:
+                smooth = gaussian_filter1d(
+                    smooth, sigma, axis=0, mode="nearest", truncate=_TRUNCATE
+                )
+            scale = np.diag([self.step[axis, of_grid[axis]], 1.0])
+            size = (self.size[of_grid[axis]], n)
+            weights.append(_interpolated(smooth, scale, (self.step[axis, 3], 0), size))
+        # The slices that lie in one piece, and their axes in the order in which they lie.
+        over, first, second = np.argsort([-stride for stride in parts[0].strides], kind="stable")
+        slices = [np.moveaxis(part, (over, first, second), (0, 1, 2)) for part in parts]
+        moved = np.empty((len(slices[0]), *(len(weights[a]) for a in (first, second))), np.float32)
+        for k, planes in enumerate(zip(*slices, strict=True)):
+            plane = np.asarray(prepare(*planes), np.float32)
+            moved[k] = weights[first] @ plane @ weights[second].T
+        moved = np.tensordot(weights[over], moved, 1)
+        out = np.moveaxis(moved, (0, 1, 2), [of_grid[a] for a in (over, first, second)])
+        return np.ascontiguousarray(out)
+
+
+def _interpolated(
+    values: NDArray[Any], matrix: NDArray[Any], offset: Any, size: Sequence[int]
+) -> Volume:
+    """Return values by linear interpolation, 0 outside."""
+    out: Volume = affine_transform(
+        values, matrix, offset, size, np.float32, order=1, mode="grid-constant", cval=0.0
+    )
+    return out
 
 
 def standardised(

@@ -370,7 +370,8 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 remedy="Export the scan again with its position and spacing",
             )
         values = _plain(image)
-        lowest, highest = values.aminmax()  # NaN if there is one
+        array = values.numpy()
+        lowest, highest = array.min(), array.max()  # NaN if there is one
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise ScanError(
                 "the scan holds voxels that are not numbers",
@@ -388,11 +389,8 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 refused="constant",
             )
         if self.spec.intensity == "zscore" and lowest <= 0 <= highest:
-            array = values.numpy()
             inside = array != 0
-            if array.max(where=inside, initial=lowest.item()) == array.min(
-                where=inside, initial=highest.item()
-            ):
+            if array.max(where=inside, initial=lowest) == array.min(where=inside, initial=highest):
                 raise ScanError(
                     "all voxels other than zero have the same value, so zscore leaves nothing",
                     expected="an image with contrast",
@@ -444,13 +442,30 @@ def percentiles(data: Mapping[Hashable, Any]) -> tuple[float, float, ScanFacts |
     if values.is_floating_point():
         low, high = (float(x) for x in percentile(values, (1, 99)))
     else:
-        low, high = (float(np.float32(x)) for x in np.percentile(values.numpy(), (1, 99)))
+        low, high = _of_integers(values.numpy(), (0.01, 0.99))
     if low == high:
         low, high = (float(x) for x in values.aminmax())
         warning = "98 % of its voxels have the same value; minimum and maximum were made 0 and 1."
         if facts is not None:
             facts = replace(facts, warnings=(*facts.warnings, warning))
     return low, high, facts
+
+
+def _of_integers(values: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """Return quantiles of small integers as numpy does, by counting instead of sorting."""
+    least = int(values.min())
+    counts = np.zeros(int(values.max()) - least + 1, np.int64)
+    for part in np.moveaxis(values, int(np.argmax(values.strides)), 0):
+        counts += np.bincount(part.ravel("K").astype(np.int64) - least, minlength=len(counts))
+    upto = np.cumsum(counts)
+    found = []
+    for share in shares:
+        place = share * (values.size - 1)
+        a, b = (
+            least + np.searchsorted(upto, rank, "right") for rank in (int(place), -(-place // 1))
+        )
+        found.append(float(np.float32(a + (b - a) * (place - int(place)))))
+    return found
 
 
 class PercentileRanged(MapTransform):  # type: ignore[misc]
@@ -623,10 +638,11 @@ class ToGridd(MapTransform):  # type: ignore[misc]
             moved = _standard(to_grid, part, None if padding is None else padding[0].numpy())
         elif self.intensity == "percentile":
             low, high, facts = percentiles({**data, FACTS: facts})
-            moved = to_grid(((part.astype(np.float32) - low) / (high - low)).clip(0, 1))
+            scale = np.float32(high - low)
+            moved = to_grid(part, prepare=lambda p: ((p - np.float32(low)) / scale).clip(0, 1))
         else:
-            lowest = float(stored.min())  # outside of the scan
-            moved = to_grid(part.astype(np.float32) - np.float32(lowest)) + np.float32(lowest)
+            lowest = np.float32(stored.min())  # outside of the scan
+            moved = to_grid(part, prepare=lambda p: p - lowest) + lowest
         on_grid = MetaTensor(torch.from_numpy(moved)[None], affine=torch.from_numpy(grid))
         return {**data, KEY: on_grid, FACTS: facts}
 
@@ -639,13 +655,15 @@ def _standard(to_grid: Resampler, part: np.ndarray, padding: np.ndarray | None) 
         part: What the grid sees of the volume.
         padding: Bool, of the whole volume: voxels that count for nothing; None = there is none.
     """
-    # One after the other: each of these is as large as the volume.
-    share = to_grid((part != 0).astype(np.float32))
+    share = to_grid(part, prepare=lambda p: p != 0)
     counted = None
     if padding is not None:
-        real = (part != 0) & ~padding[to_grid.window]
-        counted = to_grid((part * real).astype(np.float32)), to_grid(real.astype(np.float32))
-    return standardised(to_grid(part.astype(np.float32)), share, counted)
+        both = part, padding[to_grid.window]
+        counted = (
+            to_grid(*both, prepare=lambda p, out: p * ~out),
+            to_grid(*both, prepare=lambda p, out: (p != 0) & ~out),
+        )
+    return standardised(to_grid(part), share, counted)
 
 
 def pipeline(spec: ModalitySpec) -> Compose:

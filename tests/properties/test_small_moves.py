@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from dymo_med.modalities import modality
+from dymo_med.modalities import modality, resample
 from dymo_med.modalities.resample import Resampler, standardised
 from dymo_med.types import ModalitySpec
 
@@ -125,6 +125,28 @@ def test_half_a_voxel_of_tissue_counts_half():
     deviation = np.sqrt(((10 - mean) ** 2 + (20 - mean) ** 2 + 0.5 * (30 - mean) ** 2) / 2.5)
     expected = [(10 - mean) / deviation, (20 - mean) / deviation, 0.5 * (30 - mean) / deviation]
     assert np.allclose(standardised(values, share), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("codes", ["RAS", "SLP", "AIR"])
+@pytest.mark.parametrize("spacing", [0.9, 2.0, 5.0])
+def test_axis_by_axis_is_the_same_as_all_at_once(monkeypatch, spacing, codes, order):
+    rng = np.random.default_rng(0)
+    volume = np.array(rng.integers(-500, 900, (25, 21, 18)), np.int16, order=order)
+    ras, stored = (nib.orientations.axcodes2ornt(c) for c in ("RAS", codes))
+    ornt = nib.orientations.ornt_transform(ras, stored)
+    affine = affine_of(2.0, (30, 21, 18)) @ nib.orientations.inv_ornt_aff(ornt, (30, 21, 18))
+    grid = np.diag([spacing, 1.1 * spacing, 0.9 * spacing, 1.0])
+    grid[:3, 3] = (-8.0, -9.5, -7.3)
+    to_grid = Resampler.between(affine, volume.shape, grid, (9, 10, 11))
+    images = []
+    for aligned in (resample._ALIGNED, 0.0):
+        monkeypatch.setattr(resample, "_ALIGNED", aligned)
+        images.append(to_grid(volume[to_grid.window], prepare=lambda p: p / 2))
+    assert images[0].shape == (9, 10, 11) and images[0].std() > 10
+    assert np.allclose(*images, atol=1e-3)
+    moved = Resampler.between(turned(affine, 1e-4), volume.shape, grid, (9, 10, 11))
+    assert np.abs(moved(volume[moved.window], prepare=lambda p: p / 2) - images[0]).max() < 10
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.3])

@@ -13,6 +13,7 @@ from dymo_med.modalities.transforms import (
     KEY,
     FitFramed,
     PercentileRanged,
+    percentiles,
     pipeline,
     read_scan,
 )
@@ -28,6 +29,16 @@ def test_percentiles(shape):
     ours = PercentileRanged()({KEY: tracked})[KEY]
     assert torch.equal(ours.as_tensor(), theirs.as_tensor())
     assert torch.equal(ours.affine, tracked.affine)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+@pytest.mark.parametrize("shape", [(1, 5, 4, 3), (1, 20, 22, 24), (101,)])
+def test_percentiles_of_whole_numbers_are_counted(dtype, shape):
+    info, rng = np.iinfo(dtype), np.random.default_rng(0)
+    for values in (rng.integers(info.min, info.max, shape, dtype, True), np.ones(shape, dtype)):
+        counted = percentiles({KEY: torch.from_numpy(values), FACTS: ScanFacts((), "")})[:2]
+        expected = np.percentile(values.astype(float), (1, 99))
+        assert np.allclose(counted, expected, rtol=1e-6)
 
 
 def test_of_a_small_mask_minimum_and_maximum_are_taken_and_a_warning_says_so():
