@@ -6,10 +6,14 @@ Heavy libraries load inside the commands, so that `--help` answers at once.
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
+import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -38,11 +42,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Trouble with a path or a disk, not a bug.
+_SPACE, _PLACE = "Free some space there, or write to another disk", "Write to another place"
+_MAY, _PATH = "Check the path and its permissions", "Check the path"
+# Trouble with a path or a disk, not a bug; and what to do about it.
 _ENVIRONMENT = {
-    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _MAY),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP), _PATH),
+    **dict.fromkeys((errno.EROFS, errno.ENAMETOOLONG), _PLACE),
+    errno.EIO: "The disk or the network drive fails; write to another one, and have it checked",
 }
+# Lines of libraries that are repeated after our own.
+_MOST_LINES = 20
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -674,15 +685,93 @@ def main(arguments: list[str] | None = None) -> Any:
     if threading.current_thread() is threading.main_thread():
         # A run that is told to stop cleans up like one that fails; killed at once, it could not.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _ours_first():
+        try:
+            return app(args=arguments, standalone_mode=True)
+        except DymoMedError as error:
+            for problem in error.problems:
+                err_console.print(f"error: {escape(str(problem))}")
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _ENVIRONMENT:
+                raise
+            name = os.fsdecode(error.filename or "a file")
+            remedy = _ENVIRONMENT[error.errno]
+            err_console.print(f"error: {escape(name)}: {error.strerror}. {remedy}.")
+            sys.exit(2)
+
+
+@contextmanager
+def _ours_first() -> Iterator[None]:
+    """Keep back what libraries print on standard error until our own messages are out.
+
+    They print from C as well, past everything that Python could turn off. What this package logs
+    is a note of its own.
+    """
+    notes = _Notes()
+    log = logging.getLogger("dymo_med")
+    log.addHandler(notes)
     try:
-        return app(args=arguments, standalone_mode=True)
-    except DymoMedError as error:
-        for problem in error.problems:
-            err_console.print(f"error: {escape(str(problem))}")
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT:
-            raise
-        name = error.filename or "a file"
-        err_console.print(f"error: {escape(str(name))}: {error.strerror}. Check the path.")
-        sys.exit(2)
+        own = os.dup(2)
+    except OSError:  # there is no standard error
+        own = -1
+    if own < 0:
+        try:
+            yield
+        finally:
+            log.removeHandler(notes)
+        return
+    before = sys.stderr
+    with tempfile.TemporaryFile() as kept, _Ours(own) as ours:
+        if _is_standard(before):
+            before.flush()
+            sys.stderr = ours
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            log.removeHandler(notes)
+            with suppress(OSError, ValueError):
+                before.flush()
+            os.dup2(ours.fileno(), 2)
+            sys.stderr = before
+            kept.seek(0)
+            lines = dict.fromkeys(kept.read(2**20).decode(errors="replace").split("\n"))
+            for line in [line for line in lines if line.strip()][:_MOST_LINES]:
+                err_console.print(escape(repr(line[:500])[1:-1]))
+
+
+class _Ours(io.TextIOWrapper):
+    """Standard error for us and for what prints in our name; lines of all others go to number 2.
+
+    Args:
+        number: File descriptor of the real one.
+    """
+
+    _names = ("dymo_med", "rich", "typer", "click")
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.fdopen(number, "wb"), "utf-8", "replace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        """Write a text for its caller."""
+        caller = str(sys._getframe(1).f_globals.get("__name__", ""))
+        if caller.partition(".")[0] in self._names:
+            return super().write(text)
+        return os.write(2, text.encode(errors="replace")) and len(text)
+
+
+class _Notes(logging.Handler):
+    """Prints what this package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        err_console.print(escape(f"note: {record.getMessage()}"))
+
+
+def _is_standard(stream: Any) -> bool:
+    """Return whether a stream writes to standard error, and not to what a test put there."""
+    try:
+        return bool(stream.fileno() == 2)
+    except (AttributeError, OSError, ValueError):
+        return False

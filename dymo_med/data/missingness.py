@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from dymo_med.errors import ConfigError, Problem
+from dymo_med.files import as_was
 from dymo_med.registry import nearest
 from dymo_med.types import Column, ModalitySpec, ModalityValue, PatientRecord
 
@@ -696,7 +697,7 @@ def _hidden_rows(file: Path, where: str) -> list[dict[str, str]]:
                     remedy="Write every row as scenario,record_id,modality,column",
                 )
             )
-        rows.append({key: cell.strip() for key, cell in zip(header, cells, strict=True)})
+        rows.append({key: as_was(cell).strip() for key, cell in zip(header, cells, strict=True)})
     return rows
 
 

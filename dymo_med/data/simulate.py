@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import csv
 import gzip
 import math
 import tempfile
@@ -37,6 +36,7 @@ from scipy import ndimage
 from scipy.special import expit, ndtr
 
 from dymo_med.errors import ConfigError, Problem
+from dymo_med.files import csv_text
 
 Floats = NDArray[np.float32]
 
@@ -657,10 +657,9 @@ def _write_image(path: Path, values: NDArray[np.generic], affine: NDArray[np.flo
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    # All digits: who knows the truth compares it exactly.
+    text = csv_text(list(rows[0]), [{k: str(v) for k, v in row.items()} for row in rows])
+    path.write_bytes(text.encode())
 
 
 def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> dict[str, object]:

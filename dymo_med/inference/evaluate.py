@@ -41,7 +41,14 @@ from dymo_med.data.missingness import (
 )
 from dymo_med.data.patient import Intake, examine_record, usable
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
-from dymo_med.files import csv_stream, read_json, write_csv, write_json
+from dymo_med.files import (
+    csv_stream,
+    naming,
+    read_json,
+    remove_abandoned,
+    write_csv,
+    write_json,
+)
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
@@ -282,7 +289,8 @@ def evaluate(
         facts["scenario_notes"] = list(notes)
     if bundle.task.scale is not None:
         facts["scale"] = asdict(bundle.task.scale)
-    return _write(out, facts, rules, len(chunks), specs, start, bundle.task.scale)
+    with naming(out):
+        return _write(out, facts, rules, len(chunks), specs, start, bundle.task.scale)
 
 
 def _write(
@@ -907,6 +915,7 @@ def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     # A start that was killed before its settings took their name has left nothing to go on with.
+    remove_abandoned(out)
     if not any(p for p in out.iterdir() if not p.name.startswith(f"{PROGRESS}.")):
         # Settings appear with their folder or not at all: other parts may start right now.
         new = out / f"{PROGRESS}.{secrets.token_hex(4)}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from torch.nn import functional as F
 from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
 from dymo_med.config import Strict, as_words
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.files import write_bytes
+from dymo_med.files import csv_text, write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.modalities.cells import Cell, Row, parse
 from dymo_med.modalities.fhir import STATUSES, read_record
@@ -33,6 +31,8 @@ from dymo_med.types import CellRules, Column, FileRules, ModalitySpec, ModalityV
 _NO = ("No", "NO", "false", "False", "FALSE", "0")
 _YES = ("Yes", "YES", "true", "True", "TRUE", "1")
 
+# Of the table of what was recovered.
+RECOVERED_COLUMNS = ("column", "value", "unit", "source")
 # Percentiles of fewer cells than this would list patients' values in the bundle.
 _FEWEST = 20
 
@@ -457,17 +457,15 @@ class Table(Modality):
         affine: Sequence[Sequence[float]] | None,
     ) -> Path:
         """Write `<name>_synthetic.csv`: column, value, unit, source. See `Modality.write`."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["column", "value", "unit", "source"])
+        rows = []
         for i, column in enumerate(self.spec.columns):
             number = float(values[i])
             text = f"{number:.6g}" if column.type == "continuous" else column.values[round(number)]
             observed = observed_fields is not None and bool(observed_fields[i])
-            writer.writerow(
-                [column.name, text, column.unit, "observed" if observed else "recovered"]
-            )
-        return write_bytes(folder / f"{self.spec.name}_synthetic.csv", stream.getvalue().encode())
+            cells = (column.name, text, column.unit, "observed" if observed else "recovered")
+            rows.append(dict(zip(RECOVERED_COLUMNS, cells, strict=True)))
+        content = csv_text(RECOVERED_COLUMNS, rows).encode()
+        return write_bytes(folder / f"{self.spec.name}_synthetic.csv", content)
 
     # -- networks ------------------------------------------------------------------------------
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import time
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from dymo_med.config import Schedule
 from dymo_med.errors import ConfigError, Problem
-from dymo_med.files import write_bytes
+from dymo_med.files import write_bytes, write_csv
 from dymo_med.training.gmd import Decoupling, ObjectiveGradients
 from dymo_med.types import Batch
 
@@ -141,18 +139,20 @@ class Log:
 
     def write(self) -> None:
         """Write all rows."""
-        text = io.StringIO()
-        out = csv.writer(text, lineterminator="\n")
-        out.writerow(self.FIELDS)
-        for stage, rows in self.stages.items():
-            for row in rows:
-                rest = {k: v for k, v in row.items() if k not in self.FIELDS}
-                figures = " ".join(f"{k}={v:.6g}" for k, v in rest.items())
-                main = [f"{row['loss']:.6g}", f"{row['score']:.6g}"]
-                seconds = f"{row['seconds']:.3f}"
-                out.writerow([stage, int(row["epoch"]), *main, figures, seconds])
+        written = [
+            {
+                "stage": stage,
+                "epoch": int(row["epoch"]),
+                "loss": f"{row['loss']:.6g}",
+                "score": f"{row['score']:.6g}",
+                "figures": " ".join(f"{k}={v:.6g}" for k, v in row.items() if k not in self.FIELDS),
+                "seconds": f"{row['seconds']:.3f}",
+            }
+            for stage, rows in self.stages.items()
+            for row in rows
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.path, text.getvalue().encode())
+        write_csv(self.path, self.FIELDS, written)
 
 
 def train_stage(

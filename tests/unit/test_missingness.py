@@ -470,6 +470,13 @@ def write_rows(file, *rows, header="scenario,record_id,modality,column"):
     return file
 
 
+def test_a_record_whose_name_looks_like_a_formula_is_replayed(fitted, tmp_path):
+    row = {"scenario": "cells:0.5", "record_id": "=1+1", "modality": "b", "column": ""}
+    write_csv(tmp_path / "h.csv", HIDDEN_COLUMNS, [row])
+    assert ",'=1+1," in (tmp_path / "h.csv").read_text()
+    assert list(parse_scenario(f"replay:{tmp_path / 'h.csv'}", fitted).taken) == ["=1+1"]
+
+
 def test_one_of_several_scenarios_is_chosen(fitted, tmp_path):
     file = write_rows(tmp_path / "h.csv", "rate:0.4,r0,b,", "mcar:0.3,r0,a,a1", "mcar:0.3,r1,a,a0")
     records = patients(3)
