@@ -16,11 +16,16 @@ from dymo_med.types import Batch, FusionOutput, ModalitySpec, Tokens
 class FusionBackbone(nn.Module, ABC):
     """A classifier over any non-empty set of modalities.
 
+    Which modalities take part is said by a mask, never by leaving tokens out: `fuse` takes the
+    tokens of all M modalities, always. Whoever has no tokens for a modality that is not used, as an
+    explanation or a set of draws, gives zeros and marks them unavailable. A network may then rely
+    on the place of a token, and tell modalities apart by it.
+
     Attributes:
         Options: Its part of a recipe.
         specs: Modalities in canonical order.
         distance: Distance its embedding is trained for.
-        token_modality: Int64 `(N,)`, the modality each token belongs to.
+        token_modality: Int64 `(N,)`, the modality each token belongs to; rises from 0 to M - 1.
         recovers: Whether it can recover modalities itself (`fill`).
     """
 
@@ -42,16 +47,34 @@ class FusionBackbone(nn.Module, ABC):
             name: Modality.
             values: `(B, *shape)`.
             observed_fields: Bool `(B, F)` for tables; None = every cell filled.
+
+        Returns:
+            As many tokens as `token_modality` has for it, `(B, N_m, D)`.
         """
 
-    @abstractmethod
     def fuse(self, tokens: Tensor, available: Tensor) -> FusionOutput:
         """Return class logits and embedding of each row's available tokens.
 
         Args:
-            tokens: `(R, N, D)`, modalities side by side in canonical order.
-            available: Bool `(R, N)`. What stands in an unavailable token changes nothing.
+            tokens: `(R, N, D)`: the tokens of all M modalities side by side, in canonical order
+                (`token_modality`), those of unused modalities too.
+            available: Bool `(R, N)`; any set, of part of a modality's tokens too. What stands in an
+                unavailable token changes nothing.
+
+        Raises:
+            ValueError: If there are not N tokens in each row.
         """
+        n = len(self.token_modality)
+        if tokens.ndim != 3 or tokens.shape[1] != n or available.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"fuse takes the tokens of all modalities, (R, {n}, D), and which of them are"
+                f" available, (R, {n}); got {tuple(tokens.shape)} and {tuple(available.shape)}."
+            )
+        return self.fuse_all(tokens, available)
+
+    @abstractmethod
+    def fuse_all(self, tokens: Tensor, available: Tensor) -> FusionOutput:
+        """Return what `fuse` does, once the shapes are known to be right."""
 
     @abstractmethod
     def specific_modules(self) -> list[nn.Module]:

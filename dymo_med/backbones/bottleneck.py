@@ -90,7 +90,7 @@ class CyclicFusion(FusionBackbone):
         """See `FusionBackbone.encode`."""
         return self.latents.latents(name, values, observed_fields)
 
-    def fuse(self, tokens: Tensor, available: Tensor) -> FusionOutput:
+    def fuse_all(self, tokens: Tensor, available: Tensor) -> FusionOutput:
         """See `FusionBackbone.fuse`."""
         state = self.fusion(*self._apart(tokens, available))
         embedding = self.projection(state)

@@ -114,7 +114,7 @@ class FusionTransformer(FusionBackbone):
         position = self.position[self.start[m] : self.start[m] + x.shape[1]]
         return Tokens(x + position, tokens.available)
 
-    def fuse(self, tokens: Tensor, available: Tensor) -> FusionOutput:
+    def fuse_all(self, tokens: Tensor, available: Tensor) -> FusionOutput:
         """See `FusionBackbone.fuse`."""
         r, _, d = tokens.shape
         counts = available.sum(1)

@@ -120,6 +120,8 @@ class Subject:
         self.names = tuple(trace.names[m] for m in kept.tolist())
         self._used, self._admitted = used[:, kept], admitted[:, kept]
         self._weight = weight.clone()
+        owner = backbone.token_modality
+        self._sizes = torch.bincount(owner, minlength=len(backbone.specs)).tolist()
         self.versions: dict[Version, tuple[Tensor, Tensor | None]] = {}
         for i, name in enumerate(self.names):
             for made in (False, True):
@@ -173,7 +175,8 @@ class Subject:
         about = owner if changed else torch.zeros_like(owner)
         key = torch.cat([about[:, None], used.long(), admitted.long()], dim=1)
         wanted, which = torch.unique(key, dim=0, return_inverse=True)
-        size = sum(t.values[0].numel() for t in tokens.values())
+        some = next(iter(tokens.values())).values
+        size = sum(self._sizes) * some.shape[-1]
         chunk = max(1, _MOST_VALUES // size)
         parts = [
             self._fuse(tokens, part[:, 0], part[:, 1 : 1 + u] == 1, part[:, 1 + u :] == 1)
@@ -186,23 +189,24 @@ class Subject:
         self, tokens: Mapping[Version, Tokens], rows: Tensor, used: Tensor, admitted: Tensor
     ) -> Tensor:
         """Return the probability from subsets `(R, u)` of what stands in `rows` of the tokens."""
+        some = next(iter(tokens.values())).values
         values: list[Tensor] = []
         available: list[Tensor] = []
-        for i, name in enumerate(self.names):
+        for spec, size in zip(self.backbone.specs, self._sizes, strict=True):
+            # A modality that is not used stands in its place, unavailable (`FusionBackbone.fuse`).
+            x = some.new_zeros(len(rows), size, some.shape[-1])
+            there = torch.zeros(len(rows), size, dtype=torch.bool, device=rows.device)
             for made in (False, True):
-                version = tokens.get((name, made))
+                version = tokens.get((spec.name, made))
                 if version is None:
                     continue
+                i = self.names.index(spec.name)
                 own = rows if len(version.values) > 1 else torch.zeros_like(rows)
-                chosen = used[:, i] & (admitted[:, i] == made)
-                if values and i == len(values) - 1:  # the other version of the same modality
-                    values[i] = torch.where(chosen[:, None, None], version.values[own], values[i])
-                    available[i] = torch.where(
-                        chosen[:, None], version.available[own], available[i]
-                    )
-                else:
-                    values.append(version.values[own])
-                    available.append(version.available[own] & chosen[:, None])
+                chosen = (used[:, i] & (admitted[:, i] == made))[:, None]
+                x = torch.where(chosen[..., None], version.values[own], x)
+                there = torch.where(chosen, version.available[own], there)
+            values.append(x)
+            available.append(there)
         return self._probability(torch.cat(values, 1), torch.cat(available, 1))
 
     def _probability(self, tokens: Tensor, available: Tensor) -> Tensor:

@@ -268,6 +268,42 @@ class TestBackbone:
             torch.testing.assert_close(alone.logits[0], whole.logits[i], atol=1e-10, rtol=0)
             torch.testing.assert_close(alone.embedding[0], whole.embedding[i], atol=1e-10, rtol=0)
 
+    def test_tokens_of_all_modalities_stand_side_by_side(self, name):
+        backbone = build(BACKBONES, name)
+        batch, owner = make_batch(), backbone.token_modality
+        assert owner.dtype == torch.int64
+        assert owner.unique_consecutive().tolist() == list(range(len(SPECS)))
+        for m, spec in enumerate(SPECS):
+            fields = batch.observed_fields.get(spec.name)
+            tokens = backbone.encode(spec.name, batch.values[spec.name], fields)
+            assert tokens.values.shape[:2] == tokens.available.shape
+            assert tokens.available.shape == (len(batch), int((owner == m).sum()))
+
+    def test_a_part_of_the_tokens_is_refused(self, name):
+        backbone = build(BACKBONES, name)
+        fuse = encode_versions(backbone, make_batch())
+        some = backbone.token_modality != 1
+        for tokens, available in (
+            (fuse.observed[:, some], fuse.observed_available[:, some]),
+            (fuse.observed, fuse.observed_available[:, some]),
+            (fuse.observed[0], fuse.observed_available[0]),
+        ):
+            with pytest.raises(ValueError, match="takes the tokens of all modalities"):
+                backbone.fuse(tokens, available)
+
+    def test_any_set_of_tokens_is_fused_and_the_others_change_nothing(self, name):
+        backbone = build(BACKBONES, name)
+        fuse = encode_versions(backbone, make_batch(40))
+        draw = torch.rand(fuse.observed_available.shape, generator=torch.Generator().manual_seed(2))
+        available = fuse.observed_available & (draw < 0.4)  # of some modalities a part is left
+        available[:, 0] |= ~available.any(1)
+        noise = torch.randn(fuse.observed.shape, dtype=torch.float64) * 100
+        one = backbone.fuse(fuse.observed, available)
+        two = backbone.fuse(torch.where(available[..., None], fuse.observed, noise), available)
+        assert bool(one.logits.isfinite().all()) and bool(one.embedding.isfinite().all())
+        torch.testing.assert_close(two.logits, one.logits, atol=1e-12, rtol=0)
+        torch.testing.assert_close(two.embedding, one.embedding, atol=1e-12, rtol=0)
+
     def test_every_parameter_gets_a_gradient(self, name):
         backbone = build(BACKBONES, name).train()
         total = torch.zeros((), dtype=torch.float64)
