@@ -7,7 +7,7 @@ from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.base import Cases, Selector
 from dymo_med.selection.fixed import ObservedOnly, TrustAll
 from dymo_med.selection.gate import Gate
-from dymo_med.selection.greedy import Dymo, DymoMargin, DymoUncalibrated, Simultaneous
+from dymo_med.selection.greedy import Dymo, DymoMargin, DymoRatio, DymoUncalibrated, Simultaneous
 from dymo_med.selection.statistics import fit_statistics
 
 SELECTORS: Registry[Selector] = Registry(
@@ -16,6 +16,7 @@ SELECTORS: Registry[Selector] = Registry(
         "observed_only": ObservedOnly,
         "trust_all": TrustAll,
         "dymo": Dymo,
+        "dymo_ratio": DymoRatio,
         "dymo_uncalibrated": DymoUncalibrated,
         "simultaneous": Simultaneous,
         "dymo_margin": DymoMargin,

@@ -38,8 +38,7 @@ class RewardOptions(Strict):
 
     Attributes:
         temperature: Softmax temperature of the quality.
-        calibration: Similarity calibration. None = the published choice for the distance:
-            `log_ratio` for cosine, `ratio` for Euclidean.
+        calibration: Similarity calibration. None = `published_calibration` of the distance.
     """
 
     temperature: Annotated[float, Field(gt=0)] = 0.1
@@ -47,8 +46,18 @@ class RewardOptions(Strict):
 
 
 def published_calibration(distance: Distance) -> SimilarityCalibration:
-    """Return the published similarity calibration for a distance."""
+    """Return the published similarity calibration for a distance.
+
+    That of most published runs with the cosine distance is the log-ratio; on two medical data sets
+    it is the ratio (`DymoRatio`). With the Euclidean distance it is always the ratio.
+    """
     return "log_ratio" if distance == "cosine" else "ratio"
+
+
+class RatioOptions(RewardOptions):
+    """The same, with the plain ratio whatever the distance unless another form is asked for."""
+
+    calibration: SimilarityCalibration | None = "ratio"
 
 
 class UncalibratedOptions(RewardOptions):
@@ -288,6 +297,18 @@ class Dymo(Selector):
             aid: What `prepare` returned.
         """
         return None
+
+
+class DymoRatio(Dymo):
+    """The published rule with the plain ratio p' / p as its similarity calibration.
+
+    The published code has it for every Euclidean run and, with the cosine distance, for its two
+    medical data sets (`models/TIPData/Dynamic/DyMo.py`); its other runs with the cosine distance
+    have the log-ratio. With the Euclidean distance this selector is `Dymo`.
+    """
+
+    name = "dymo_ratio"
+    Options = RatioOptions
 
 
 class DymoUncalibrated(Dymo):

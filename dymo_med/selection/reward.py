@@ -100,8 +100,8 @@ def similarity_factor(before: Tensor, after: Tensor, calibration: SimilarityCali
     Args:
         before: ln p, any shape.
         after: ln p', same shape.
-        calibration: Which form. `log_ratio` is the published choice for the cosine distance,
-            `ratio` for the Euclidean one.
+        calibration: Which form. The published code has `ratio` for the Euclidean distance and, on
+            two medical data sets, for the cosine one; `log_ratio` for the cosine one elsewhere.
 
     Returns:
         1 where p' >= p.
