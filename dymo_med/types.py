@@ -37,6 +37,8 @@ class CellRules:
         until: The cells hold dates, and the value is the time from there to this date: a column
             of the same row, or a day as YYYY-MM-DD.
         date_format: How dates are written, as for `strptime`; empty = YYYY-MM-DD.
+        partial: What the value of a date is that gives only the month or the year: the middle of
+            what it allows, or blank.
         loinc: LOINC codes of the observations that hold this column in a FHIR record.
         fhir: Or the element of the patient that does, `gender` or `birthDate`.
         pick: Which observation counts if several differ: none (an error), the latest, or the
@@ -51,6 +53,7 @@ class CellRules:
     censored: Literal["error", "limit", "missing"] = "error"
     until: str = ""
     date_format: str = ""
+    partial: Literal["middle", "missing"] = "middle"
     loinc: tuple[str, ...] = ()
     fhir: str = ""
     pick: Literal["error", "latest", "earliest"] = "error"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 
 import torch
 
@@ -22,6 +22,11 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}([., '’\u00a0\u202f]\d{3})+([.,]\d+)?", re
 _CENSORED = re.compile(r"(?:[<>]=?|[≤≥])\s*(.+)")
 _NOT_A_NUMBER = frozenset({"nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
 _DATE = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ]\d\d:\d\d\S*)?", re.ASCII)
+# Dates and times of FHIR R4, known to the year, the month, the day or more closely.
+_ISO = re.compile(
+    r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d)?)?)?)?",
+    re.ASCII,
+)
 _LARGEST = torch.finfo(torch.float32).max
 _DEFAULT = CellRules()
 
@@ -54,6 +59,8 @@ class Cell:
             decimal sign is a point whatever the table's is.
         also: Other codes of the same category.
         place: Where, if that is not the row and the column.
+        iso: The file's format itself says that this is a date as ISO 8601 writes it, however the
+            table's dates are written in text: a year, a month, a day, or two days with a slash.
     """
 
     text: str
@@ -61,6 +68,7 @@ class Cell:
     typed: bool = False
     also: tuple[str, ...] = ()
     place: str = ""
+    iso: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,14 @@ class Row:
         place: Where the row is, for messages.
         sha256: Hash of the file, or of the row where the file holds rows of others too.
         identifiers: What the file calls the patient.
+        remarks: What of the file is not used though it could be meant, and why.
     """
 
     cells: Mapping[str, Cell]
     place: str
     sha256: str
     identifiers: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def is_blank(cell: Cell, column: Column, blank: Collection[str]) -> bool:
@@ -275,46 +285,130 @@ def _time_span(
 ) -> float | Problem | None:
     """Return the time from a cell's date to the reference date, in the column's unit.
 
-    A year is 365.25 days and a month a twelfth of it, as in UCUM.
+    A year is 365.25 days and a month a twelfth of it, as in UCUM. Where a date is a month or a
+    year, the value is the middle of what the dates allow, or blank, as the cohort declares.
     """
-    ends = []
-    fixed = _DATE.fullmatch(rules.until)
-    reference = Cell(rules.until) if fixed else cells.get(rules.until, Cell(""))
-    if not reference.text or reference.text in {w.strip() for w in (*blank, *rules.missing)}:
-        return None
-    for text, written, name in (
-        (cell.text, rules.date_format, ""),
-        (reference.text, "" if fixed else rules.date_format, f" ({rules.until})"),
-    ):
-        day = _day(text, written)
-        if day is None:
-            known = text.lower() in _BLANK_WORDS
-            return Problem(
-                where + name,
-                "the cell is not a date",
-                expected=f"a day written as {written}" if written else "a day as YYYY-MM-DD",
-                remedy=_DECLARE[0].upper() + _DECLARE[1:]
-                if known
-                else "Write whole dates, or declare how they are written: format: '%d.%m.%Y'",
-            )
-        ends.append(day)
-    days = (ends[1] - ends[0]).days
-    if days < 0:
+    bounds = _bounds(cell, rules, cells, where, blank)
+    if bounds is None or isinstance(bounds, Problem):
+        return bounds
+    fewest, most = bounds
+    if most < 0:
         return Problem(
             where,
             "the date lies after the date up to which time is counted",
             expected=f"a day up to that of {rules.until}",
             remedy="Check which of the two is wrong",
         )
-    return _within(convert(float(days), "days", column.unit), column, where)
-
-
-def _day(text: str, written: str) -> date | None:
-    """Return a day from text; None if it is none."""
-    try:
-        if written:
-            return datetime.strptime(text, written).date()
-        found = _DATE.fullmatch(text)
-        return date.fromisoformat(found[1]) if found else None
-    except ValueError:
+    if fewest < most and rules.partial == "missing":
         return None
+    middle = (max(fewest, 0) + most) / 2
+    return _within(convert(middle, "days", column.unit), column, where)
+
+
+def imprecision(
+    cell: Cell, column: Column, cells: Mapping[str, Cell], blank: Collection[str] = ()
+) -> str:
+    """Return how far the value of a date may be off, as a remark; empty if it is exact.
+
+    Args:
+        cell: What the file holds.
+        column: What it is a cell of.
+        cells: The whole row.
+        blank: Words that mean "blank" in all columns.
+    """
+    rules = column.rules or _DEFAULT
+    if not rules.until or is_blank(cell, column, blank):
+        return ""
+    bounds = _bounds(cell, rules, cells, "", blank)
+    if bounds is None or isinstance(bounds, Problem) or bounds[0] == bounds[1]:
+        return ""
+    if rules.partial == "missing":
+        return f"{column.name} is blank, since its date is not known to the day"
+    off = convert((bounds[1] - max(bounds[0], 0)) / 2, "days", column.unit)
+    return (
+        f"{column.name} is the middle of what its date allows, which is not known to the day: it"
+        f" may be {off:.2g} {column.unit} more or less"
+    )
+
+
+def _bounds(
+    cell: Cell, rules: CellRules, cells: Mapping[str, Cell], where: str, blank: Collection[str]
+) -> tuple[int, int] | Problem | None:
+    """Return the fewest and most days from a cell's date to the reference date; None = blank."""
+    fixed = _DATE.fullmatch(rules.until)
+    reference = Cell(rules.until, iso=True) if fixed else cells.get(rules.until, Cell(""))
+    if not reference.text or reference.text in {w.strip() for w in (*blank, *rules.missing)}:
+        return None
+    ends = []
+    for part, name in ((cell, ""), (reference, f" ({rules.until})")):
+        days = days_of(part.text, rules.date_format, iso=part.iso)
+        if days is not None:
+            ends.append(days)
+            continue
+        expected = f"a day written as {rules.date_format}" if rules.date_format else "YYYY-MM-DD"
+        remedy = "Write whole dates, or declare how they are written: format: '%d.%m.%Y'"
+        if part.iso:
+            expected, remedy = "YYYY, YYYY-MM or YYYY-MM-DD", "Export the record again"
+        elif part.text.lower() in _BLANK_WORDS:
+            remedy = _DECLARE[0].upper() + _DECLARE[1:]
+        return Problem(where + name, "the cell is not a date", expected=expected, remedy=remedy)
+    (first, last), (reference_first, reference_last) = ends
+    return (reference_first - last).days, (reference_last - first).days
+
+
+def days_of(text: str, written: str = "", *, iso: bool = False) -> tuple[date, date] | None:
+    """Return the first and the last day that a date may mean; None if it is no date.
+
+    Args:
+        text: The date.
+        written: How, as for `strptime`; empty = YYYY-MM-DD. Without a day in it, it is a month or
+            a year.
+        iso: It is written as FHIR writes dates (YYYY, YYYY-MM, YYYY-MM-DD, a time behind it or
+            not), or two of these with a slash, whatever `written` says.
+
+    Example:
+        >>> [day.isoformat() for day in days_of("2024-02", iso=True)]
+        ['2024-02-01', '2024-02-29']
+    """
+    try:
+        if iso:
+            ends = [_iso_days(part) for part in text.split("/")]
+            return (ends[0][0], ends[-1][1]) if len(ends) < 3 else None
+        if written:
+            day = datetime.strptime(text, written).date()
+            return _whole(day, _precision(written))
+        found = _DATE.fullmatch(text)
+        return _whole(date.fromisoformat(found[1]), "day") if found else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _iso_days(text: str) -> tuple[date, date]:
+    """Return the first and last day of a date or time of FHIR.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    found = _ISO.fullmatch(text)
+    if found is None:
+        raise ValueError("no date of FHIR")
+    year, month, day = (int(part) if part else 0 for part in found.groups())
+    precision = "day" if day else "month" if month else "year"
+    return _whole(date(year, month or 1, day or 1), precision)
+
+
+def _precision(written: str) -> str:
+    """Return what a date written like this is known to: the day, the month or the year."""
+    signs = set(re.findall(r"%-?(.)", written))
+    if signs & set("djxc") or (signs & set("aAwu") and signs & set("UWV")):
+        return "day"
+    return "month" if signs & set("mbB") else "year"
+
+
+def _whole(day: date, precision: str) -> tuple[date, date]:
+    """Return the first and last day of the month or year of a day, or the day itself."""
+    if precision == "day":
+        return day, day
+    first = day.replace(day=1) if precision == "month" else day.replace(month=1, day=1)
+    after = (first + timedelta(days=31 if precision == "month" else 366)).replace(day=1)
+    return first, after - timedelta(days=1)

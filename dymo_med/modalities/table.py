@@ -20,7 +20,7 @@ from dymo_med.config import Strict, as_words
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import csv_text, write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
-from dymo_med.modalities.cells import Cell, Row, parse
+from dymo_med.modalities.cells import Cell, Row, imprecision, parse
 from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
 from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
@@ -55,7 +55,10 @@ class ColumnEntry(Strict):
         missing: Words and numbers that mean "blank" in this column.
         censored: What `<5` is: an `error`, the `limit`, or `missing`.
         until: Of a date: the column, or the day (YYYY-MM-DD), to which time is counted.
-        format: Of a date: how it is written, as for `strptime`; YYYY-MM-DD without.
+        format: Of a date: how it is written, as for `strptime`; YYYY-MM-DD without. Dates of FHIR
+            and Parquet are read as they are, whatever this says.
+        partial: Of a date that gives only the month or the year: the `middle` of what it allows is
+            the value, or it is `missing`.
         loinc: LOINC code, or codes, of the FHIR observation that holds the column.
         fhir: `gender` or `birthDate` of the FHIR patient instead.
         pick: Which observation counts if several differ: `latest`, `earliest`, or an `error`.
@@ -73,6 +76,7 @@ class ColumnEntry(Strict):
     censored: Literal["error", "limit", "missing"] = "error"
     until: str = ""
     format: str = ""
+    partial: Literal["middle", "missing"] = "middle"
     loinc: list[str] = Field(default_factory=list)
     fhir: Literal["", "gender", "birthDate"] = ""
     pick: Literal["error", "latest", "earliest"] = "error"
@@ -130,8 +134,10 @@ class ColumnEntry(Strict):
                 )
             if not same_quantity(self.unit or "years", "days"):
                 raise ValueError("the unit of a date column is years, months, weeks or days")
-        elif self.until or self.format:
-            raise ValueError("until and format belong to a column of type date")
+            if self.format and not re.search("%-?[YyGxc]", self.format):
+                raise ValueError("the format of a date needs its year, for example '%d.%m.%Y'")
+        elif self.until or self.format or self.partial != "middle":
+            raise ValueError("until, format and partial belong to a column of type date")
         if self.type != "continuous" and (
             self.units or self.molar_mass is not None or self.censored != "error"
         ):
@@ -205,6 +211,7 @@ class ColumnEntry(Strict):
             censored=self.censored,
             until=self.until,
             date_format=self.format,
+            partial=self.partial,
             loinc=tuple(self.loinc),
             fhir=self.fhir,
             pick=self.pick,
@@ -394,6 +401,7 @@ class Table(Modality):
         values = torch.zeros(self.spec.shape, dtype=torch.float32)
         filled = torch.zeros(self.spec.shape, dtype=torch.bool)
         problems: list[Problem] = []
+        remarks = [*row.remarks]
         alike = {header.lower(): header for header in row.cells if header not in wanted}
         for i, (column, header) in enumerate(zip(columns, headers, strict=True)):
             other = alike.get(header.lower())
@@ -415,9 +423,21 @@ class Table(Modality):
             elif value is not None:
                 values[i] = value
                 filled[i] = True
+            remarks.append(imprecision(cell, column, row.cells, missing_values))
         if problems:
             raise PatientDataError(*problems)
         if not filled.any():
+            if row.remarks:
+                raise PatientDataError(
+                    Problem(
+                        at,
+                        "there are values of declared columns, but none that may be used",
+                        expected="values of the patient, of elements that can be understood",
+                        got="; ".join(row.remarks),
+                        remedy="Export the record without what forbids their use, or take it out"
+                        " if the table shall count as missing",
+                    )
+                )
             return None
         return ModalityValue(
             values=values,
@@ -427,6 +447,7 @@ class Table(Modality):
                 facts={"cells": f"{int(filled.sum())} of {len(filled)} filled"},
             ),
             observed_fields=filled,
+            warnings=tuple(filter(None, remarks)),
             identifiers=row.identifiers,
         )
 

@@ -47,6 +47,14 @@ class _Number(str):
     __slots__ = ()
 
 
+class _Names(dict[str, str]):
+    """Names as they are compared, by how they are written; each is worked out once."""
+
+    def __missing__(self, name: str) -> str:
+        self[name] = name.strip()
+        return self[name]
+
+
 class _Nested:
     """A list or an object where a cell is expected."""
 
@@ -105,7 +113,7 @@ def read_row(
     try:
         stat = path.stat()
     except OSError as error:
-        raise _unreadable(where, error) from error
+        raise unreadable(where, error) from error
     grid = _indexed(path, (stat.st_mtime_ns, stat.st_size), rules, wanted, tuple(keys))
     if not isinstance(grid, _Grid):
         raise PatientDataError(*grid)
@@ -287,7 +295,8 @@ def _row(grid: _Grid, number: int, wanted: frozenset[str], where: str, *, whole:
     return Row(cells, place, digest)
 
 
-def _unreadable(where: str, error: Exception) -> PatientDataError:
+def unreadable(where: str, error: Exception) -> PatientDataError:
+    """Return the error of a file that the system does not open."""
     return PatientDataError(
         Problem(
             where,
@@ -325,7 +334,7 @@ def content(path: Path, where: str) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(where, error) from error
+        raise unreadable(where, error) from error
 
 
 def decode(data: bytes, encoding: str, where: str) -> str:
@@ -561,12 +570,14 @@ def load_json(text: str, where: str) -> Any:
         PatientDataError: If it is not JSON, or an object has a name twice.
     """
     repeated: list[str] = []
+    names = _Names()
 
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name.strip() for name, _ in pairs]
-        if len(set(names)) < len(names):
-            repeated.extend(name for name in set(names) if names.count(name) > 1)
-        return dict(zip(names, (value for _, value in pairs), strict=True))
+        made = {names[name]: value for name, value in pairs}
+        if len(made) < len(pairs):
+            own = [names[name] for name, _ in pairs]
+            repeated.extend(name for name in made if own.count(name) > 1)
+        return made
 
     try:
         data = json.loads(
@@ -745,5 +756,5 @@ def _plain_text(value: Any) -> _Raw:
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, date):  # a datetime is one too
-        return value.isoformat()
+        return Cell(value.isoformat(), iso=True)
     return _Number(value)
