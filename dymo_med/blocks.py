@@ -19,18 +19,19 @@ _POOL: dict[int, Any] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 class Block(nn.Module):
     """Pre-norm transformer block: x += attention(LN x); x += MLP(LN x).
 
-    MLP ratio 4, GELU, queries, keys and values without bias, no dropout.
+    MLP ratio 4, GELU, queries, keys and values without bias.
 
     Args:
         dim: Token width D.
         heads: Attention heads; divides `dim`.
+        attention_dropout: Share of attention weights dropped while training.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, attention_dropout: float = 0.0) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads, got {dim} and {heads}.")
-        self.heads = heads
+        self.heads, self.attention_dropout = heads, attention_dropout
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim)
@@ -58,7 +59,8 @@ class Block(nn.Module):
             weight = self.qkv.weight
             (q,) = self._heads(F.linear(normed[:, :first], weight[:d]), 1)
             k, v = self._heads(F.linear(normed, weight[d:]), 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+        drop = self.attention_dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=drop)
         x = x[:, :first] + self.out(y.transpose(1, 2).reshape(b, first, d))
         x = x + self.mlp(self.norm2(x))
         return x

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from dymo_med.blocks import Block
 from dymo_med.config import Strict
+from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import modality
+from dymo_med.registry import nearest
 from dymo_med.types import Batch, ModalitySpec, Tokens
 
 
@@ -498,6 +500,24 @@ class CyclicLatents(nn.Module):
         return torch.stack(filled, 1), torch.stack(now, 1)
 
 
+@dataclass(frozen=True)
+class Dropouts:
+    """What shares are dropped while training; random numbers are torch's global ones.
+
+    Attributes:
+        attention: Of attention weights across modalities, per source modality; of the form
+            `joint` the largest counts.
+        memory: Of attention weights within a modality.
+        embedding: Of token values, where they enter a transformer.
+        output: Of values in the residual network after all transformers.
+    """
+
+    attention: tuple[float, ...]
+    memory: float = 0.0
+    embedding: float = 0.0
+    output: float = 0.0
+
+
 class CrossModalFusion(nn.Module):
     """Cross-modal attention over latents of any set of modalities.
 
@@ -517,6 +537,9 @@ class CrossModalFusion(nn.Module):
         layers: Layers of a cross-modal transformer.
         memory_layers: Layers of the self-attention after it.
         form: `pairwise` or `joint`.
+        dropouts: None = nothing is dropped.
+        causal: Whether a token sees only those that are no later than itself, in its own modality
+            and in others. The places of aligned tokens correspond.
 
     References:
         CyIN, NeurIPS 2025, Eq. 21-22; Tsai et al., Multimodal Transformer for Unaligned Multimodal
@@ -533,19 +556,29 @@ class CrossModalFusion(nn.Module):
         layers: int,
         memory_layers: int,
         form: Literal["pairwise", "joint"],
+        dropouts: Dropouts | None = None,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.modalities, self.length, self.form = modalities, length, form
+        d = self.dropouts = dropouts or Dropouts((0.0,) * modalities)
+        self.causal = causal
         self.inputs = nn.ModuleList(_Convolution(channels, dim) for _ in range(modalities))
         self.position = nn.Parameter(torch.randn(modalities, length, dim) * 0.02)
         pairwise = form == "pairwise"
         wide = dim * max(1, modalities - 1) if pairwise else dim
+        every = range(modalities)
+        # One network per target and source, which has the source's rate; or one for all.
+        rates = (
+            [d.attention[s] for t in every for s in every if s != t]
+            if pairwise
+            else [max(d.attention)] * int(modalities > 1)
+        )
         self.crosses = nn.ModuleList(
-            nn.ModuleList(_CrossBlock(dim, heads) for _ in range(layers))
-            for _ in range(modalities * (modalities - 1) if pairwise else int(modalities > 1))
+            nn.ModuleList(_CrossBlock(dim, heads, rate) for _ in range(layers)) for rate in rates
         )
         self.memories = nn.ModuleList(
-            nn.ModuleList(Block(wide, heads) for _ in range(memory_layers))
+            nn.ModuleList(Block(wide, heads, d.memory) for _ in range(memory_layers))
             for _ in range(modalities if pairwise else 1)
         )
         self.width = wide * modalities if pairwise else dim
@@ -566,14 +599,36 @@ class CrossModalFusion(nn.Module):
             [layer(latents[:, i]) for i, layer in enumerate(self.inputs)],
             1,
         )
-        x = x + self.position  # (R, M, L, dim)
+        # One draw for all networks that a modality's tokens enter.
+        x = self._dropped(x + self.position, self.dropouts.embedding)  # (R, M, L, dim)
         state = (self._pairwise if self.form == "pairwise" else self._joint)(x, available)
-        out: Tensor = self.norm(state + self.mlp(state))
+        inside = self._dropped(self.mlp[:2](state), self.dropouts.output)
+        out: Tensor = self.norm(state + self.mlp[2](inside))
         return out
+
+    def _dropped(self, x: Tensor, rate: float) -> Tensor:
+        """Return `x` with a share of its values dropped, in training alone."""
+        return F.dropout(x, rate) if rate and self.training else x
+
+    def _earlier(self, copies: int, device: torch.device) -> Tensor:
+        """Return which token (column) each token (row) may see: none that is later than itself.
+
+        Args:
+            copies: Modalities side by side.
+            device: Where to.
+
+        Returns:
+            Bool `(N, N)`, N = copies L; `(1, 1)`, True, where nothing is causal.
+        """
+        if not self.causal:
+            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        place = torch.arange(self.length, device=device).repeat(copies)
+        return place[None] <= place[:, None]
 
     def _pairwise(self, x: Tensor, available: Tensor) -> Tensor:
         parts = []
         m, networks = self.modalities, iter(self.crosses)
+        earlier = self._earlier(1, x.device)
         for t in range(m):
             seen = []
             for s in range(m):
@@ -581,11 +636,11 @@ class CrossModalFusion(nn.Module):
                     continue
                 y = x[:, t]
                 for cross in next(networks):  # type: ignore[attr-defined]
-                    y = cross(y, x[:, s], available[:, s, None])
+                    y = cross(y, x[:, s], available[:, s, None] & earlier)
                 seen.append(y)
-            y = torch.cat(seen or [x[:, t]], -1)
+            y = self._dropped(torch.cat(seen or [x[:, t]], -1), self.dropouts.embedding)
             # What is not available is left out of the mean; a token sees at least itself.
-            own = _self_or(available[:, t])
+            own = _self_or(available[:, t]) & earlier
             for block in self.memories[t]:  # type: ignore[attr-defined]
                 y = block(y, own)
             parts.append(_mean(y, available[:, t]))
@@ -596,12 +651,14 @@ class CrossModalFusion(nn.Module):
         owner = torch.arange(m, device=x.device).repeat_interleave(n)
         same = owner[:, None] == owner[None]
         flat = available.flatten(1)
+        earlier = self._earlier(m, x.device)
         y = x.flatten(1, 2)
         source = y
         for network in self.crosses:
             for cross in network:  # type: ignore[attr-defined]
-                y = cross(y, source, flat[:, None] & ~same)
-        own = (flat[:, None] & same) | torch.eye(m * n, dtype=torch.bool, device=x.device)
+                y = cross(y, source, flat[:, None] & ~same & earlier)
+        y = self._dropped(y, self.dropouts.embedding)
+        own = (flat[:, None] & same & earlier) | torch.eye(m * n, dtype=torch.bool, device=x.device)
         for block in self.memories[0]:  # type: ignore[attr-defined]
             y = block(y, own[:, None])
         each = _mean(y.view(r * m, n, d), available.flatten(0, 1)).view(r, m, d)
@@ -611,9 +668,9 @@ class CrossModalFusion(nn.Module):
 class _CrossBlock(nn.Module):
     """Pre-norm block in which one modality's tokens attend to others'."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, attention_dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attention_dropout = heads, attention_dropout
         self.norm_target, self.norm_source = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * dim, bias=False)
@@ -639,7 +696,9 @@ class _CrossBlock(nn.Module):
             part.view(r, source.shape[1], self.heads, head).transpose(1, 2)
             for part in self.key_value(self.norm_source(source)).chunk(2, -1)
         )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(attend | ~some)[:, None])
+        drop = self.attention_dropout if self.training else 0.0
+        seen = (attend | ~some)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=drop)
         x = x + self.out(y.transpose(1, 2).reshape(r, n, d)) * some
         out: Tensor = x + self.mlp(self.norm(x))
         return out
@@ -674,6 +733,9 @@ def _self_or(available: Tensor) -> Tensor:
     return (available[:, None] | itself)[:, None]
 
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class FusionOptions(Strict):
     """Sizes of the fusion.
 
@@ -683,6 +745,13 @@ class FusionOptions(Strict):
         heads: Attention heads.
         layers: Layers of a cross-modal transformer.
         memory_layers: Layers of self-attention after it.
+        attention_dropout: Share of attention weights across modalities that is dropped while
+            training: a number, or (`pairwise`) one by the name of the source modality, 0 for
+            those not named.
+        memory_dropout: Likewise within a modality.
+        embedding_dropout: Share of token values dropped where they enter a transformer.
+        output_dropout: Share of values dropped in the residual network after all transformers.
+        causal: Whether a token sees only those that are no later than itself.
     """
 
     fusion: Literal["pairwise", "joint"] = "pairwise"
@@ -690,9 +759,45 @@ class FusionOptions(Strict):
     heads: Annotated[int, Field(ge=1)] = 4
     layers: Annotated[int, Field(ge=1)] = 1
     memory_layers: Annotated[int, Field(ge=1)] = 1
+    attention_dropout: Rate | dict[str, Rate] = 0.0
+    memory_dropout: Rate = 0.0
+    embedding_dropout: Rate = 0.0
+    output_dropout: Rate = 0.0
+    causal: bool = False
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.fusion_dim % self.heads:
             raise ValueError("fusion_dim must be a multiple of heads")
+        if self.fusion == "joint" and isinstance(self.attention_dropout, dict):
+            raise ValueError("attention_dropout must be one number with fusion: joint")
         return self
+
+    def dropouts(self, names: Sequence[str]) -> Dropouts:
+        """Return the rates of a cohort's modalities.
+
+        Args:
+            names: Modalities in canonical order.
+
+        Raises:
+            ConfigError: If a rate is for another modality.
+        """
+        rates = self.attention_dropout
+        if not isinstance(rates, dict):
+            rates = dict.fromkeys(names, rates)
+        unknown = [name for name in rates if name not in names]
+        if unknown:
+            raise ConfigError(
+                Problem(
+                    "Backbone cyclic attention_dropout",
+                    f"there is no modality called {', '.join(unknown)}",
+                    expected=f"modalities of the cohort: {', '.join(names)}",
+                    remedy=nearest(unknown[0], list(names)),
+                )
+            )
+        return Dropouts(
+            tuple(rates.get(name, 0.0) for name in names),
+            self.memory_dropout,
+            self.embedding_dropout,
+            self.output_dropout,
+        )

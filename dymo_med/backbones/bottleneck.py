@@ -70,6 +70,8 @@ class CyclicFusion(FusionBackbone):
             o.layers,
             o.memory_layers,
             o.fusion,
+            o.dropouts([spec.name for spec in specs]),
+            o.causal,
         )
         self.labels = nn.ModuleDict(
             {spec.name: nn.Linear(o.bottleneck, classes) for spec in specs}

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
@@ -519,3 +520,147 @@ class TestTied:
             assert torch.equal(one, two)
         means = encode_versions(backbone().eval(), batch).observed
         assert not torch.equal(one, means)
+
+
+DROPOUTS = ("attention_dropout", "memory_dropout", "embedding_dropout", "output_dropout")
+
+
+def fused(network, seed, available=None):
+    """What a training step's fusion says of the same tokens, from a state of torch's generator."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(5, 3, 2, 4, generator=g, dtype=torch.float64)
+    if available is None:
+        available = torch.ones(5, 3, 2, dtype=torch.bool)
+    torch.manual_seed(seed)
+    return network.fusion(z, available)
+
+
+class TestDropout:
+    @pytest.mark.parametrize("form", ["pairwise", "joint"])
+    @pytest.mark.parametrize("option", DROPOUTS)
+    def test_each_acts_in_training_alone_and_follows_the_seed(self, option, form):
+        plain = backbone(fusion=form)
+        network = backbone(fusion=form, **{option: 0.5})
+        # Nothing is drawn for the weights, which are those of a network without it.
+        for one, other in zip(plain.parameters(), network.parameters(), strict=True):
+            assert torch.equal(one, other)
+        once, again, other = (fused(network.train(), seed) for seed in (1, 1, 2))
+        assert torch.equal(once, again) and not torch.equal(once, other)
+        assert torch.equal(fused(network.eval(), 1), fused(plain.eval(), 2))
+
+    @pytest.mark.parametrize("form", ["pairwise", "joint"])
+    def test_without_it_training_draws_nothing(self, form):
+        network = backbone(fusion=form).train()
+        before = fused(network, 1)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(1)))
+        assert torch.equal(before, fused(network, 2))
+
+    def test_attention_across_modalities_has_the_rate_of_its_source(self, monkeypatch):
+        rates = {"blood": 0.1, "film": 0.3}
+        network = backbone(attention_dropout=rates, memory_dropout=0.4)
+        seen, attention = [], F.scaled_dot_product_attention
+        monkeypatch.setattr(
+            F,
+            "scaled_dot_product_attention",
+            lambda *a, dropout_p=0.0, **kw: (
+                seen.append(dropout_p) or attention(*a, dropout_p=dropout_p, **kw)
+            ),
+        )
+        fused(network.train(), 0)
+        # Targets blood, urine, film: two sources each, then the target's own tokens.
+        assert seen == [0.0, 0.3, 0.4, 0.1, 0.3, 0.4, 0.1, 0.0, 0.4]
+        seen.clear()
+        fused(network.eval(), 0)
+        assert seen == [0.0] * 9
+
+    def test_shares_are_what_the_options_say(self):
+        network = backbone(output_dropout=0.25, embedding_dropout=0.5, fusion_dim=64, heads=2)
+        shares = {}
+
+        def look(name):
+            def note(module, given):
+                shares.setdefault(name, float((given[0] == 0).double().mean()))
+
+            return note
+
+        fusion = network.fusion.train()
+        fusion.mlp[1] = nn.Softplus()  # no zeros of its own
+        fusion.mlp[2].register_forward_pre_hook(look("output"))
+        fusion.crosses[0][0].norm_source.register_forward_pre_hook(look("embedding"))
+        fused(network, 0)
+        assert shares["output"] == pytest.approx(0.25, abs=0.06)
+        assert shares["embedding"] == pytest.approx(0.5, abs=0.08)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"attention_dropout": 1.0}, "less than 1"),
+            ({"attention_dropout": {"blood": 1.5}}, "less than 1"),
+            ({"memory_dropout": -0.1}, "greater than or equal to 0"),
+            ({"output_dropout": "much"}, "valid number"),
+            ({"fusion": "joint", "attention_dropout": {"blood": 0.1}}, "must be one number"),
+        ],
+    )
+    def test_what_cannot_be_dropped(self, options, message):
+        with pytest.raises(ValidationError, match=message):
+            backbone(**options)
+
+    def test_a_rate_of_a_modality_that_is_not_there_is_an_error_with_the_nearest_name(self):
+        with pytest.raises(ConfigError, match=r"no modality called bloood.*blood"):
+            backbone(attention_dropout={"bloood": 0.1})
+
+
+class TestCausal:
+    @staticmethod
+    def reach(form, causal, available):
+        """Bool `(M, L, M, L)`: whether a token's last state depends on another's values."""
+        m, n, d = 3, 4, 8
+        torch.manual_seed(0)
+        fusion = CrossModalFusion(m, n, d, d, 2, 2, 2, form, causal=causal).double().eval()
+        fusion.inputs = nn.ModuleList(nn.Identity() for _ in range(m))  # no neighbours seen here
+        states = []
+        for blocks in fusion.memories:
+            blocks[-1].register_forward_hook(lambda module, given, output: states.append(output))
+        z = torch.randn(1, m, n, d, dtype=torch.float64)
+        depends = torch.zeros(m, n, m, n, dtype=torch.bool)
+
+        def look(z):
+            states.clear()
+            fusion(z, available)
+            return torch.stack(states, 1) if form == "pairwise" else states[0].view(1, m, n, -1)
+
+        before = look(z)
+        for s, j in itertools.product(range(m), range(n)):
+            other = z.clone()
+            # Not a constant, which normalisation would take out.
+            other[0, s, j] += torch.randn(d, dtype=torch.float64)
+            depends[..., s, j] = (look(other) != before)[0].any(-1)
+        return depends
+
+    @pytest.mark.parametrize("form", ["pairwise", "joint"])
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_which_tokens_a_token_sees(self, form, causal):
+        found = self.reach(form, causal, torch.ones(1, 3, 4, dtype=torch.bool))
+        lower = torch.ones(4, 4, dtype=torch.bool).tril()
+        table = lower if causal else torch.ones(4, 4, dtype=torch.bool)
+        for t, s in itertools.product(range(3), range(3)):
+            assert found[t, :, s].tolist() == table.tolist(), (t, s)
+
+    @pytest.mark.parametrize("form", ["pairwise", "joint"])
+    def test_what_is_not_available_is_not_seen_though_it_is_earlier(self, form):
+        available = torch.ones(1, 3, 4, dtype=torch.bool)
+        available[0, 1, :2] = False
+        available[0, 2] = False
+        found = self.reach(form, True, available)
+        seen = torch.ones(4, 4, dtype=torch.bool).tril()
+        assert found[0, :, 0].tolist() == seen.tolist()
+        seen[:, :2] = False
+        assert found[0, :, 1].tolist() == seen.tolist()
+        assert not found[0, :, 2].any()
+
+    def test_a_network_may_be_causal_and_lack_all_but_one_modality(self):
+        network = backbone(causal=True).eval()
+        available = torch.zeros(5, 3, 2, dtype=torch.bool)
+        available[torch.arange(5), torch.arange(5) % 3] = True
+        assert bool(fused(network, 0, available).isfinite().all())
+        assert not torch.equal(fused(network, 0), fused(backbone().eval(), 0))

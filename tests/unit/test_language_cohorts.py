@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dymo_med.bundle import load_bundle
+from dymo_med.config import BackboneTraining
 from dymo_med.data.cohort import read_cohort
 from dymo_med.inference.check import check
 from dymo_med.training import train as module
@@ -109,4 +110,28 @@ def test_the_published_options_are_kept():
         "mosei": (32, 5, 30),
         "iemocap": (4, 10, 50),
         "meld": (4, 5, 40),
+    }
+
+
+def test_rates_of_dropout_the_mask_and_clipping_are_the_released_configuration_s():
+    """Attention of text, audio and vision as sources; memory; embedding; output; largest value."""
+    found = {}
+    for name in NAMES:
+        recipe = yaml.safe_load((REPOSITORY / "configs" / f"cyin-{name}.yaml").read_text())
+        o, training = recipe["backbone"], recipe["backbone_training"]
+        assert o["causal"] is True
+        # As published: at least three layers of memory, and nothing clipped by its length.
+        assert o["memory_layers"] == max(3, o["layers"])
+        schedule = BackboneTraining(**training)
+        assert schedule.clip_gradients is None
+        found[name] = (
+            *(o["attention_dropout"][m] for m in ("text", "audio", "vision")),
+            *(o[f"{part}_dropout"] for part in ("memory", "embedding", "output")),
+            schedule.clip_values,
+        )
+    assert found == {
+        "mosi": (0.1, 0.3, 0.0, 0.4, 0.0, 0.3, 5.0),
+        "mosei": (0.1, 0.0, 0.3, 0.2, 0.5, 0.5, 1.0),
+        "iemocap": (0.5, 0.0, 0.2, 0.3, 0.0, 0.2, 1.0),
+        "meld": (0.1, 0.2, 0.4, 0.3, 0.0, 0.2, 10.0),
     }
