@@ -20,10 +20,18 @@ class ModDrop(Concatenation):
     In every step each modality of each record is dropped with the same probability, never all
     that the record has.
 
-    Deviations from the publication, on purpose: a dropped modality is the learned placeholder of a
-    missing one rather than zeros, because that is what stands there when it is missing; there is
-    no pre-training of each modality and no gradual fusion, because every comparator has the same
-    schedule; the last modality left of a record is not dropped.
+    Two publications mean two networks by this name, and this one is neither (a table is in
+    docs/reference/recipe.md). What all have in common is the draw per modality and record.
+
+    Against ModDrop (Neverova et al.): a dropped modality is the learned placeholder of a missing
+    one rather than zeros, because that is what stands there when it is missing; there is no
+    pre-training of each modality and no gradual fusion, because every comparator has the same
+    schedule; one rate holds for all modalities; the last modality left of a record is not dropped.
+
+    Against the comparator of this name in DyMo's published code (`ModDrop.py`), whose numbers
+    stand in its tables: that one is the fusion transformer, in which a dropped modality's tokens
+    are zero before embeddings are added and are attended to like any other. Here each modality
+    becomes one vector by itself, and vectors meet in a network with one hidden layer.
 
     Args:
         specs: Modalities in canonical order, fitted.
@@ -32,7 +40,7 @@ class ModDrop(Concatenation):
 
     References:
         Neverova et al., ModDrop: adaptive multi-modal gesture recognition, IEEE TPAMI, 2016,
-        arXiv:1501.00102.
+        arXiv:1501.00102. DyMo, ICLR 2026 (published code, snapshot 64e0f78).
     """
 
     class Options(Concatenation.Options):
