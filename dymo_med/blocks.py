@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from dymo_med.types import Column, Steps, Tokens
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+# No logarithm is taken of anything less: a recovered cell may lie below all measured ones.
+_SMALLEST = 1e-6
 _POOL: dict[int, Any] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 
 
@@ -87,9 +89,13 @@ class Encoder(nn.Module):
 
     Attributes:
         tokens: How many tokens N it yields.
+        described: Whether it reads a scan's descriptors.
+        sees_values: Whether it reads the values themselves.
     """
 
     tokens: int
+    described: bool = False
+    sees_values: bool = True
 
 
 class ConvEncoder(Encoder):
@@ -118,12 +124,18 @@ class ConvEncoder(Encoder):
         self.pool = _POOL[len(spatial)](self.grid)
         self.project = conv(channels, dim, 1)
 
-    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """Return one token per grid cell, all available.
 
         Args:
             values: `(B, C, *spatial)`.
             observed_fields: Not used; images have no cells.
+            descriptors: Not used.
         """
         x = self.project(self.pool(self.stack(values)))
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)
@@ -244,7 +256,63 @@ class PatchDecoder(nn.Module):
         return self.mean_image + _to_voxels(x, self.stride, self.shape)
 
 
-class ColumnEncoder(Encoder):
+class Cells(nn.Module):
+    """Each cell of a table as a vector: a number times a slope, or a category's own vector.
+
+    Args:
+        columns: The columns, fitted (`mean`, `std` set) or not (then 0 and 1 are used).
+        dim: Length D of the vectors.
+    """
+
+    offset: Tensor
+    center: Tensor
+    scale: Tensor
+    is_category: Tensor
+    logarithm: Tensor
+
+    def __init__(self, columns: Sequence[Column], dim: int) -> None:
+        super().__init__()
+        categorical = [c.type == "categorical" for c in columns]
+        offsets, total = [], 0
+        for column in columns:
+            offsets.append(total)
+            total += len(column.values)
+        # The numbers below come with the spec, so they are not part of the weights.
+        self.register_buffer("offset", torch.tensor(offsets), persistent=False)
+        self.register_buffer("is_category", torch.tensor(categorical), persistent=False)
+        logs = [c.logarithm for c in columns]
+        center = [
+            c.mean or 0.0 if g is None else g.mean for c, g in zip(columns, logs, strict=True)
+        ]
+        scale = [c.std or 1.0 if g is None else g.std for c, g in zip(columns, logs, strict=True)]
+        # NaN: this column's numbers are taken as they are.
+        shift = [float("nan") if g is None else g.shift for g in logs]
+        self.register_buffer("center", torch.tensor(center), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        self.register_buffer("logarithm", torch.tensor(shift), persistent=False)
+        self.categories = nn.Embedding(total, dim) if total else None
+        if self.categories is not None:  # as long as a usual number's vector
+            nn.init.normal_(self.categories.weight, 0, dim**-0.5)
+        self.slope = nn.Parameter(torch.randn(len(columns), dim) / dim**0.5)
+
+    def vectors(self, values: Tensor, observed_fields: Tensor) -> Tensor:
+        """Return `(B, F, D)`; what stands for a blank cell means nothing.
+
+        Args:
+            values: `(B, F)`, natural units, categories as their index.
+            observed_fields: Bool `(B, F)`, True = filled.
+        """
+        values = values.where(observed_fields, values.new_zeros(()))
+        logs = torch.log((values + self.logarithm).clamp_min(_SMALLEST))
+        told = torch.where(self.logarithm.isnan(), values, logs)
+        x = ((told - self.center) / self.scale).unsqueeze(-1) * self.slope
+        if self.categories is not None:
+            index = (values.round().long() + self.offset).where(self.is_category, 0)
+            x = torch.where(self.is_category[:, None], self.categories(index), x)
+        return x
+
+
+class ColumnEncoder(Cells, Encoder):
     """A table as one token per column, with a learned token in place of a blank cell.
 
     A continuous cell is standardised by the column's training mean and spread; a category has
@@ -259,47 +327,31 @@ class ColumnEncoder(Encoder):
         heads: Attention heads.
     """
 
-    offset: Tensor
-    center: Tensor
-    scale: Tensor
-    is_category: Tensor
-
     def __init__(self, columns: Sequence[Column], dim: int, layers: int, heads: int) -> None:
-        super().__init__()
+        super().__init__(columns, dim)
         self.tokens = len(columns)
-        categorical = [c.type == "categorical" for c in columns]
-        offsets, total = [], 0
-        for column in columns:
-            offsets.append(total)
-            total += len(column.values)
-        # The numbers below come with the spec, so they are not part of the weights.
-        self.register_buffer("offset", torch.tensor(offsets), persistent=False)
-        self.register_buffer("is_category", torch.tensor(categorical), persistent=False)
-        center = torch.tensor([c.mean or 0.0 for c in columns])
-        scale = torch.tensor([c.std or 1.0 for c in columns])
-        self.register_buffer("center", center, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.categories = nn.Embedding(total, dim) if total else None
-        self.slope = nn.Parameter(torch.randn(len(columns), dim) / dim**0.5)
         self.blank = nn.Parameter(torch.randn(dim) * 0.02)
-        self.column = nn.Parameter(torch.randn(len(columns), dim) * 0.02)
+        # As long as the product of a usual cell: see `encoders.base.ToToken`.
+        self.column = nn.Parameter(torch.randn(len(columns), dim) * dim**-0.5)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
 
-    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """Return one token per column.
 
         Args:
             values: `(B, F)`, natural units, categories as their index.
             observed_fields: Bool `(B, F)`, True = filled; None = all filled.
+            descriptors: Not used.
         """
         if observed_fields is None:
             observed_fields = torch.ones_like(values, dtype=torch.bool)
-        values = values.where(observed_fields, values.new_zeros(()))
-        x = ((values - self.center) / self.scale).unsqueeze(-1) * self.slope  # (B, F, D)
-        if self.categories is not None:
-            index = (values.round().long() + self.offset).where(self.is_category, 0)
-            x = torch.where(self.is_category[:, None], self.categories(index), x)
+        x = self.vectors(values, observed_fields)
         x = torch.where(observed_fields[..., None], x, self.blank) + self.column
         x = self.norm(x)
         itself = torch.eye(self.tokens, dtype=torch.bool, device=x.device)
@@ -356,12 +408,18 @@ class StepEncoder(Encoder):
         self.project = nn.Linear(features, dim)
         self.mix = nn.Conv1d(dim, dim, 3, padding=1)
 
-    def forward(self, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def forward(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """Return `(B, N, D)`, all available.
 
         Args:
             values: `(B, L, C)`.
             observed_fields: Not used; sequences have no cells.
+            descriptors: Not used.
         """
         x = self.project((values - self.center) / self.scale).transpose(1, 2)  # (B, D, L)
         x = x + F.gelu(self.mix(x))

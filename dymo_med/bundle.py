@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dymo_med import __version__
-from dymo_med.backbones import BACKBONES, SEGMENTERS, FusionBackbone
+from dymo_med.backbones import BACKBONES, SEGMENTERS, Ensemble, FusionBackbone, as_one
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
-from dymo_med.config import Recipe
+from dymo_med.config import MOST_MEMBERS, Recipe
 from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.conformal import Conformal
 from dymo_med.data.gate import Limits
@@ -204,6 +204,11 @@ class ModelBundle:
         return replace(self, choice=replace(self.choice, name=name, why=why))
 
     @property
+    def members(self) -> int:
+        """How many networks the backbone is the mean of."""
+        return len(self.backbone.members) if isinstance(self.backbone, Ensemble) else 1
+
+    @property
     def version(self) -> str:
         """Version of the package that trained it."""
         return str(self.provenance["versions"]["dymo_med"])
@@ -267,6 +272,7 @@ class ModelBundle:
             "distance": self.statistics.distance,
             "temperature": self.temperature,
             "base_rates": list(self.base_rates),
+            **({"members": self.members} if self.members > 1 else {}),
         }
 
     def _selectors(self) -> dict[str, Any]:
@@ -473,7 +479,12 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         # Random initial weights are overwritten at once; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             imputer = imputer_class(specs, imputer_options)
-            backbone = backbone_class(specs, len(task.classes), backbone_options)
+            members = int(inference.get("members", 1))
+            if not 1 <= members <= MOST_MEMBERS:
+                raise ValueError("the number of networks cannot be right")
+            backbone = as_one(
+                [backbone_class(specs, len(task.classes), backbone_options) for _ in range(members)]
+            )
         imputer.tie(backbone)
         load_weights(imputer, path, "models/imputer.safetensors")
         load_weights(backbone, path, "models/backbone.safetensors")
@@ -533,6 +544,10 @@ def table_entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a table entry's class and its validated options."""
     options = dict(entry)
     found = TABLES[part][options.pop("name")]
+    if "image_encoders" in found.Options.model_fields and "image_encoders" not in options:
+        # Bundles from before encoders had names.
+        before = {"image_encoders": ["strided"], "table_encoder": "columns", "tails": False}
+        options = {k: v for k, v in before.items() if k in found.Options.model_fields} | options
     return found, found.Options.model_validate(options)
 
 

@@ -106,11 +106,19 @@ class Augmentation(Strict):
         mirror_axes: Spatial axes to mirror with probability 1/2 (0 = left-right in RAS).
         shift_voxels: Largest shift along each axis.
         intensity: Standard deviation of a random gain and offset.
+        rotate_degrees: Largest turn about each axis; of a picture, in its plane.
+        scale: Largest change of size, as a share.
     """
 
     mirror_axes: list[Annotated[int, Field(ge=0, le=2)]] = []
     shift_voxels: Annotated[int, Field(ge=0)] = 0
     intensity: Annotated[float, Field(ge=0)] = 0.0
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+# Networks that answer as one; more than these few gain nothing.
+MOST_MEMBERS = 5
 
 
 class BackboneTraining(Schedule):
@@ -129,6 +137,10 @@ class BackboneTraining(Schedule):
             are reduced.
         class_weights: `balanced` weighs the loss of a class with the inverse of how common it is
             among training records.
+        auxiliary: Weight of the loss of answers from each modality alone, so that none is left
+            untrained beside a stronger one.
+        members: Networks that are trained one after another, from different weights, and whose
+            mean is the answer.
         crop: Voxels along each axis of the random part that a segmentation network is shown in a
             training step, and of its sliding window later; None = the whole grid.
     """
@@ -141,6 +153,8 @@ class BackboneTraining(Schedule):
     class_weights: Literal["none", "balanced"] = "none"
     gradient: Literal["sum", "gmd"] = "sum"
     reduction: Literal["mean", "sum"] = "mean"
+    auxiliary: Annotated[float, Field(ge=0)] = 0.0
+    members: Annotated[int, Field(ge=1, le=MOST_MEMBERS)] = 1
     crop: Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=3, max_length=3)] | None = (
         None
     )

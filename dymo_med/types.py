@@ -107,6 +107,21 @@ def _untold(kind: type[RulesT], data: Mapping[str, Any] | None) -> RulesT | None
 
 
 @dataclass(frozen=True)
+class Logarithm:
+    """A column's numbers as log(number + shift), standardised.
+
+    Attributes:
+        shift: What is added before the logarithm is taken.
+        mean: Mean of the logarithms over training patients' observed cells.
+        std: Standard deviation likewise, positive.
+    """
+
+    shift: float
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
 class Column:
     """One column of a table modality.
 
@@ -127,6 +142,7 @@ class Column:
             all tables tell (`training.train.fit_importances`); None before fitting and in
             bundles that were made without it.
         rules: How its cells are written; None = plain numbers, or the categories themselves.
+        logarithm: How networks see a continuous column that is skewed; None = as it is.
     """
 
     name: str
@@ -140,6 +156,24 @@ class Column:
     percentiles: tuple[float, ...] = ()
     importance: float | None = None
     rules: CellRules | None = None
+    logarithm: Logarithm | None = None
+
+
+@dataclass(frozen=True)
+class DescriptorNorms:
+    """What is fitted to the descriptors of an image's training scans (`modalities.descriptors`).
+
+    Attributes:
+        center: Their means `(P,)`.
+        components: `(Q, P)`: Q principal components of the standardised descriptors, divided by
+            what they spread among training scans, from differences to `center`.
+        adapt: `(P, P + 1)`: descriptors of a scan as stored from those of its values on the grid,
+            with the constant last; for recovered scans, which have no other voxels.
+    """
+
+    center: tuple[float, ...]
+    components: tuple[tuple[float, ...], ...]
+    adapt: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -197,6 +231,7 @@ class ModalitySpec:
             and spacing, centred on their `reference` (the first that was observed, if none is
             called that); `own` = centred on the scan itself.
         rules: How a table's file is written; None = UTF-8, one row.
+        descriptors: Of an image: what is fitted to its scans' descriptors; None before fitting.
     """
 
     name: str
@@ -210,6 +245,7 @@ class ModalitySpec:
     dicom: SeriesRule | None = None
     grid: Literal["shared", "reference", "own"] = "shared"
     rules: FileRules | None = None
+    descriptors: DescriptorNorms | None = None
 
     @property
     def is_image(self) -> bool:
@@ -225,10 +261,14 @@ class ModalitySpec:
             del data["dicom"]
         if self.grid == "shared":
             del data["grid"]
+        if self.descriptors is None:
+            del data["descriptors"]
         parts: list[tuple[dict[str, Any], CellRules | FileRules | None]] = [(data, self.rules)]
         for column, own in zip(data["columns"], self.columns, strict=True):
             if own.importance is None:
                 del column["importance"]
+            if own.logarithm is None:
+                del column["logarithm"]
             parts.append((column, own.rules))
         for part, rules in parts:
             del part["rules"]
@@ -248,6 +288,9 @@ class ModalitySpec:
                     "frequencies": tuple(column["frequencies"]),
                     "percentiles": tuple(column["percentiles"]),
                     "rules": _untold(CellRules, column.get("rules")),
+                    "logarithm": Logarithm(**column["logarithm"])
+                    if column.get("logarithm")
+                    else None,
                 }
             )
             for column in data["columns"]
@@ -269,6 +312,13 @@ class ModalitySpec:
             dicom=_series_rule(data.get("dicom")),
             grid=data.get("grid", "shared"),
             rules=_untold(FileRules, data.get("rules")),
+            descriptors=None
+            if data.get("descriptors") is None
+            else DescriptorNorms(
+                tuple(data["descriptors"]["center"]),
+                tuple(map(tuple, data["descriptors"]["components"])),
+                tuple(map(tuple, data["descriptors"]["adapt"])),
+            ),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dymo_med.backbones.base import FusionBackbone
 from dymo_med.backbones.bottleneck import CyclicFusion
 from dymo_med.backbones.dense import DenseVersions, Readout, Windows, dense_versions
+from dymo_med.backbones.ensemble import Ensemble, as_one
 from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.backbones.transformer import FusionTransformer
 from dymo_med.backbones.versions import EncodedVersions, encode_observed, encode_versions
@@ -21,11 +22,13 @@ __all__ = [
     "CyclicFusion",
     "DenseVersions",
     "EncodedVersions",
+    "Ensemble",
     "FusionBackbone",
     "FusionTransformer",
     "Readout",
     "SharedUNet",
     "Windows",
+    "as_one",
     "dense_versions",
     "encode_observed",
     "encode_versions",

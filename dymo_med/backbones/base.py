@@ -40,13 +40,21 @@ class FusionBackbone(nn.Module, ABC):
         super().__init__()
 
     @abstractmethod
-    def encode(self, name: str, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def encode(
+        self,
+        name: str,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """Return the tokens of one version of one modality, ready to fuse.
 
         Args:
             name: Modality.
             values: `(B, *shape)`.
             observed_fields: Bool `(B, F)` for tables; None = every cell filled.
+            descriptors: `(B, P)` of images as stored; None = what their values make probable
+                (`Modality.describe`).
 
         Returns:
             As many tokens as `token_modality` has for it, `(B, N_m, D)`.
@@ -82,6 +90,14 @@ class FusionBackbone(nn.Module, ABC):
 
         No other modality's tokens depend on these, and every other parameter may serve several.
         """
+
+    def described(self, name: str) -> bool:
+        """Return whether an image's tokens depend on its descriptors."""
+        return False
+
+    def sees_voxels(self, name: str) -> bool:
+        """Return whether an image's tokens depend on its voxels on the grid."""
+        return True
 
     @property
     def space(self) -> nn.Module | None:

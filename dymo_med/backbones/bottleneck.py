@@ -88,7 +88,13 @@ class CyclicFusion(FusionBackbone):
         """See `FusionBackbone.space`."""
         return self.latents
 
-    def encode(self, name: str, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def encode(
+        self,
+        name: str,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """See `FusionBackbone.encode`."""
         return self.latents.latents(name, values, observed_fields)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dymo_med.backbones.base import FusionBackbone
-from dymo_med.blocks import Block
+from dymo_med.blocks import Block, Encoder
 from dymo_med.config import Strict
 from dymo_med.modalities import modality
 from dymo_med.types import FusionOutput, ModalitySpec, Tokens
@@ -54,9 +54,13 @@ class FusionTransformer(FusionBackbone):
             layers: Fusion blocks.
             projection: Length D of the embedding.
             distance: Distance of prototype loss and selection.
+            image_encoders: Encoders of an image, whose tokens stand side by side.
+            table_encoder: Encoder of a table.
             width: First channels of image encoders.
-            grid: Tokens per axis of an image.
-            column_layers: Blocks among a table's columns.
+            grid: Tokens per axis of an image, of a `strided` encoder.
+            tails: Whether a `strided` encoder has a token of intensities, which the published one
+                lacks.
+            column_layers: Blocks among a table's columns, of a `columns` encoder.
             steps: Tokens per sequence of feature vectors, each of neighbouring steps; 0 = one
                 per step.
             dropout: Share of a modality's tokens' values dropped while training.
@@ -67,8 +71,11 @@ class FusionTransformer(FusionBackbone):
         layers: Annotated[int, Field(ge=1)] = 2
         projection: Annotated[int, Field(ge=2)] = 64
         distance: Literal["cosine", "euclidean"] = "cosine"
+        image_encoders: Annotated[tuple[str, ...], Field(min_length=1)] = ("strided",)
+        table_encoder: str = "columns"
         width: Annotated[int, Field(ge=4)] = 16
         grid: Annotated[int, Field(ge=1)] = 2
+        tails: bool = True
         column_layers: Annotated[int, Field(ge=0)] = 1
         steps: Annotated[int, Field(ge=0)] = 0
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -84,14 +91,18 @@ class FusionTransformer(FusionBackbone):
         o = FusionTransformer.Options.model_validate(options.model_dump())
         self.specs = tuple(specs)
         self.distance = o.distance
-        sizes = {
+        sizes: dict[str, Any] = {
+            "image_encoders": o.image_encoders,
+            "table_encoder": o.table_encoder,
             "width": o.width,
             "grid": o.grid,
+            "tails": o.tails,
             "layers": o.column_layers,
             "heads": o.heads,
             "steps": o.steps,
         }
-        encoders = {spec.name: modality(spec).encoder(o.dim, sizes) for spec in specs}
+        self.modalities = {spec.name: modality(spec) for spec in specs}
+        encoders = {name: kind.encoder(o.dim, sizes) for name, kind in self.modalities.items()}
         self.encoders = nn.ModuleDict(encoders)
         self.norms = nn.ModuleDict({spec.name: nn.LayerNorm(o.dim) for spec in specs})
         self.dropout = nn.Dropout(o.dropout)
@@ -106,13 +117,33 @@ class FusionTransformer(FusionBackbone):
         self.classifier = nn.Linear(o.dim, classes)
         self.projection = nn.Linear(o.dim, o.projection)
 
-    def encode(self, name: str, values: Tensor, observed_fields: Tensor | None = None) -> Tokens:
+    def encode(
+        self,
+        name: str,
+        values: Tensor,
+        observed_fields: Tensor | None = None,
+        descriptors: Tensor | None = None,
+    ) -> Tokens:
         """See `FusionBackbone.encode`."""
         m = next(i for i, spec in enumerate(self.specs) if spec.name == name)
-        tokens: Tokens = self.encoders[name](values, observed_fields)
+        encoder = self._encoder(name)
+        if encoder.described and descriptors is None:
+            descriptors = self.modalities[name].describe(values)
+        tokens: Tokens = encoder(values, observed_fields, descriptors)
         x = self.dropout(self.norms[name](tokens.values)) + self.modality_embedding[m]
         position = self.position[self.start[m] : self.start[m] + x.shape[1]]
         return Tokens(x + position, tokens.available)
+
+    def _encoder(self, name: str) -> Encoder:
+        return cast("Encoder", self.encoders[name])
+
+    def described(self, name: str) -> bool:
+        """See `FusionBackbone.described`."""
+        return self._encoder(name).described
+
+    def sees_voxels(self, name: str) -> bool:
+        """See `FusionBackbone.sees_voxels`."""
+        return self._encoder(name).sees_values
 
     def fuse_all(self, tokens: Tensor, available: Tensor) -> FusionOutput:
         """See `FusionBackbone.fuse`."""

@@ -110,8 +110,12 @@ def encode_observed(backbone: FusionBackbone, batch: Batch) -> list[Tokens]:
         values = batch.values[spec.name]
         fields = batch.observed_fields.get(spec.name)
         # Only rows that have the modality are encoded: absent ones cost nothing.
+        told = batch.descriptors.get(spec.name)
         tokens = backbone.encode(
-            spec.name, values[present], None if fields is None else fields[present]
+            spec.name,
+            values[present],
+            None if fields is None else fields[present],
+            None if told is None else told[present],
         )
         found.append(
             Tokens(

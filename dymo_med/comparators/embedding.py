@@ -21,13 +21,17 @@ class Sizes(Strict):
     Attributes:
         dim: Token width, and length of a modality's vector.
         heads: Attention heads.
+        image_encoders: Encoders of an image, whose tokens stand side by side.
+        table_encoder: Encoder of a table.
         width: First channels of image encoders.
-        grid: Tokens per axis of an image.
-        column_layers: Blocks among a table's columns.
+        grid: Tokens per axis of an image, of a `strided` encoder.
+        column_layers: Blocks among a table's columns, of a `columns` encoder.
     """
 
     dim: Annotated[int, Field(ge=8)] = 128
     heads: Annotated[int, Field(ge=1)] = 4
+    image_encoders: Annotated[tuple[str, ...], Field(min_length=1)] = ("strided",)
+    table_encoder: str = "columns"
     width: Annotated[int, Field(ge=4)] = 16
     grid: Annotated[int, Field(ge=1)] = 2
     column_layers: Annotated[int, Field(ge=0)] = 1
@@ -53,9 +57,17 @@ class Embedding(nn.Module):
     def __init__(self, spec: ModalitySpec, options: BaseModel) -> None:
         super().__init__()
         o = Sizes.model_validate(options.model_dump(include=set(Sizes.model_fields)))
-        sizes = {"width": o.width, "grid": o.grid, "layers": o.column_layers, "heads": o.heads}
+        sizes = {
+            "image_encoders": o.image_encoders,
+            "table_encoder": o.table_encoder,
+            "width": o.width,
+            "grid": o.grid,
+            "layers": o.column_layers,
+            "heads": o.heads,
+        }
         self.name = spec.name
-        self.encoder: Encoder = modality(spec).encoder(o.dim, sizes)
+        self.kind = modality(spec)
+        self.encoder: Encoder = self.kind.encoder(o.dim, sizes)
         self.norm = nn.LayerNorm(o.dim)
         self.position = nn.Parameter(torch.randn(self.encoder.tokens, o.dim) * 0.02)
         self.class_token = nn.Parameter(torch.randn(o.dim) * 0.02)
@@ -68,7 +80,10 @@ class Embedding(nn.Module):
         Args:
             batch: B records, all of which have the modality.
         """
-        tokens = self.encoder(batch.values[self.name], batch.observed_fields.get(self.name))
+        values, told = batch.values[self.name], batch.descriptors.get(self.name)
+        if self.encoder.described and told is None:
+            told = self.kind.describe(values)
+        tokens = self.encoder(values, batch.observed_fields.get(self.name), told)
         x = self.norm(tokens.values) + self.position
         x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, D)
         attend = F.pad(tokens.available, (1, 0), value=True)[:, None, None, :]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dymo_med.backbones import FusionBackbone
+from dymo_med.modalities import modality
 from dymo_med.types import Attribution, Batch, Recovery, SelectionTrace, Tokens
 
 # Upper bound on token values gathered at once (about 64 MB in float32).
@@ -41,16 +42,19 @@ class Saliency:
 
     Attributes:
         maps: Per observed image `(*spatial)`: integrated gradients summed over channels, in
-            units of probability per voxel.
+            units of probability per voxel; all 0 where the network reads descriptors alone.
         recovered: Likewise per recovered image that was trusted: what the network saw in voxels
             that an imputer made up from the others.
-        convergence: Sum over all voxels of both minus the change of probability they should add
-            up to.
+        contrast: Per version of an image that the network reads descriptors of: what these
+            contributed, which no place in the scan did.
+        convergence: Sum over all voxels of both, and of `contrast`, minus the change of
+            probability they should add up to.
         points: Points on the path.
     """
 
     maps: Mapping[str, Tensor]
     recovered: Mapping[str, Tensor]
+    contrast: Mapping[Version, float]
     convergence: float
     points: int
 
@@ -89,6 +93,7 @@ class Subject:
         versions: Values `(1, *shape)` and filled cells `(1, F)` (None for images) by name and by
             whether it is the recovered version; copies, so that gradients may flow even if the
             originals were made in inference mode.
+        descriptors: Of image versions `(1, P)`: of the scan as stored, or of the recovered values.
         given: Recovered versions that the network was given as tokens of its own, whose values it
             never saw.
         chosen: Index of the predicted class.
@@ -123,6 +128,8 @@ class Subject:
         owner = backbone.token_modality
         self._sizes = torch.bincount(owner, minlength=len(backbone.specs)).tolist()
         self.versions: dict[Version, tuple[Tensor, Tensor | None]] = {}
+        self.descriptors: dict[Version, Tensor] = {}
+        kinds = {spec.name: modality(spec) for spec in backbone.specs}
         for i, name in enumerate(self.names):
             for made in (False, True):
                 if not bool((self._used[:, i] & (self._admitted[:, i] == made)).any()):
@@ -132,14 +139,19 @@ class Subject:
                 if name in batch.observed_fields:
                     filled = batch.observed_fields[name][row : row + 1].clone()
                     filled = torch.ones_like(filled) if made else filled
-                self.versions[name, made] = source[name][row : row + 1].clone(), filled
+                values = source[name][row : row + 1].clone()
+                self.versions[name, made] = values, filled
+                told = None if made else batch.descriptors.get(name)
+                told = kinds[name].describe(values) if told is None else told[row : row + 1].clone()
+                if told is not None:
+                    self.descriptors[name, made] = told
         # A recovery that the network was given as tokens is explained as these: its values only
         # show what they stand for.
         recovered = recovery.tokens_for(backbone.space)
         self.given = {(name, made) for name, made in self.versions if made and name in recovered}
         with torch.no_grad():
             self.tokens = {
-                version: backbone.encode(version[0], values, filled)
+                version: backbone.encode(version[0], values, filled, self.descriptors.get(version))
                 for version, (values, filled) in self.versions.items()
                 if version not in self.given
             }
@@ -393,7 +405,10 @@ def image_saliency(
 
     The path leads from empty images (zero is the background of a preprocessed image) to the
     measured and the trusted recovered ones, all at once, so that their voxels share one sum; tables
-    stay as they are. A recovered voxel is held for what the network was given: how it depends
+    stay as they are. Descriptors of scans, where the network reads them, are inputs of their own on
+    the same path, from the mean of training scans: most of them jump where a voxel crosses a
+    threshold, so there is no gradient to follow to the voxels, and what they contributed is told
+    apart. A recovered voxel is held for what the network was given: how it depends
     on the measured ones through the imputer is not followed.
 
     Args:
@@ -415,20 +430,36 @@ def image_saliency(
     def forward(*values: Tensor) -> Tensor:
         rows = len(values[0])
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=subject.device)
-        changed = {
-            version: subject.backbone.encode(version[0], value)
-            for version, value in zip(images, values, strict=True)
-        }
+        given = dict(zip([*seen, *described], values, strict=True))
+        changed = {}
+        for version in images:
+            image = given.get((*version, "values"))
+            if image is None:
+                image = subject.versions[version][0].expand(rows, *[-1] * (ndim[version] - 1))
+            told = given.get((*version, "descriptors"))
+            changed[version] = subject.backbone.encode(version[0], image, None, told)
         return subject.probability(present, changed)
 
-    inputs = tuple(subject.versions[version][0] for version in images)
+    backbone = subject.backbone
+    ndim = {version: subject.versions[version][0].ndim for version in images}
+    seen = [(*version, "values") for version in images if backbone.sees_voxels(version[0])]
+    described = [(*version, "descriptors") for version in images if backbone.described(version[0])]
+    centers = {spec.name: spec.descriptors.center for spec in backbone.specs if spec.descriptors}
+    inputs = tuple(
+        subject.versions[name, made][0] if what == "values" else subject.descriptors[name, made]
+        for name, made, what in (*seen, *described)
+    )
+    baselines = tuple(
+        torch.zeros_like(value) if what == "values" else value.new_tensor(centers[name])[None]
+        for (name, _, what), value in zip((*seen, *described), inputs, strict=True)
+    )
     size = sum(value.numel() * value.element_size() for value in inputs)
     fitting = max(1, _MEMORY_BYTES // (size * _ACTIVATIONS))
     while True:
         with torch.enable_grad():
             maps, delta = IntegratedGradients(forward).attribute(
                 inputs,
-                baselines=tuple(torch.zeros_like(value) for value in inputs),
+                baselines=baselines,
                 n_steps=steps,
                 internal_batch_size=min(fitting, steps),
                 return_convergence_delta=True,
@@ -436,10 +467,17 @@ def image_saliency(
         if abs(float(delta[0])) <= MOST_ERROR or 2 * steps > most:
             break
         steps *= 2
-    found = {v: m[0].detach().sum(0) for v, m in zip(images, maps, strict=True)}
+    parts = dict(zip((*seen, *described), (m[0].detach() for m in maps), strict=True))
+    found = {
+        version: parts[*version, "values"].sum(0)
+        if (*version, "values") in parts
+        else torch.zeros_like(subject.versions[version][0][0, 0])
+        for version in images
+    }
     return Saliency(
         {name: m for (name, made), m in found.items() if not made},
         {name: m for (name, made), m in found.items() if made},
+        {(name, made): float(parts[name, made, what].sum()) for name, made, what in described},
         float(delta[0]),
         steps,
     )

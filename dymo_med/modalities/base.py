@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -195,16 +195,30 @@ class Modality(ABC):
     # -- networks ------------------------------------------------------------------------------
 
     @abstractmethod
-    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
+    def fit(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        descriptors: Tensor | None = None,
+    ) -> ModalitySpec:
         """Return the spec with constants fitted on training patients only.
 
         Args:
             values: `(n, *shape)`, rows of training records that have this modality.
             observed_fields: Bool `(n, F)` for tables.
+            descriptors: `(n, P)` for images, of the scans as stored; None = of the values.
         """
 
+    def describe(self, values: Tensor) -> Tensor | None:
+        """Return what descriptors scans of these values would have, `(B, P)`; None without any.
+
+        Args:
+            values: `(B, *shape)`.
+        """
+        return None
+
     @abstractmethod
-    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
+    def encoder(self, dim: int, options: Mapping[str, Any]) -> Encoder:
         """Return a network `(values (B, *shape), observed_fields (B, F) | None) -> Tokens`.
 
         Args:

@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 
 from dymo_med.modalities.native import otsu
+from dymo_med.types import DescriptorNorms
 
 PERCENTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 97.5, 99.0, 99.9)
 # In interquartile ranges from the median.
 THRESHOLDS = (1.0, 1.5, 2.0, 3.0)
+# Shares of the body whose mean is taken at either end.
+TAILS = (0.002, 0.01, 0.05)
 NAMES = (
     *(f"percentile {p:g}" for p in PERCENTILES),
     "mean",
     "standard deviation",
     "third moment",
     "fourth moment",
+    *(f"mean of the brightest {100 * t:g} %" for t in TAILS),
+    *(f"mean of the darkest {100 * t:g} %" for t in TAILS),
     *(f"share above {t:g}" for t in THRESHOLDS),
     *(f"share below -{t:g}" for t in THRESHOLDS),
     "share of the field of view",
@@ -61,7 +66,7 @@ def describe(scan: np.ndarray, *, relative: bool = True) -> Tensor:
 
     Example:
         >>> describe(np.arange(1000.0).reshape(1, 10, 10, 10)).shape
-        torch.Size([24])
+        torch.Size([30])
     """
     axes = scan.ndim - 1
     step = max(1, math.ceil((math.prod(scan.shape[1:]) / _MOST_LOOKED_AT) ** (1 / axes)))
@@ -82,6 +87,8 @@ def describe(scan: np.ndarray, *, relative: bool = True) -> Tensor:
         math.sqrt(np.mean(away**2)),
         float(np.cbrt(np.mean(away**3))),
         float(np.mean(away**4)) ** 0.25,
+        *(float(told[-math.ceil(t * len(told)) :].mean()) for t in TAILS),
+        *(float(told[: math.ceil(t * len(told))].mean()) for t in TAILS),
         *(math.sqrt(np.mean(z > t)) for t in THRESHOLDS),
         *(math.sqrt(np.mean(z < -t)) for t in THRESHOLDS),
         math.sqrt(share),
@@ -101,3 +108,49 @@ def _body(voxels: np.ndarray, volume: bool) -> np.ndarray:
     if volume and low < high:
         body = voxels[voxels > low + (otsu(voxels.clip(low, high)) - low) / 2]
     return body
+
+
+# Principal components of fewer scans per component would be noise.
+_PER_COMPONENT = 8
+_MOST_COMPONENTS = 8
+# Ridge penalty, in scans, of the map from the grid to the scan as stored.
+_RIDGE = 1.0
+
+
+def fit_norms(stored: Tensor, on_grid: Tensor) -> DescriptorNorms:
+    """Return what is fitted to the descriptors of training scans.
+
+    Args:
+        stored: `(n, P)`, of n scans as they were stored.
+        on_grid: `(n, P)`, of the same scans on the grid.
+
+    Returns:
+        Their norms: with one component for every eight scans, eight at most.
+    """
+    x, y = stored.double(), on_grid.double()
+    n, p = x.shape
+    center = x.mean(0) if n else x.new_zeros(p)
+    spread = x.std(0, correction=0) if n else x.new_zeros(p)
+    spread = torch.where(spread > 1e-6, spread, torch.ones_like(spread))
+    # Singular vectors of what is standardised; a sign makes them the same on every machine.
+    _, singular, axes = torch.linalg.svd((x - center) / spread, full_matrices=False)
+    kept = int((singular > 1e-6 * max(1, n) ** 0.5).sum())
+    kept = max(1, min(kept, _MOST_COMPONENTS, n // _PER_COMPONENT))
+    if not len(axes):
+        axes, singular = torch.eye(p, dtype=x.dtype)[:1], x.new_ones(1)
+    axes, deviation = axes[:kept], (singular[:kept] / max(1, n) ** 0.5).clamp_min(1e-6)
+    largest = axes.abs().argmax(1, keepdim=True)
+    axes = axes * axes.gather(1, largest).sign()
+    components = axes / deviation[:, None] / spread
+    # stored - center = W (on_grid - middle), in units of the spread, pulled towards W = 1.
+    middle = y.mean(0) if n else y.new_zeros(p)
+    a, b = (y - middle) / spread, (x - center) / spread
+    identity = torch.eye(p, dtype=x.dtype)
+    w = torch.linalg.solve(a.T @ a + _RIDGE * identity, a.T @ b + _RIDGE * identity).T
+    w = w * spread[:, None] / spread
+    constant = center - w @ middle
+    return DescriptorNorms(
+        center=tuple(center.tolist()),
+        components=tuple(map(tuple, components.tolist())),
+        adapt=tuple(map(tuple, torch.cat([w, constant[:, None]], dim=1).tolist())),
+    )

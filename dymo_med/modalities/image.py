@@ -7,20 +7,23 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from dymo_med.blocks import ConvDecoder, ConvEncoder, Encoder, PatchDecoder
+from dymo_med.blocks import ConvDecoder, Encoder, PatchDecoder
 from dymo_med.config import Strict
+from dymo_med.encoders import IMAGE_ENCODERS, encoder
 from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
+from dymo_med.modalities.descriptors import NAMES, describe, fit_norms
 from dymo_med.types import FieldOfView, ModalitySpec, ModalityValue, SeriesRule, Source
 
 if TYPE_CHECKING:
@@ -422,24 +425,50 @@ class Image(Modality):
         """Return the image itself."""
         return values
 
-    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
-        """Return the spec as it is: intensities are normalised scan by scan."""
-        return self.spec
+    def fit(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        descriptors: Tensor | None = None,
+    ) -> ModalitySpec:
+        """Return the spec with the norms of its scans' descriptors. See `Modality.fit`.
 
-    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
-        """Return a convolutional encoder to a small grid of tokens.
+        Intensities themselves are normalised scan by scan.
+        """
+        on_grid = self._described(values)
+        stored = on_grid if descriptors is None else descriptors
+        return replace(self.spec, descriptors=fit_norms(stored, on_grid))
+
+    def describe(self, values: Tensor) -> Tensor:
+        """Return the descriptors that scans of these values would have as stored, `(B, P)`.
+
+        Args:
+            values: `(B, *shape)`, on the grid, where tails are shorter than in a scan's own voxels.
+        """
+        found = self._described(values)
+        if self.spec.descriptors is None:
+            return found
+        adapt = found.new_tensor(self.spec.descriptors.adapt)
+        return found @ adapt[:, :-1].T + adapt[:, -1]
+
+    def _described(self, values: Tensor) -> Tensor:
+        """Return the descriptors of values on the grid, `(B, P)`."""
+        relative = self.spec.intensity != "none"
+        scans = values.detach().float().cpu().numpy()
+        rows = [describe(scan, relative=relative) for scan in scans]
+        found = torch.stack(rows) if rows else torch.zeros(0, len(NAMES))
+        return found.to(values.device)
+
+    def encoder(self, dim: int, options: Mapping[str, Any]) -> Encoder:
+        """Return the encoders that a recipe names, their tokens side by side.
 
         Args:
             dim: Token width D.
-            options: `width` (first channels, 16), and `stride` (voxels per token along each axis)
-                or else `grid` (tokens per axis, 2).
+            options: `image_encoders` (entries of `IMAGE_ENCODERS`, `strided` alone), and what
+                these know of sizes.
         """
-        spatial = self.spec.shape[1:]
-        if "stride" in options:
-            grid = tuple(-(-s // options["stride"]) for s in spatial)
-        else:
-            grid = (options.get("grid", 2),) * len(spatial)
-        return ConvEncoder(self.spec.shape, dim, options.get("width", 16), grid)
+        names = options.get("image_encoders", ("strided",))
+        return encoder(IMAGE_ENCODERS, names, self.spec, dim, options)
 
     def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
         """Return a convolutional decoder to the image.

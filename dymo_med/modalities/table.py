@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.blocks import ColumnDecoder, ColumnEncoder, Encoder
+from dymo_med.blocks import ColumnDecoder, Encoder
 from dymo_med.config import Strict, as_words
+from dymo_med.encoders import TABLE_ENCODERS, encoder
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import csv_text, write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
@@ -25,7 +26,15 @@ from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
 from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
 from dymo_med.modalities.units import MOLAR_MASS, UnitError, convert, same_quantity
-from dymo_med.types import CellRules, Column, FileRules, ModalitySpec, ModalityValue, Source
+from dymo_med.types import (
+    CellRules,
+    Column,
+    FileRules,
+    Logarithm,
+    ModalitySpec,
+    ModalityValue,
+    Source,
+)
 
 # What a boolean column may hold, besides its categories no and yes.
 _NO = ("No", "NO", "false", "False", "FALSE", "0")
@@ -35,6 +44,37 @@ _YES = ("Yes", "YES", "true", "True", "TRUE", "1")
 RECOVERED_COLUMNS = ("column", "value", "unit", "source")
 # Percentiles of fewer cells than this would list patients' values in the bundle.
 _FEWEST = 20
+
+
+# A column is skewed, so that its networks see logarithms, from this third standardised moment on.
+_SKEWED = 1.0
+
+
+def _skewness(cells: Tensor) -> float:
+    """Return the third standardised moment."""
+    away = cells - cells.mean()
+    return float(away.pow(3).mean() / away.square().mean().pow(1.5).clamp_min(1e-12))
+
+
+def _logarithm(cells: Tensor) -> Logarithm | None:
+    """Return how networks see a column whose few large numbers dwarf all others.
+
+    Args:
+        cells: Float64 `(n,)`, training patients' observed cells.
+
+    Returns:
+        None where the numbers are not skewed, may be negative, or are too few to tell, and where
+        their logarithms are not much less skewed.
+    """
+    if len(cells) < _FEWEST or float(cells.min()) < 0 or not _skewness(cells) > _SKEWED:
+        return None
+    positive = cells[cells > 0]
+    shift = 0.0 if len(positive) == len(cells) else float(positive.quantile(0.05)) / 2
+    logs = (cells + shift).log()
+    mean, std = float(logs.mean()), float(logs.std(correction=0))
+    if std <= 1e-6 or abs(_skewness(logs)) > _skewness(cells) / 2:
+        return None
+    return Logarithm(shift, mean, std)
 
 
 class ColumnEntry(Strict):
@@ -490,7 +530,12 @@ class Table(Modality):
 
     # -- networks ------------------------------------------------------------------------------
 
-    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
+    def fit(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        descriptors: Tensor | None = None,
+    ) -> ModalitySpec:
         """Return the spec with each column's mean, std, frequencies and percentiles.
 
         Frequencies have one added to every count, so no category is impossible. The spread of a
@@ -499,6 +544,7 @@ class Table(Modality):
         Args:
             values: `(n, F)`, rows of training records that have this table.
             observed_fields: Bool `(n, F)`; None = all filled.
+            descriptors: Not used.
         """
         if observed_fields is None:
             observed_fields = torch.ones_like(values, dtype=torch.bool)
@@ -523,19 +569,27 @@ class Table(Modality):
                 # The ends are single patients' values; the 1st and 99th stand in for them.
                 grid = torch.linspace(0, 1, 101, dtype=torch.float64).clamp(0.01, 0.99)
                 percentiles = tuple(torch.quantile(cells, grid).tolist())
-            columns.append(replace(column, mean=mean, std=std, percentiles=percentiles))
+            columns.append(
+                replace(
+                    column,
+                    mean=mean,
+                    std=std,
+                    percentiles=percentiles,
+                    logarithm=_logarithm(cells),
+                )
+            )
         return replace(self.spec, columns=tuple(columns))
 
-    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
-        """Return an encoder to one token per column.
+    def encoder(self, dim: int, options: Mapping[str, Any]) -> Encoder:
+        """Return an encoder to one token per column, or to one for the row.
 
         Args:
             dim: Token width D.
-            options: `layers` (attention among the columns, 1) and `heads` (4).
+            options: `table_encoder` (an entry of `TABLE_ENCODERS`, `columns`), `layers`
+                (attention among the columns, 1) and `heads` (4).
         """
-        return ColumnEncoder(
-            self.spec.columns, dim, options.get("layers", 1), options.get("heads", 4)
-        )
+        name = options.get("table_encoder", "columns")
+        return encoder(TABLE_ENCODERS, (name,), self.spec, dim, options)
 
     def decoder(self, latent: int, options: Mapping[str, int]) -> nn.Module:
         """Return a decoder to likelihood parameters `(B, P)`.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -382,7 +382,12 @@ class TokenSequence(Modality):
             return like.new_ones(self.spec.shape[1])
         return like.new_tensor(self._steps.std)
 
-    def fit(self, values: Tensor, observed_fields: Tensor | None) -> ModalitySpec:
+    def fit(
+        self,
+        values: Tensor,
+        observed_fields: Tensor | None,
+        descriptors: Tensor | None = None,
+    ) -> ModalitySpec:
         """Return the spec with each feature's mean and spread over records and steps.
 
         The spread of a feature with a single distinct value is 1.
@@ -390,6 +395,7 @@ class TokenSequence(Modality):
         Args:
             values: `(n, L, C)`, rows of training records that have this sequence.
             observed_fields: Not used.
+            descriptors: Not used.
         """
         if not self._steps.standardise or not len(values):
             return self.spec
@@ -407,7 +413,7 @@ class TokenSequence(Modality):
         )
         return replace(self.spec, steps=fitted)
 
-    def encoder(self, dim: int, options: Mapping[str, int]) -> Encoder:
+    def encoder(self, dim: int, options: Mapping[str, Any]) -> Encoder:
         """Return an encoder to one token per step, or per so many neighbouring ones.
 
         Args:

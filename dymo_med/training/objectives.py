@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -68,6 +69,19 @@ def sampled_subsets(modalities: int, seed: int) -> Tensor:
     rank = torch.rand(_MOST_SUBSETS, modalities, generator=generator).argsort(1).argsort(1)
     subsets: Tensor = torch.unique(rank < sizes[:, None], dim=0)
     return subsets
+
+
+def singles(available: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a request for each modality that each record has.
+
+    Args:
+        available: Bool `(n, M)`.
+
+    Returns:
+        Rows `(R,)` and used modalities, one each, `(R, M)`.
+    """
+    rows, which = available.nonzero(as_tuple=True)
+    return rows, torch.nn.functional.one_hot(which, available.shape[1]).bool()
 
 
 def subset_logits(
@@ -240,9 +254,12 @@ class FusionObjective(Objective):
         used = within(available, subsets.to(available.device)).flatten(0, 1)  # (K B, M)
         copies = len(subsets)
         rows = torch.arange(len(batch), device=used.device).repeat(copies)
-        output = encode_versions(self.backbone, batch)(rows, used, torch.zeros_like(used))
+        fuse = encode_versions(self.backbone, batch)
+        output = fuse(rows, used, torch.zeros_like(used))
         loss = self._loss(output, batch, rows)
         total = (loss * step.weights.repeat(copies)).mean()
+        if s.auxiliary:
+            total = total + s.auxiliary * self._alone(fuse, batch, step.weights)
         own = self.backbone.own_loss(
             batch,
             self._epoch / s.epochs,
@@ -250,6 +267,13 @@ class FusionObjective(Objective):
             step.generator,
         )
         return total if own is None else total + (own * step.weights).mean()
+
+    def _alone(self, fuse: EncodedVersions, batch: Batch, weights: Tensor) -> Tensor:
+        """Return the mean loss of answers from one modality each, over those that records have."""
+        rows, used = singles(batch.observed.available)
+        logits = fuse(rows, used, torch.zeros_like(used)).logits
+        loss = answer_loss(logits, batch.truth[rows], self._scale, self.class_weights)
+        return (loss * weights[rows]).mean()
 
     def _per_subset(self, batch: Batch, weights: Tensor) -> tuple[Tensor, ...]:
         """Return the loss of each subset, averaged over records.
@@ -307,11 +331,26 @@ class FusionObjective(Objective):
             some = self._subsets[:: -(-len(self._subsets) // _MOST_FILLED)]
             more, again = subset_logits(filled, available, some)
             logits, rows = torch.cat([logits, more]), torch.cat([rows, again])
+        return {**self._figures(logits, rows), **self._figures_alone(fuse, available)}
+
+    def _figures(self, logits: Tensor, rows: Tensor) -> dict[str, float]:
+        """Return what is thought of answers `(R, K)` about validation records `(R,)`."""
         rows = rows.cpu()
         truth, weights = self._validation.truth[rows], self._weights[rows]
         if self._scale is not None:
             return regression_figures(logits.cpu(), truth, weights, self._scale)
         return validation_figures(logits.cpu(), truth, weights)
+
+    def _figures_alone(self, fuse: EncodedVersions, available: Tensor) -> dict[str, float]:
+        """Return the score of each modality alone, over the records that have it."""
+        rows, used = singles(available)
+        logits = fuse(rows, used, torch.zeros_like(used)).logits
+        which, found = used.to(torch.uint8).argmax(1), {}
+        for m, spec in enumerate(self.backbone.specs):
+            mine = which == m
+            if bool(mine.any()):
+                found[f"only_{spec.name}"] = self._figures(logits[mine], rows[mine])["score"]
+        return found
 
 
 def regression_figures(
@@ -350,6 +389,35 @@ def validation_figures(logits: Tensor, labels: Tensor, weights: Tensor) -> dict[
     return figures
 
 
+def _turned(image: Tensor, chance: Tensor, settings: Augmentation, exact: bool) -> Tensor:
+    """Return images turned about their centre and made larger or smaller.
+
+    Args:
+        image: `(B, C, *spatial)`.
+        chance: `(B, 4)`, from -1 to 1: of the turn about each axis, and of the size.
+        settings: How far.
+        exact: Whether values are labels, of which none lies between two others.
+    """
+    b, axes = len(image), image.ndim - 2
+    angle = chance[:, :3] * math.radians(settings.rotate_degrees)
+    cosine, sine = angle.cos(), angle.sin()
+    matrix = torch.eye(axes).expand(b, axes, axes).clone()
+    planes = ((0, 1), (1, 2), (0, 2)) if axes == 3 else ((0, 1),)
+    for k, (i, j) in enumerate(planes):
+        turn = torch.eye(axes).expand(b, axes, axes).clone()
+        turn[:, i, i] = turn[:, j, j] = cosine[:, k]
+        turn[:, i, j], turn[:, j, i] = -sine[:, k], sine[:, k]
+        matrix = matrix @ turn
+    # Angles are those of the world, and the grid's own coordinates run from -1 to 1 on each axis.
+    sides = torch.tensor(image.shape[2:], dtype=torch.float32).flip(0)
+    matrix = matrix * sides / sides[:, None] * (1 + settings.scale * chance[:, 3, None, None])
+    theta = torch.cat([matrix, torch.zeros(b, axes, 1)], dim=2).to(image.device)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    mode = "nearest" if exact else "bilinear"
+    moved: Tensor = F.grid_sample(image.float(), grid, mode=mode, align_corners=False)
+    return moved.to(image.dtype)
+
+
 def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) -> Batch:
     """Return the batch with its images, and their masks, changed at random; tables stay.
 
@@ -367,10 +435,14 @@ def augment(batch: Batch, settings: Augmentation, generator: torch.Generator) ->
     mirror = torch.rand(b, 3, generator=generator) < 0.5
     most = settings.shift_voxels
     shift = [int(torch.randint(-most, most + 1, (1,), generator=generator)) for _ in range(3)]
+    turned = settings.rotate_degrees or settings.scale
+    chance = 2 * torch.rand(b, 4, generator=generator) - 1 if turned else torch.zeros(b, 4)
     for name, image in values.items():
         if image.ndim < 4:  # a table
             continue
         axes = image.ndim - 2
+        if turned:
+            image = _turned(image, chance, settings, exact=name == _MASKS)
         for axis in settings.mirror_axes:
             if axis < axes:
                 flip = mirror[:, axis].to(image.device).view(b, *(1,) * (image.ndim - 1))

@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 import dymo_med
-from dymo_med.backbones import BACKBONES
+from dymo_med.backbones import BACKBONES, as_one
 from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
 from dymo_med.config import Named, Recipe
 from dymo_med.data.batch import collate
@@ -183,10 +183,24 @@ def train(
                 remedy=f"Choose another recipe: cohort {described.name} is a classification",
             )
         )
-    with new_weights(plan.seed, "backbone"):
-        backbone_class = BACKBONES[plan.backbone.name]
-        backbone_options = backbone_class.Options(**plan.backbone.options)
-        backbone = backbone_class(specs, classes, backbone_options)
+    backbone_class = BACKBONES[plan.backbone.name]
+    backbone_options = backbone_class.Options(**plan.backbone.options)
+    stages = ["backbone", *(f"backbone {k}" for k in range(2, plan.backbone_training.members + 1))]
+    networks = []
+    for stage in stages:
+        with new_weights(plan.seed, stage):
+            networks.append(backbone_class(specs, classes, backbone_options))
+    if len(networks) > 1 and networks[0].recovers:
+        raise ConfigError(
+            Problem(
+                "backbone_training.members",
+                "a network that recovers modalities itself cannot be averaged",
+                expected="1",
+                got=str(len(networks)),
+                remedy="Leave members out",
+            )
+        )
+    backbone = as_one(networks)
     # An imputer that shares the backbone's weights needs them trained; others come first.
     tied = imputer.tie(backbone)
     if not tied:
@@ -194,27 +208,29 @@ def train(
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
     fitting, held_back = labelled["train"], labelled["calibration"]
     weights = _weights(fitting)
-    objective = FusionObjective(
-        backbone,
-        classes,
-        plan.backbone_training,
-        labelled["validation"],
-        _weights(labelled["validation"]),
-        fabric.device,
-        plan.seed,
-        scale,
-        class_weights(fitting.labels, classes)
-        if plan.backbone_training.class_weights == "balanced"
-        else None,
-    )
-    run_stage(
-        "backbone",
-        objective,
-        fitting,
-        weights,
-        plan.backbone_training,
-        checkpoint=checkpoints / "backbone.safetensors",
-    )
+    for stage, network in zip(stages, networks, strict=True):
+        objective = FusionObjective(
+            network,
+            classes,
+            plan.backbone_training,
+            labelled["validation"],
+            _weights(labelled["validation"]),
+            fabric.device,
+            plan.seed,
+            scale,
+            class_weights(fitting.labels, classes)
+            if plan.backbone_training.class_weights == "balanced"
+            else None,
+        )
+        run_stage(
+            stage,
+            objective,
+            fitting,
+            weights,
+            plan.backbone_training,
+            checkpoint=checkpoints / f"{stage.replace(' ', '_')}.safetensors",
+        )
+    backbone.to(fabric.device).eval()
     if tied:
         _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
     comparators = train_comparators(
@@ -379,9 +395,12 @@ def fit_specs(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[ModalitySpec
     for m, spec in enumerate(specs):
         rows = batch.observed.available[:, m]
         fields = batch.observed_fields.get(spec.name)
+        told = batch.descriptors.get(spec.name)
         fitted.append(
             modality(spec).fit(
-                batch.values[spec.name][rows], None if fields is None else fields[rows]
+                batch.values[spec.name][rows],
+                None if fields is None else fields[rows],
+                None if told is None else told[rows],
             )
         )
     return tuple(fitted)

@@ -414,7 +414,9 @@ def test_a_bundle_holds_its_comparators(trained, compared, tmp_path):
     unimodal, moddrop = compared.comparators.values()
     assert list(unimodal.best_epoch) == [f"comparator unimodal {name}" for name in names]
     assert list(moddrop.best_epoch) == ["comparator moddrop"]
-    assert moddrop.options == {**SIZES, "hidden": 8, "column_layers": 1, "rate": 0.5}
+    encoders = {"image_encoders": ["strided"], "table_encoder": "columns"}
+    usual = {"hidden": 8, "column_layers": 1, "rate": 0.5}
+    assert moddrop.options == {**SIZES, **encoders, **usual}
     assert bool(unimodal.network.log_loss.isfinite().all())
     for fitted in (unimodal, moddrop):
         assert 0.05 < fitted.temperature < 20.1

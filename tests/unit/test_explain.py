@@ -203,9 +203,9 @@ def test_memory_decides_how_many_points_at_once_and_nothing_else(bundle, records
     sizes = []
     encode = type(bundle.backbone).encode
 
-    def counted(self, name, values, fields=None):
+    def counted(self, name, values, fields=None, descriptors=None):
         sizes.append(len(values))
-        return encode(self, name, values, fields)
+        return encode(self, name, values, fields, descriptors)
 
     monkeypatch.setattr(type(bundle.backbone), "encode", counted)
     whole = image_saliency(subject, images)
