@@ -76,6 +76,7 @@ def measure(root: Path, folder: Path, name: str, intensity: str, spacing: float)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     done = subprocess.run(
         [sys.executable, "-c", READ, str(folder), name, intensity, str(spacing)],
+        cwd=root,
         env={**os.environ, **threads, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,

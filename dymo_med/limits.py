@@ -30,6 +30,10 @@ MAX_YAML_BYTES = 2**20
 MAX_INFLATION = 1032
 """Times that deflate can shrink anything, at most (RFC 1951: 258 bytes in 2 bits)."""
 
+LARGE_BYTES, MAX_THINNESS = 2**28, 200
+"""A scan of at least so many bytes is packed to no less than one part in so many: the emptiest of
+masks is packed 100 to 1."""
+
 
 def readable(size: int) -> str:
     """Return a number of bytes for people.

@@ -19,15 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dymo_med import limits
 from dymo_med.types import Native
 
 Matrix = NDArray[np.float64]
 
-MOST_VOXELS = 2**30
-# Deflate cannot shrink anything further (RFC 1951: 258 bytes in 2 bits).
-_MOST_PACKED = 1032
-# A scan of at least so many bytes is no thinner than this: the emptiest of masks, 100 to 1.
-_LARGE, _LARGEST_SHARE = 2**28, 200
+# Headers that claim so many times the limit are no large scans, but wrong.
+_ABSURD = 64
 CORNER_MM = 0.1
 """Two statements of one geometry may differ by this much at the volume's corners."""
 
@@ -117,6 +115,8 @@ class StoredScan:
         facts: What is worth knowing of it.
         files: The files it was read from.
         identifiers: What its header calls the patient; see `ModalityValue.identifiers`.
+        padding: Bool `(X, Y, Z)`, voxels that the header calls no part of the image; their
+            values are the lowest of the others. None = there are none.
     """
 
     values: NDArray[Any]
@@ -124,46 +124,91 @@ class StoredScan:
     facts: ScanFacts
     files: tuple[Path, ...]
     identifiers: tuple[str, ...] = field(default=(), repr=False)
+    padding: NDArray[np.bool_] | None = None
 
 
-def refuse_size(shape: Sequence[int]) -> None:
+def complex_error() -> ScanError:
+    """Return the error of a scan whose voxels have a real and an imaginary part."""
+    return ScanError(
+        "the scan holds complex numbers",
+        expected="one number per voxel",
+        got="a real and an imaginary part",
+        remedy="Save the magnitude as a scan of its own",
+    )
+
+
+def refuse_size(shape: Sequence[int], voxel_bytes: int = 1) -> None:
     """Refuse a header that claims an absurd size, before memory is asked for.
 
+    Args:
+        shape: Voxels per axis.
+        voxel_bytes: Bytes of each.
+
     Raises:
-        ScanError: If an axis has no voxel, or there are more than `MOST_VOXELS`.
+        ScanError: If an axis has no voxel, or all take more than `limits.MAX_UNPACKED_BYTES`.
     """
     sides = [int(n) for n in shape]
-    if any(n < 1 for n in sides) or math.prod(sides) > MOST_VOXELS:
+    size = math.prod(sides) * voxel_bytes
+    if any(n < 1 for n in sides) or size > _ABSURD * limits.MAX_UNPACKED_BYTES:
         raise ScanError(
             "the header states a size that cannot be right",
-            expected=f"at least one and at most {MOST_VOXELS} voxels",
+            expected="at least one voxel, and at most"
+            f" {limits.readable(limits.MAX_UNPACKED_BYTES)} of them",
             got=f"shape {tuple(sides)}",
             remedy="Export the scan again",
         )
+    if size > limits.MAX_UNPACKED_BYTES:
+        problem = limits.too_large(
+            "",
+            "the size that the header states",
+            size,
+            limits.MAX_UNPACKED_BYTES,
+            "Crop it to what is needed, or save it with fewer bits per voxel",
+        )
+        raise ScanError(problem.what, problem.expected, problem.got, problem.remedy)
 
 
-def refuse_packed(path: Path, unpacked_bytes: int) -> None:
+def refuse_header(size: int) -> None:
+    """Refuse a header that is far longer than any that describes a scan.
+
+    Args:
+        size: Its bytes, or those of it that were read so far.
+
+    Raises:
+        ScanError: If it is longer than `limits.MAX_HEADER_BYTES`.
+    """
+    if size > limits.MAX_HEADER_BYTES:
+        problem = limits.too_large(
+            "", "the header", size, limits.MAX_HEADER_BYTES, "Save the scan without what it notes"
+        )
+        raise ScanError(problem.what, problem.expected, problem.got, problem.remedy)
+
+
+def refuse_packed(
+    packed_bytes: int, unpacked_bytes: int, most: float = limits.MAX_INFLATION
+) -> None:
     """Refuse a packed file that cannot hold, or should not hold, what its header says.
 
     Args:
-        path: The file.
+        packed_bytes: Bytes of the file, or files.
         unpacked_bytes: What its header says that its voxels take.
+        most: Times that its packing can shrink anything.
 
     Raises:
         ScanError: If it is too short for that, or so thin that only memory is filled with it.
     """
-    times_larger = unpacked_bytes / max(1, path.stat().st_size)
-    if times_larger > _MOST_PACKED:
+    times_larger = unpacked_bytes / max(1, packed_bytes)
+    if times_larger > most:
         raise ScanError(
             "the header states a size that cannot be right",
-            expected=f"at most {_MOST_PACKED} times the size of the packed file",
+            expected=f"at most {most:g} times the size of the file",
             got=f"{times_larger:.0f} times",
             remedy="Export or copy the scan again",
         )
-    if unpacked_bytes > _LARGE and times_larger > _LARGEST_SHARE:
+    if unpacked_bytes > limits.LARGE_BYTES and times_larger > limits.MAX_THINNESS:
         raise ScanError(
             "the file unpacks to much more than a scan of its size holds",
-            expected=f"at most {_LARGEST_SHARE} times the size of the packed file",
+            expected=f"at most {limits.MAX_THINNESS} times the size of the packed file",
             got=f"{times_larger:.0f} times",
             remedy="If there is a scan in it, crop what is empty and save it again",
         )

@@ -23,32 +23,33 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor, PILReader
+from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform, Orientation
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from nibabel.filebasedimages import ImageFileError
-from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from PIL import Image as Picture
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch.nn import functional as F
 
-from dymo_med.modalities import dicom, volumes
+from dymo_med import limits
+from dymo_med.modalities import dicom, nifti, packed, volumes
 from dymo_med.modalities.alignment import Reference, beside
 from dymo_med.modalities.descriptors import describe
 from dymo_med.modalities.native import native
 from dymo_med.modalities.resample import Resampler, Volume, centred, standardised
 from dymo_med.modalities.scan import (
-    CORNER_MM,
     ScanError,
     ScanFacts,
-    apart_mm,
     has_volume,
-    refuse_packed,
     refuse_size,
     spacing_of,
 )
+from dymo_med.modalities.sniff import kind_of, refuse_misnamed
 from dymo_med.types import FieldOfView, ModalitySpec, SeriesRule
 
 KEY = "image"
@@ -59,6 +60,9 @@ IDENTIFIERS = "identifiers"
 REFERENCE = "reference"
 PADDING = "padding"
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_FORMATS = tuple(c.format for c in (PngImageFile, JpegImageFile, TiffImageFile))
+# Tags of TIFF, and a value of the last.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 258, 262, 339, 2
 
 # What nibabel, gzip, Pillow and numpy raise for files that are cut short or not what they claim.
 UNREADABLE = (
@@ -74,108 +78,41 @@ UNREADABLE = (
     OverflowError,
 )
 
-# Length of a NIfTI file's unit in mm, by its code in the header; 0 = not stated.
-_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
-
-# The way a viewer shows a slice, by the world axis it is perpendicular to.
+# Stored numbers that are kept as they are until they are resampled.
 _SMALL = (np.uint8, np.int8, np.int16)
+# The way a viewer shows a slice, by the world axis it is perpendicular to.
 _SCREEN = {"S": "LPS", "I": "LPS", "A": "LIA", "P": "LIA", "R": "AIR", "L": "AIR"}
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the array `(X, Y, Z)` or `(X, Y, Z, n)` of a NIfTI file and its metadata.
+def _read_picture(path: Path, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the array `(rows, columns)` or `(rows, columns, 3)` of a PNG, JPEG or TIFF file.
 
-    Not through MONAI's reader, which makes up a geometry without a word where the voxel sizes that
-    a header states do not fit its affine.
-
-    Raises:
-        ScanError: If the file holds colours or an absurd size.
-    """
-    img: Any = nib.load(path)
-    refuse_size(img.shape)
-    if path.suffix.lower() == ".gz":
-        refuse_packed(path, math.prod(img.shape) * img.get_data_dtype().itemsize)
-    if img.get_data_dtype().fields is not None:
-        raise ScanError(
-            "the file holds colours, not grey values",
-            expected="one number per voxel",
-            got="several",
-            remedy="Save the scan as a greyscale image",
-        )
-    array = np.asarray(img.dataobj)
-    while array.ndim < 3:
-        array = array[..., None]
-    unit_mm = _UNIT_MM.get(int(img.header["xyzt_units"]) & 7)
-    if unit_mm is None:
-        raise ScanError(
-            "the header states lengths in a unit that there is not",
-            expected="metres, millimetres or micrometres",
-            got=f"code {int(img.header['xyzt_units']) & 7}",
-            remedy="Export the scan again",
-        )
-    affine = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ np.asarray(img.affine, dtype=float)
-    warning = _nifti_warning(img.header, array.shape, unit_mm)
-    meta = {
-        "affine": affine,
-        "channels": "none" if array.ndim == 3 else "last",
-        FACTS: ScanFacts(
-            array.shape,
-            str(img.get_data_dtype()),
-            spacing_of(affine),
-            (warning,) if warning else (),
-        ),
-    }
-    return array, meta
-
-
-def _nifti_warning(header: Any, size: Sequence[int], unit_mm: float) -> str:
-    """Return a warning about what a NIfTI header states of the geometry, or nothing.
-
-    A header may state it twice. nibabel takes the sform, if it has a code, and the qform else.
-
-    Raises:
-        ScanError: If both claim to be the same coordinates and differ.
-    """
-    sform, sform_code = header.get_sform(coded=True)
-    try:
-        qform, qform_code = header.get_qform(coded=True)
-    except (HeaderDataError, ValueError):
-        if sform is None:
-            raise
-        return "Its qform is no rotation; the sform was used."
-    if sform is None and qform is None:
-        return "The file does not state its orientation; the NIfTI default was used."
-    if sform is None or qform is None:
-        return ""
-    apart = unit_mm * apart_mm(sform, qform, size)
-    if apart <= CORNER_MM or not math.isfinite(apart):  # what is broken is refused later
-        return ""
-    if sform_code == qform_code:
-        raise ScanError(
-            "the header states two geometries that differ (sform and qform)",
-            expected=f"the same corners within {CORNER_MM} mm",
-            got=f"corners up to {apart:.3g} mm apart",
-            remedy="Find out which is right and write it as both, or convert the scan again",
-        )
-    return (
-        f"Its sform and qform are different coordinates, {apart:.3g} mm apart at the corners;"
-        " the sform was used."
-    )
-
-
-class PictureReader(PILReader):  # type: ignore[misc]
-    """PNG, JPEG and TIFF through Pillow, rows downwards as on a screen.
+    Through Pillow, rows downwards as on a screen.
 
     Args:
+        path: The file.
         channels: 1 turns colours into grey by luminance; 3 keeps colours.
+
+    Raises:
+        ScanError: If it is damaged, absurdly large, or holds several pictures.
     """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(converter=self._convert, reverse_indexing=False)
-        self.channels = channels
-
-    def _convert(self, picture: Picture.Image) -> Picture.Image:
-        refuse_size(picture.size)
+    packed.hold_png(path)
+    try:
+        opened = Picture.open(path, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        if kind_of(path) != "a TIFF picture":
+            raise
+        raise ScanError(
+            "the TIFF picture is damaged or of a kind that is not read",
+            expected="whole numbers of 8 or 16 bits without a sign, for instance",
+            got="another layout of its numbers",
+            remedy="Save it as PNG, or as TIFF of 16 bits without a sign",
+        ) from error
+    with opened as picture:
+        tags = getattr(picture, "tag_v2", {})
+        bits = tags.get(_BITS_PER_SAMPLE, (8,))
+        refuse_size(picture.size, len(picture.getbands()) * max(1, *bits, 8) // 8)
+        packed.hold_tiff(path, tags, limits.MAX_UNPACKED_BYTES)
         if getattr(picture, "n_frames", 1) > 1:
             raise ScanError(
                 "the file holds several pictures",
@@ -183,28 +120,53 @@ class PictureReader(PILReader):  # type: ignore[misc]
                 got=f"{picture.n_frames} pictures",
                 remedy="Keep the one that belongs to this visit",
             )
-        stored = picture.mode
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            black = Picture.new("RGBA", picture.size, (0, 0, 0, 255))
-            picture = Picture.alpha_composite(black, picture).convert("RGB")
-        if self.channels == 3:
-            picture = picture.convert("RGB")
-        elif picture.mode not in ("L", "F") and not picture.mode.startswith("I"):
-            # 16 and 32 bit grey stays as it is: converting it to "L" would clip it.
-            picture = picture.convert("L")
-        picture.info["stored mode"] = stored
-        return picture
+        stored, size = picture.mode, picture.size
+        picture.load()
+        upright = ImageOps.exif_transpose(picture)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        black = Picture.new("RGBA", upright.size, (0, 0, 0, 255))
+        upright = Picture.alpha_composite(black, upright).convert("RGB")
+    if channels == 3:
+        upright = upright.convert("RGB")
+    elif upright.mode not in ("L", "F") and not upright.mode.startswith("I"):
+        # 16 and 32 bit grey stays as it is: converting it to "L" would clip it.
+        upright = upright.convert("L")
+    array = np.asarray(upright)
+    if tags and array.ndim == 2:
+        array = _as_tagged(array, stored, tags)
+    meta = {
+        "channels": "none" if array.ndim == 2 else "last",
+        FACTS: ScanFacts(size, stored),
+    }
+    return array.astype(np.float32), meta
 
-    def get_data(self, img: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the array `(rows, columns)` or `(rows, columns, 3)` and its metadata."""
-        array = np.asarray(img)
-        meta = {
-            "channels": "none" if array.ndim == 2 else "last",
-            FACTS: ScanFacts(img.size, str(img.info["stored mode"])),
-        }
-        return array.astype(np.float32), meta
+
+def _as_tagged(array: np.ndarray, mode: str, tags: Mapping[int, Any]) -> np.ndarray:
+    """Return the grey values of a TIFF file as its tags say that they are meant.
+
+    Pillow takes numbers of 8 bits for unsigned ones, and those of 32 for signed ones, and turns
+    black and white (WhiteIsZero) in pictures of up to 8 bits only (TIFF 6.0, sections 4 and 19).
+
+    Args:
+        array: As Pillow gives it.
+        mode: Of the picture as stored.
+        tags: Of the picture, by number.
+    """
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))[0]
+    kind = tags.get(_SAMPLE_FORMAT, (1,))[0]
+    white_is_zero = tags.get(_PHOTOMETRIC) == 0
+    if kind == _SIGNED and bits == 8 and mode == "L":
+        array = array.astype(np.uint8).view(np.int8)
+    elif kind != _SIGNED and bits == 32 and mode == "I":
+        array = array.astype(np.int32).view(np.uint32)
+    if not white_is_zero or bits <= 8:
+        return array
+    if array.dtype.kind == "f":  # of no stated range: within its own
+        array = array.min() + array.max() - array
+        return array
+    turned: np.ndarray = 2**bits - 1 - array.astype(np.int64)
+    return turned
 
 
 def _like(image: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -254,6 +216,8 @@ class LoadScand(MapTransform):  # type: ignore[misc]
                     got="0 bytes",
                     remedy="Export or copy it again",
                 )
+            if path.is_file():
+                refuse_misnamed(path)
             array, meta = self._read(path)
         except PermissionError as error:
             raise ScanError(
@@ -281,6 +245,8 @@ class LoadScand(MapTransform):  # type: ignore[misc]
             FILES: meta.get(FILES, (path,)),
             IDENTIFIERS: meta.get(IDENTIFIERS, ()),
         }
+        if meta.get(PADDING) is not None:
+            found[PADDING] = torch.from_numpy(meta[PADDING])[None]
         if "affine" in meta:
             affine = meta["affine"]
             found[KEY] = MetaTensor(values, affine=torch.from_numpy(affine))
@@ -294,21 +260,20 @@ class LoadScand(MapTransform):  # type: ignore[misc]
         """Return the array and what the reader says of it."""
         name = path.name.lower()
         if name.endswith(PICTURES) and path.is_file():
-            picture = PictureReader(self.channels)
-            return picture.get_data(picture.read((str(path),)))
+            return _read_picture(path, self.channels)
         if dicom.is_dicom(path):
             scan = dicom.read(path, self.rule)
         elif name.endswith(volumes.EXTENSIONS):
             scan = volumes.read(path)
         else:
-            with LoggingOutputSuppressor():  # nibabel prints what is wrong with a header, too
-                return _read_nifti(path)
+            scan = nifti.read(path)
         return scan.values, {
             "affine": scan.affine,
-            "channels": "none",
+            "channels": "none" if scan.values.ndim == 3 else "last",
             FACTS: scan.facts,
             FILES: scan.files,
             IDENTIFIERS: scan.identifiers,
+            PADDING: scan.padding,
         }
 
 
@@ -487,23 +452,21 @@ class PercentileRanged(MapTransform):  # type: ignore[misc]
 
 
 class TissueOfd(MapTransform):  # type: ignore[misc]
-    """Puts a mask of the tissue (all voxels other than 0) beside a picture, as channels.
+    """Puts a mask of the tissue beside a picture, as channels.
 
-    Where the scan has padding, two more follow: the tissue without it, and its mask.
+    Tissue is every voxel other than 0 and padding.
     """
 
     def __init__(self) -> None:
         super().__init__(keys=KEY)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the picture with its masks, `(2 C or 4 C, *spatial)`."""
+        """Return the picture, without what is no tissue, and its mask: `(2 C, *spatial)`."""
         image, padding = data[KEY], data.get(PADDING)
-        values = _plain(image)
-        parts = [values, (values != 0).float()]
+        tissue = _plain(image) != 0
         if padding is not None:
-            real = (values != 0) & ~padding
-            parts += [values * real, real.float()]
-        return {**data, KEY: _like(image, torch.cat(parts))}
+            tissue = tissue & ~padding
+        return {**data, KEY: _like(image, torch.cat([_plain(image) * tissue, tissue.float()]))}
 
 
 class StandardisePictured(MapTransform):  # type: ignore[misc]
@@ -513,11 +476,9 @@ class StandardisePictured(MapTransform):  # type: ignore[misc]
         super().__init__(keys=KEY)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the picture `(C, rows, columns)` without its masks."""
-        padded = data.get(PADDING) is not None
-        parts = data[KEY].numpy().reshape(4 if padded else 2, -1, *data[KEY].shape[1:])
-        counted = (parts[2], parts[3]) if padded else None
-        return {**data, KEY: torch.from_numpy(standardised(parts[0], parts[1], counted))}
+        """Return the picture `(C, rows, columns)` without its mask."""
+        values, share = data[KEY].numpy().reshape(2, -1, *data[KEY].shape[1:])
+        return {**data, KEY: torch.from_numpy(standardised(values, share))}
 
 
 class ToScreend(MapTransform):  # type: ignore[misc]
@@ -648,22 +609,18 @@ class ToGridd(MapTransform):  # type: ignore[misc]
 
 
 def _standard(to_grid: Resampler, part: np.ndarray, padding: np.ndarray | None) -> Volume:
-    """Return a volume on the grid, standardised over its tissue: all voxels other than 0.
+    """Return a volume on the grid, standardised over its tissue: voxels other than 0 and padding.
 
     Args:
         to_grid: Where to.
         part: What the grid sees of the volume.
         padding: Bool, of the whole volume: voxels that count for nothing; None = there is none.
     """
-    share = to_grid(part, prepare=lambda p: p != 0)
-    counted = None
-    if padding is not None:
-        both = part, padding[to_grid.window]
-        counted = (
-            to_grid(*both, prepare=lambda p, out: p * ~out),
-            to_grid(*both, prepare=lambda p, out: (p != 0) & ~out),
-        )
-    return standardised(to_grid(part), share, counted)
+    if padding is None:
+        return standardised(to_grid(part), to_grid(part, prepare=lambda p: p != 0))
+    both = part, padding[to_grid.window]
+    tissue = to_grid(*both, prepare=lambda p, outside: (p != 0) & ~outside)
+    return standardised(to_grid(*both, prepare=lambda p, outside: p * ~outside), tissue)
 
 
 def pipeline(spec: ModalitySpec) -> Compose:

@@ -320,7 +320,7 @@ BROKEN = {
     "text in gzip": (lambda path: path.write_bytes(gzip.compress(b"hello")), "damaged, cut short"),
     "another format": (
         lambda path: Picture.new("L", (20, 20)).save(path, format="PNG"),
-        "damaged, cut short",
+        r"it is a PNG picture.*Rename it, so that its name ends in \.png",
     ),
     "absurd size": (huge, "size that cannot be right"),
     "four axes": (saved(np.random.rand(9, 9, 9, 2).astype(np.float32)), r"4 axes.*\(9, 9, 9, 2\)"),
@@ -345,7 +345,9 @@ def test_a_broken_volume_is_an_error_that_names_the_file(tmp_path, name):
 
 @pytest.mark.parametrize("extension", [".nrrd", ".mha", ".png", ".tif"])
 def test_broken_files_of_other_formats(tmp_path, extension):
-    (tmp_path / f"t1{extension}").write_bytes(b"\x89PNG\r\n\x1a\nNRRD0004\nnothing here")
+    start = {".nrrd": b"NRRD0004\n", ".mha": b"ObjectType = Image\n", ".tif": b"II*\0"}
+    start = start.get(extension, b"\x89PNG\r\n\x1a\n")
+    (tmp_path / f"t1{extension}").write_bytes(start + b"nothing here")
     with pytest.raises(PatientDataError, match="damaged"):
         modality(VOLUME).read(tmp_path, "Patient x")
 
