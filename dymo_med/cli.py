@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dymo_med import __version__
-from dymo_med.errors import ConfigError, DymoMedError, Problem
+from dymo_med.errors import ConfigError, DymoMedError, Problem, out_of_memory
 
 if TYPE_CHECKING:
     from dymo_med.inference.segment import Segmentation
@@ -52,6 +52,10 @@ _ENVIRONMENT = {
     **dict.fromkeys((errno.EROFS, errno.ENAMETOOLONG), _PLACE),
     errno.EIO: "The disk or the network drive fails; write to another one, and have it checked",
 }
+_MEMORY = (
+    "Stop what else uses it, or use --device cpu; in training smaller batches or more parts need"
+    " less"
+)
 # Lines of libraries that are repeated after our own.
 _MOST_LINES = 20
 out_console = Console(highlight=False, soft_wrap=True)
@@ -630,8 +634,10 @@ def evaluate(
     reporter.say(f"cohort page: {out / 'index.html'}")
     if result.failures:
         failed = _count(result.failures, "failure")
+        if result.unexpected:
+            failed += f", {result.unexpected} of them unexpected"
         err_console.print(escape(f"{failed}; see {out / 'failures.csv'}"))
-        raise typer.Exit(3)
+        raise typer.Exit(1 if result.unexpected else 3)
 
 
 @app.command()
@@ -698,6 +704,11 @@ def main(arguments: list[str] | None = None) -> Any:
             name = os.fsdecode(error.filename or "a file")
             remedy = _ENVIRONMENT[error.errno]
             err_console.print(f"error: {escape(name)}: {error.strerror}. {remedy}.")
+            sys.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            err_console.print(f"error: memory does not hold what this takes. {_MEMORY}.")
             sys.exit(2)
 
 

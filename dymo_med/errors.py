@@ -7,6 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory does not hold something.
+
+    PyTorch has a class for the memory of a GPU alone. That a number of bytes overflows is as if
+    they did not fit.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    said = ("out of memory", "can't allocate memory", "calculation overflowed")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with an input, and what to do about it.

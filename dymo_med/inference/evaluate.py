@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from dymo_med.data.missingness import (
     planned,
 )
 from dymo_med.data.patient import Intake, examine_record, usable
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.files import (
     csv_stream,
     naming,
@@ -52,6 +52,8 @@ from dymo_med.files import (
 from dymo_med.inference import quality
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
+from dymo_med.inference.failures import ALL, Failures, concerns_all
+from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.number_page import write_number_page
 from dymo_med.inference.predict import (
     COMPARED,
@@ -91,7 +93,6 @@ from dymo_med.types import (
 
 PROGRESS = ".progress"
 _ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
-FAILURE_COLUMNS = ("record_id", "scenario", "stage", "message")
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
 _AHEAD = 2  # batches that are read while one is answered
@@ -105,6 +106,7 @@ class EvaluateResult:
         out: Folder of its files.
         records: Labelled records in the split.
         failures: Records that could not be answered in every scenario.
+        unexpected: Of these, records that met a bug, or too little memory.
         metrics: Rows of `metrics.csv`; empty while parts are open.
         open_batches: Batches that other parts still have to do; 0 = everything is written.
         notes: Where scenarios hide another share than they are asked for.
@@ -116,6 +118,7 @@ class EvaluateResult:
     metrics: tuple[Row, ...]
     open_batches: int = 0
     notes: tuple[str, ...] = ()
+    unexpected: int = 0
 
 
 def evaluate(
@@ -244,14 +247,13 @@ def evaluate(
     if progress is not None and done:
         progress(done, total)
     how = _Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
-    for number, (read, unreadable, judged) in _read_ahead([(n, chunks[n]) for n in todo], how):
+    for number, chunk in _read_ahead([(n, chunks[n]) for n in todo], how):
         still = set(open_rules(number))
         for rule in rules:
             if rule in still:
                 folder = out / "reports" if rule is rules[0] else None
-                part = run.batch(rule, read, folder, number * batch_size)
-                part["failures"] += unreadable
-                part["quality"] = judged if rule is rules[0] else []
+                part = run.batch(rule, chunk, folder, number * batch_size)
+                part["quality"] = chunk.judged if rule is rules[0] else []
                 write_json(out / PROGRESS / _file_name(rule, number), part)
             done += len(chunks[number])
             if progress is not None:
@@ -309,6 +311,7 @@ def _write(
     collectors = [Collector(r.text, classes, names, facts["selector"], scale) for r in rules]
     recoveries = quality.Collector(specs)
     failures: dict[tuple[object, ...], Row] = {}
+    unexpected: set[str] = set()
     listed: list[Row] = []
     columns = {
         "predictions": _prediction_columns(classes, scale),
@@ -334,6 +337,7 @@ def _write(
                 recoveries.add(quality.Measured(part["recovery"], part["pictures"]))
                 # A record that cannot be read fails in every scenario; once is enough.
                 failures |= {tuple(row.values()): row for row in part["failures"]}
+                unexpected |= set(part.get("unexpected", ()))
                 if rule is rules[0]:
                     listed += [row for row in part["predictions"] if row["method"] in on_page]
     for kind in ("hidden", "recovery"):
@@ -351,6 +355,7 @@ def _write(
         **facts,
         "methods": list(dict.fromkeys(m for s in scores for m in s.probabilities)),
         "failed_records": len({row["record_id"] for row in failures.values()}),
+        "unexpected_failures": len(unexpected),
     }
     recovery = recoveries.write(out, facts["scenarios"], seed)
     (write_pages if scale is None else write_number_page)(
@@ -367,10 +372,31 @@ def _write(
     seconds = time.perf_counter() - start
     write_json(out / "run.json", {**facts, "seconds": round(seconds, 1)})
     notes = tuple(facts.get("scenario_notes", ()))
-    return EvaluateResult(out, facts["records"], facts["failed_records"], tuple(table), notes=notes)
+    return EvaluateResult(
+        out,
+        facts["records"],
+        facts["failed_records"],
+        tuple(table),
+        notes=notes,
+        unexpected=len(unexpected),
+    )
 
 
-_Asked = tuple[Answers, Answers | None, dict[str, Tensor], dict[str, Answers]]
+@dataclass(frozen=True)
+class _Case:
+    """One record as a scenario leaves it.
+
+    Attributes:
+        entry: Where it is.
+        whole: All that it really has.
+        left: What the scenario leaves.
+        place: Its position in the split.
+    """
+
+    entry: CohortRecord
+    whole: PatientRecord
+    left: PatientRecord
+    place: int
 
 
 @dataclass(frozen=True)
@@ -402,114 +428,110 @@ class _Run:
     against: tuple[ModelBundle, ...] = ()
 
     def batch(
-        self,
-        rule: Scenario,
-        read: Sequence[tuple[int, CohortRecord, PatientRecord]],
-        reports: Path | None,
-        first: int,
+        self, rule: Scenario, chunk: _Chunk, reports: Path | None, first: int
     ) -> dict[str, Any]:
         """Return the rows of one batch under one scenario, and write its reports.
 
         Args:
             rule: The scenario.
-            read: Position in the batch, entry and record.
+            chunk: What could be read.
             reports: Folder for reports; None = no reports in this scenario.
             first: Position of the batch's first record in the split.
         """
+        failures = Failures()
+        failures.add(chunk.failures)
         rows: dict[str, list[Row]] = {
-            key: []
-            for key in ("predictions", "selections", "failures", "hidden", "recovery", "pictures")
+            key: [] for key in ("predictions", "selections", "hidden", "recovery", "pictures")
         }
         facts: dict[str, Row] = {}
-        remaining, whole, positions, levels = [], [], [], []
-        for position, entry, record in read:
-            left = apply(rule, record, self.specs, self.seed)
-            rows["hidden"] += hidden(record, left, self.specs, rule)
-            if left.modalities:
-                remaining.append(left)
-                whole.append(record)
-                positions.append(first + position)
-                levels.append(
-                    {
-                        s.name: level(s, entry, record, self.specs)
-                        for s in self.cohort.subgroups
-                        if s.modality is None or s.modality in {p.name for p in self.specs}
-                    }
-                )
-            else:
-                nothing = PatientDataError(
-                    Problem(
-                        f"Patient {record.record_id}",
-                        "the scenario leaves nothing to predict from",
-                        expected="a modality besides those that are taken away",
-                        remedy="Choose another scenario",
+        cases = []
+        for position, entry, record in chunk.read:
+            with failures.of(record.record_id, rule.text, "hide"):
+                left = apply(rule, record, self.specs, self.seed)
+                rows["hidden"] += hidden(record, left, self.specs, rule)
+                if not left.modalities:
+                    raise PatientDataError(
+                        Problem(
+                            f"Patient {record.record_id}",
+                            "the scenario leaves nothing to predict from",
+                            expected="a modality besides those that are taken away",
+                            remedy="Choose another scenario",
+                        )
                     )
-                )
-                rows["failures"].append(
-                    failure_row(record.record_id, rule.text, "hide", message_of(nothing))
-                )
-        for index, (answers, oracle, compared, others) in self._answers(
-            remaining, whole, rule, rows["failures"]
-        ):
-            if oracle is not None:
-                measured = quality.measure(
-                    self.bundle, rule.text, answers, oracle, draws=self.draws, seed=self.seed
-                )
-                rows["recovery"] += measured.rows
-                rows["pictures"] += measured.pictures
-            points = self._points_to(answers)
-            sets = self._sets(answers)
-            for row, i in enumerate(index):
-                record = remaining[i]
-                members, calibrated_on = sets[row]
-                facts[record.record_id] = {
-                    "points_to": points[row],
-                    "set": members,
-                    "calibrated_on": calibrated_on,
-                    "subgroups": levels[i],
-                }
-                rows["predictions"] += self._predictions(
-                    rule, record, answers, oracle, compared, others, members, row
-                )
-                rows["selections"] += [
-                    {"scenario": rule.text, "record_id": record.record_id, **asdict(step)}
-                    for step in selection_steps(answers.own, row)
-                ]
-                if reports is not None and (self.reports is None or positions[i] < self.reports):
-                    self._report(record, answers, row, reports)
-        return {**rows, "facts": facts}
+                cases.append(_Case(entry, record, left, first + position))
+        for some, answers, found in self._answered(cases, rule, failures):
+            for kind, more in found.items():
+                if kind != "facts":
+                    rows[kind] += more
+            facts |= found["facts"]
+            for row, case in enumerate(some):
+                if reports is not None and (self.reports is None or case.place < self.reports):
+                    with failures.of(case.left.record_id, rule.text, "report"):
+                        self._report(case.left, answers, row, reports)
+        found = {"facts": facts, "failures": failures.rows, "unexpected": failures.unexpected}
+        return {**rows, **found}
 
-    def _answers(
-        self,
-        records: Sequence[PatientRecord],
-        whole: Sequence[PatientRecord],
-        rule: Scenario,
-        failures: list[Row],
-    ) -> Iterator[tuple[list[int], _Asked]]:
-        """Yield answers with the positions they are for; all at once unless somebody fails."""
-        everyone = list(range(len(records)))
-        if not records:
+    def _answered(
+        self, cases: Sequence[_Case], rule: Scenario, failures: Failures
+    ) -> Iterator[tuple[Sequence[_Case], Answers, dict[str, Any]]]:
+        """Yield cases, their answers and rows; all at once unless one of them fails."""
+        if not cases:
             return
         try:
-            together = self._ask(records, whole, rule)
-        except PatientDataError:
-            pass
+            together = self._rows(cases, rule)
+        except Exception as error:
+            # One of them, or all of them together, are too much: the others still get answers.
+            if concerns_all(error):
+                raise
         else:
-            yield everyone, together
+            yield cases, *together
             return
-        for i in everyone:
-            try:
-                alone = self._ask([records[i]], [whole[i]], rule)
-            except PatientDataError as error:
-                failures.append(
-                    failure_row(records[i].record_id, rule.text, "predict", message_of(error))
-                )
-            else:
-                yield [i], alone
+        for case in cases:
+            alone = None
+            with failures.of(case.left.record_id, rule.text, "predict"):
+                alone = self._rows([case], rule)
+            if alone is not None:
+                yield [case], *alone
+
+    def _rows(self, cases: Sequence[_Case], rule: Scenario) -> tuple[Answers, dict[str, Any]]:
+        """Return the answers for some cases, and everything that is kept of them."""
+        answers, oracle, compared, others = self._ask(
+            [case.left for case in cases], [case.whole for case in cases], rule
+        )
+        rows: dict[str, Any] = {"predictions": [], "selections": [], "facts": {}}
+        if oracle is not None:
+            measured = quality.measure(
+                self.bundle, rule.text, answers, oracle, draws=self.draws, seed=self.seed
+            )
+            rows |= {"recovery": list(measured.rows), "pictures": list(measured.pictures)}
+        points = self._points_to(answers)
+        sets = self._sets(answers)
+        names = {spec.name for spec in self.specs}
+        for row, case in enumerate(cases):
+            record = case.left
+            members, calibrated_on = sets[row]
+            rows["facts"][record.record_id] = {
+                "points_to": points[row],
+                "set": members,
+                "calibrated_on": calibrated_on,
+                "subgroups": {
+                    s.name: level(s, case.entry, case.whole, self.specs)
+                    for s in self.cohort.subgroups
+                    if s.modality is None or s.modality in names
+                },
+            }
+            rows["predictions"] += self._predictions(
+                rule, record, answers, oracle, compared, others, members, row
+            )
+            rows["selections"] += [
+                {"scenario": rule.text, "record_id": record.record_id, **asdict(step)}
+                for step in selection_steps(answers.own, row)
+            ]
+        return answers, rows
 
     def _ask(
         self, records: Sequence[PatientRecord], whole: Sequence[PatientRecord], rule: Scenario
-    ) -> _Asked:
+    ) -> tuple[Answers, Answers | None, dict[str, Tensor], dict[str, Answers]]:
         """Return the answers, those on the whole records, of comparators and other bundles."""
         answers = answer(self.bundle, records, seed=self.seed, methods=self.methods)
         oracle = None
@@ -639,7 +661,11 @@ class _Run:
         )
         path = folder / record.record_id
         path.mkdir(parents=True, exist_ok=True)
-        write_prediction(file, path)
+        try:
+            write_prediction(file, path)
+        except BaseException:  # both files or none
+            shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def joined(names: Sequence[str], available: Tensor) -> str:
@@ -650,16 +676,6 @@ def joined(names: Sequence[str], available: Tensor) -> str:
 def _escaped(name: str) -> str:
     """Return a class's name so that `+` in it ("ER+") is not taken for the next class."""
     return name.replace("\\", "\\\\").replace("+", "\\+")
-
-
-def message_of(error: PatientDataError) -> str:
-    """Return every problem of an error as one text."""
-    return " ".join(str(problem) for problem in error.problems)
-
-
-def failure_row(record_id: str, scenario: str, stage: str, message: str) -> Row:
-    """Return a row of `failures.csv`."""
-    return {"record_id": record_id, "scenario": scenario, "stage": stage, "message": message}
 
 
 def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[str, ...]:
@@ -992,7 +1008,19 @@ def _file_name(rule: Scenario, number: int) -> str:
     return f"{rule.kind}-{digest}-{number:05d}.json"
 
 
-_Chunk = tuple[list[tuple[int, CohortRecord, PatientRecord]], list[Row], list[Row]]
+@dataclass(frozen=True)
+class _Chunk:
+    """What could be read of a batch.
+
+    Attributes:
+        read: Position in the batch, entry and record.
+        failures: Those that could not.
+        judged: Rows of `quality.csv`.
+    """
+
+    read: list[tuple[int, CohortRecord, PatientRecord]] = field(default_factory=list)
+    failures: Failures = field(default_factory=Failures)
+    judged: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -1044,21 +1072,18 @@ def _read(chunk: Sequence[CohortRecord], how: _Reading, stop: threading.Event) -
 
     Once `stop` is set nobody waits for them, and the rest is left.
     """
-    read, failures, judged = [], [], []
+    found = _Chunk()
     for position, entry in enumerate(chunk):
         if stop.is_set():
             break
-        try:
-            found = examine_record(entry, how.specs, how.missing_values, norms=how.norms)
-            judged += _quality(found)
-            record = usable(found, how.specs, treat_refused_as_missing=how.treat_refused_as_missing)
-        except RefusedError as error:
-            failures.append(failure_row(entry.record_id, "all", "gate", message_of(error)))
-        except PatientDataError as error:
-            failures.append(failure_row(entry.record_id, "all", "read", message_of(error)))
-        else:
-            read.append((position, entry, record))
-    return read, failures, judged
+        with found.failures.of(entry.record_id, ALL, "read"):
+            intake = examine_record(entry, how.specs, how.missing_values, norms=how.norms)
+            found.judged.extend(_quality(intake))
+            record = usable(
+                intake, how.specs, treat_refused_as_missing=how.treat_refused_as_missing
+            )
+            found.read.append((position, entry, record))
+    return found
 
 
 def _quality(found: Intake) -> list[Row]:

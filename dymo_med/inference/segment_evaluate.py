@@ -24,23 +24,22 @@ from torch import Tensor
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.masks import dice, own_grid, read_known, read_mask, regions_of
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem, RefusedError
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.files import csv_stream, write_csv, write_json, write_text
 from dymo_med.inference.evaluate import (
-    FAILURE_COLUMNS,
     PROGRESS,
     EvaluateResult,
     check_part,
     digest_of,
-    failure_row,
     joined,
     known_split,
     matched_specs,
-    message_of,
     patients_seen,
     prepare_folder,
     require_unseen,
 )
+from dymo_med.inference.failures import ALL, Failures
+from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.predict import versions
 from dymo_med.inference.report import environment
 from dymo_med.inference.scores import ORACLE, Row
@@ -49,7 +48,6 @@ from dymo_med.metrics import Estimate, bootstrap_means
 from dymo_med.types import Cohort, CohortRecord, PatientRecord
 
 SUBSETS = "subsets"
-ALL = "all"  # subsets averaged patient by patient
 MEAN = "mean"  # regions averaged case by case
 DISCARD = "observed_only"
 BATCH = 4  # volumes over which the published soft Dice sums
@@ -235,8 +233,9 @@ class _Run:
 
     def record(self, entry: CohortRecord) -> Row:
         """Return the rows of one record in all scenarios, and what failed."""
-        bundle = self.bundle
-        try:
+        bundle, failures = self.bundle, Failures()
+        kept: Row = {"cases": [], "unlabelled": 0}
+        with failures.of(entry.record_id, ALL, "read"):
             record = read_known(
                 entry,
                 self.cohort,
@@ -246,50 +245,53 @@ class _Run:
             own = own_grid(record, bundle.specs)
             labels = read_mask(entry.folder, bundle.mask, own, f"Patient {record.record_id}")
             if labels is None or record.mask is None:
-                return {"cases": [], "failures": [], "unlabelled": 1}
-            whole = segment_record(bundle, record, flips=self.flips, seed=self.seed)
-        except PatientDataError as error:
-            stage = "gate" if isinstance(error, RefusedError) else "read"
-            failure = failure_row(entry.record_id, ALL, stage, message_of(error))
-            return {"cases": [], "failures": [failure], "unlabelled": 0}
-        device = bundle.device
-        truth = _Truth(
-            regions_of(torch.from_numpy(labels), bundle.mask),
-            regions_of(record.mask, bundle.mask).to(device),
-        )
-        oracle = list(self._measured(whole, {ORACLE: DISCARD}, truth))
+                kept["unlabelled"] = 1
+            else:
+                truth = _Truth(
+                    regions_of(torch.from_numpy(labels), bundle.mask),
+                    regions_of(record.mask, bundle.mask).to(bundle.device),
+                )
+                kept["cases"] = self._cases(record, truth, failures)
+        return {**kept, "failures": failures.rows, "unexpected": failures.unexpected}
+
+    def _cases(self, record: PatientRecord, truth: _Truth, failures: Failures) -> list[Row]:
+        """Return the rows of one record in all scenarios.
+
+        Args:
+            record: All that it really has.
+            truth: What is right.
+            failures: Where a scenario that fails is noted.
+        """
+        bundle, name = self.bundle, record.record_id
         rows: list[Row] = []
-        failures: list[Row] = []
+        oracle: list[Row] = []
+        with failures.of(name, ALL, "predict"):
+            whole = segment_record(bundle, record, flips=self.flips, seed=self.seed)
+            oracle = list(self._measured(whole, {ORACLE: DISCARD}, truth))
+        if not oracle:  # nothing to compare with; the same scans are among its scenarios
+            return []
         for variant in self._variants(record):
-            if not variant.record.modalities:
-                problem = Problem(
-                    f"Patient {record.record_id}",
-                    "the scenario leaves nothing to segment",
-                    expected="at least one scan",
-                    remedy="Choose another scenario",
+            stage = "predict" if variant.record.modalities else "hide"
+            with failures.of(name, variant.scenario, stage):
+                _require_scan(variant.record)
+                about: Row = {
+                    "scenario": variant.scenario,
+                    "record_id": name,
+                    "patient_id": record.patient_id,
+                    "split": self.split,
+                    "observed": "+".join(
+                        s.name for s in bundle.specs if s.name in variant.record.modalities
+                    ),
+                }
+                part = segment_record(
+                    bundle, variant.record, methods=self.methods, flips=self.flips, seed=self.seed
                 )
-                failures.append(
-                    failure_row(record.record_id, variant.scenario, "hide", str(problem))
-                )
-                continue
-            about: Row = {
-                "scenario": variant.scenario,
-                "record_id": record.record_id,
-                "patient_id": record.patient_id,
-                "split": self.split,
-                "observed": "+".join(
-                    s.name for s in bundle.specs if s.name in variant.record.modalities
-                ),
-            }
-            part = segment_record(
-                bundle, variant.record, methods=self.methods, flips=self.flips, seed=self.seed
-            )
-            rows += [
-                about | row for row in self._measured(part, {m: m for m in part.traces}, truth)
-            ]
-            if bundle.trust is not None and variant.scenario != "as-is":
-                rows += [about | row for row in oracle]
-        return {"cases": rows, "failures": failures, "unlabelled": 0}
+                rows += [
+                    about | row for row in self._measured(part, {m: m for m in part.traces}, truth)
+                ]
+                if bundle.trust is not None and variant.scenario != "as-is":
+                    rows += [about | row for row in oracle]
+        return rows
 
     def _variants(self, record: PatientRecord) -> Iterator[_Variant]:
         """Yield the record as each scenario leaves it."""
@@ -343,6 +345,23 @@ class _Run:
                 }
 
 
+def _require_scan(record: PatientRecord) -> None:
+    """Check that a scenario leaves a scan.
+
+    Raises:
+        PatientDataError: If it leaves none.
+    """
+    if not record.modalities:
+        raise PatientDataError(
+            Problem(
+                f"Patient {record.record_id}",
+                "the scenario leaves nothing to segment",
+                expected="at least one scan",
+                remedy="Choose another scenario",
+            )
+        )
+
+
 @dataclass(frozen=True)
 class _Truth:
     """The regions of a record: bool `(R, *own.shape)`, and on the network's grid."""
@@ -390,11 +409,13 @@ def _write(out: Path, facts: Row, start: float) -> EvaluateResult:
     cases: list[Row] = []
     failures: list[Row] = []
     unlabelled = 0
+    unexpected: set[str] = set()
     for number in range(facts["records"]):
         part = json.loads(_kept(out, number).read_text(encoding="utf-8"))
         cases += part["cases"]
         failures += part["failures"]
         unlabelled += part["unlabelled"]
+        unexpected |= set(part.get("unexpected", ()))
     order = {text: i for i, text in enumerate(facts["scenarios"])}
     cases.sort(key=lambda row: order[row["scenario"]])  # stable: records stay in order
     _soft_dice(cases)
@@ -405,11 +426,16 @@ def _write(out: Path, facts: Row, start: float) -> EvaluateResult:
     write_csv(out / "metrics.csv", METRIC_COLUMNS, table)
     write_csv(out / "failures.csv", FAILURE_COLUMNS, failures)
     failed = len({row["record_id"] for row in failures})
-    facts = {**facts, "unlabelled_records": unlabelled, "failed_records": failed}
+    facts = {
+        **facts,
+        "unlabelled_records": unlabelled,
+        "failed_records": failed,
+        "unexpected_failures": len(unexpected),
+    }
     pictures = _heat_maps(out, facts, table)
     _write_page(out, facts, table, failures, pictures)
     write_json(out / "run.json", {**facts, "seconds": round(time.perf_counter() - start, 1)})
-    return EvaluateResult(out, facts["records"], failed, tuple(table))
+    return EvaluateResult(out, facts["records"], failed, tuple(table), unexpected=len(unexpected))
 
 
 def _key(row: Row) -> tuple[str, str, str, str]:

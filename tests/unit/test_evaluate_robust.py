@@ -336,16 +336,6 @@ def test_one_whose_whole_record_cannot_be_answered_costs_a_row(
     assert len(answered) == result.records - 1
 
 
-def test_a_bug_while_reading_ahead_surfaces(model, clinic, tmp_path, monkeypatch):
-    def bug(*_, **__):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(module, "examine_record", bug)
-    with pytest.raises(ZeroDivisionError):
-        evaluate(model, read_cohort(clinic), tmp_path / "o")
-    assert not (tmp_path / "o" / "failures.csv").exists()
-
-
 def test_an_interruption_does_not_wait_for_what_is_being_read(model, clinic, tmp_path, monkeypatch):
     original, read = module.examine_record, []
     interrupted = threading.Event()
