@@ -36,7 +36,7 @@ from dymo_med.config import MOST_MEMBERS, Recipe
 from dymo_med.config import read_recipe as _read_recipe
 from dymo_med.conformal import Conformal
 from dymo_med.data.gate import Limits
-from dymo_med.errors import BundleError, ConfigError, Problem
+from dymo_med.errors import BundleError, ConfigError, Problem, out_of_memory
 from dymo_med.files import complete_folder, read_json, write_bytes, write_json, write_text
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.modalities import MODALITIES, modality
@@ -66,6 +66,11 @@ TABLES: dict[str, Registry[Any]] = {
 }
 SCHEMA_VERSION = 2
 _AGAIN = "Copy the bundle again from where it was made"
+# What reading files that do not belong together can end in.
+UNREADABLE = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError),
+    *(OverflowError, RuntimeError, OSError, MemoryError, SafetensorError, ConfigError),
+)
 STATISTICS = ("subsets", "prototypes", "overall", "spread", "counts", "borrowed_from")
 
 
@@ -97,12 +102,13 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name == "cuda" or name.removeprefix("cuda:").isdigit()):
+    cuda = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
+    if name != "cpu" and cuda is None:
         raise ConfigError(
             Problem(
                 "--device",
                 "unknown device",
-                expected="auto, cpu or cuda",
+                expected="auto, cpu, cuda, or cuda: and a number",
                 remedy="Name one of these",
             )
         )
@@ -115,7 +121,69 @@ def resolve_device(name: str) -> torch.device:
                 remedy="Use --device cpu",
             )
         )
+    count = torch.cuda.device_count() if cuda else 0
+    if cuda and int(cuda[1] or 0) >= count:
+        raise ConfigError(
+            Problem(
+                "--device",
+                "this machine has no CUDA device of that number",
+                expected=f"a number below {count}",
+                got=name,
+                remedy="Count devices from 0, or use --device cuda or cpu",
+            )
+        )
     return torch.device(name)
+
+
+def placed(path: Path, device: torch.device, *networks: nn.Module) -> None:
+    """Move networks to a device, ready to answer.
+
+    Args:
+        path: The bundle that they are from.
+        device: Where to.
+        *networks: Networks.
+
+    Raises:
+        ConfigError: If its memory does not hold them: no fault of the bundle's.
+    """
+    try:
+        for network in networks:
+            network.to(device).eval().requires_grad_(False)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _too_large(path) from error
+
+
+def _too_large(path: Path) -> ConfigError:
+    return ConfigError(
+        Problem(
+            str(path),
+            "memory does not hold the bundle's networks",
+            expected="a device that has room for them",
+            remedy="Stop what else uses the device, or use --device cpu",
+        )
+    )
+
+
+def misfit(path: Path, error: Exception) -> BundleError | ConfigError:
+    """Return what to raise where a bundle's files were read and something went wrong.
+
+    Args:
+        path: The bundle.
+        error: What went wrong.
+    """
+    if out_of_memory(error):
+        return _too_large(path)
+    return BundleError(
+        Problem(
+            str(path),
+            "the bundle does not fit this version",
+            expected=f"what dymo-med {__version__} writes",
+            got=f"{type(error).__name__} while reading it",
+            remedy="Train it again, or install the version that made it",
+        )
+    )
 
 
 def hashed_id(bundle_name: str, patient_id: str) -> str:
@@ -488,7 +556,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         imputer.tie(backbone)
         load_weights(imputer, path, "models/imputer.safetensors")
         load_weights(backbone, path, "models/backbone.safetensors")
-        comparators = _load_comparators(path, specs, len(task.classes), where)
+        comparators = _load_comparators(path, specs, len(task.classes))
         statistics = _load_statistics(path, inference["distance"], len(specs), len(task.classes))
         temperature, base_rates = float(inference["temperature"]), tuple(inference["base_rates"])
         if not 0 < temperature < math.inf or not _shares(base_rates, len(task.classes)):
@@ -499,13 +567,13 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             task=task,
             specs=specs,
             missing_values=tuple(metadata["missing_values"]),
-            imputer=imputer.to(where).eval().requires_grad_(False),
+            imputer=imputer,
             imputer_entry=inference["imputer"],
-            backbone=backbone.to(where).eval().requires_grad_(False),
+            backbone=backbone,
             backbone_entry=inference["backbone"],
             selectors=selectors,
             choice=choice,
-            statistics=statistics.to(where),
+            statistics=statistics,
             temperature=temperature,
             base_rates=base_rates,
             provenance=metadata["provenance"],
@@ -514,22 +582,13 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             norms=load_norms(path),
             comparators=comparators,
             bundle_id=identity(sums),
-            device=where,
         )
-    except (
-        *(KeyError, TypeError, ValueError, AttributeError, IndexError),
-        *(OverflowError, RuntimeError, OSError, SafetensorError, ConfigError),
-    ) as error:
-        raise BundleError(
-            Problem(
-                str(path),
-                "the bundle does not fit this version",
-                expected=f"what dymo-med {__version__} writes",
-                got=f"{type(error).__name__} while reading it",
-                remedy="Train it again, or install the version that made it",
-            )
-        ) from error
-    return bundle
+    except UNREADABLE as error:
+        raise misfit(path, error) from error
+    # What happens to a device is no fault of the bundle's.
+    networks = (c.network for c in comparators.values())
+    placed(path, where, bundle.imputer, bundle.backbone, *networks)
+    return replace(bundle, statistics=statistics.to(where), device=where)
 
 
 def _scale(stored: Mapping[str, Any] | None) -> Scale | None:
@@ -723,7 +782,7 @@ def load_norms(path: Path) -> Norms | None:
 
 
 def _load_comparators(
-    path: Path, specs: Sequence[ModalitySpec], classes: int, where: torch.device
+    path: Path, specs: Sequence[ModalitySpec], classes: int
 ) -> dict[str, FittedComparator]:
     """Return the comparators of a bundle; none where it holds none.
 
@@ -743,7 +802,6 @@ def _load_comparators(
             kind, options = table_entry("comparators", {"name": name, **entry["options"]})
             networks[name] = kind(specs, classes, options)
     load_weights(networks, path, "models/comparators.safetensors")
-    networks.to(where).eval().requires_grad_(False)
     return {
         name: FittedComparator(
             cast(Comparator, networks[name]),

@@ -13,33 +13,34 @@ BUNDLE/checksums.json             SHA-256 of every file above
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dymo_med import __version__
 from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
 from dymo_med.bundle import (
     STATISTICS,
+    UNREADABLE,
     check_version,
     checksums_of,
     identity,
     load_norms,
     load_weights,
     metadata_of,
+    misfit,
     on_cpu,
+    placed,
     read_part,
     require_task,
     resolve_device,
     table_entry,
     verified,
 )
-from dymo_med.errors import BundleError, ConfigError, Problem
+from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import Imputer
 from dymo_med.registry import nearest
@@ -68,6 +69,11 @@ class Trust:
     statistics: SubsetStatistics
     selectors: Mapping[str, Selector]
     choice: Choice
+
+    def to(self, device: torch.device) -> Trust:
+        """Return the same with its numbers, but not its network, on a device."""
+        there = self.readout.to(device), self.statistics.to(device)
+        return replace(self, readout=there[0], statistics=there[1])
 
 
 @dataclass(frozen=True)
@@ -299,33 +305,24 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             task=task,
             specs=specs,
             missing_values=tuple(metadata["missing_values"]),
-            network=network.to(where).eval().requires_grad_(False),
+            network=network,
             backbone_entry=inference["backbone"],
             windows=Windows(tuple(inference["window"]), float(inference["overlap"])),
-            trust=_load_trust(path, inference, specs, where),
+            trust=_load_trust(path, inference, specs),
             provenance=metadata["provenance"],
             norms=load_norms(path),
             bundle_id=identity(sums),
-            device=where,
         )
-    except (
-        *(KeyError, TypeError, ValueError, AttributeError, IndexError),
-        *(OverflowError, RuntimeError, OSError, SafetensorError, ConfigError),
-    ) as error:
-        raise BundleError(
-            Problem(
-                str(path),
-                "the bundle does not fit this version",
-                expected=f"what dymo-med {__version__} writes",
-                got=f"{type(error).__name__} while reading it",
-                remedy="Train it again, or install the version that made it",
-            )
-        ) from error
-    return bundle
+    except UNREADABLE as error:
+        raise misfit(path, error) from error
+    # What happens to a device is no fault of the bundle's.
+    trust = bundle.trust
+    placed(path, where, network, *(() if trust is None else (trust.imputer,)))
+    return replace(bundle, trust=None if trust is None else trust.to(where), device=where)
 
 
 def _load_trust(
-    path: Path, inference: Mapping[str, Any], specs: tuple[ModalitySpec, ...], where: torch.device
+    path: Path, inference: Mapping[str, Any], specs: tuple[ModalitySpec, ...]
 ) -> Trust | None:
     """Return imputer and selectors; None where there are none."""
     if inference["imputer"] is None:
@@ -346,10 +343,10 @@ def _load_trust(
     if choice.name not in selectors:
         raise KeyError(choice.name)
     return Trust(
-        imputer.to(where).eval().requires_grad_(False),
+        imputer,
         inference["imputer"],
-        Readout(**{k: tensors[f"readout.{k}"] for k in _READOUT}).to(where),
-        SubsetStatistics("cosine", **{k: tensors[k] for k in STATISTICS}).to(where),
+        Readout(**{k: tensors[f"readout.{k}"] for k in _READOUT}),
+        SubsetStatistics("cosine", **{k: tensors[k] for k in STATISTICS}),
         selectors,
         choice,
     )

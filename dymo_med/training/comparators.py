@@ -137,7 +137,7 @@ def train_comparators(
                 plan.backbone_training,
                 checkpoint=checkpoints / f"{stage.replace(' ', '-')}.safetensors",
             )
-            best_epoch[stage] = int(max(log.stages[stage], key=lambda row: row["score"])["epoch"])
+            best_epoch[stage] = log.best_epoch(stage)
         comparator.to(device).eval()
         comparator.finish(labelled["validation"], weights["validation"])
         figures = _figures(

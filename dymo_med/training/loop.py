@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dymo_med.config import Schedule
-from dymo_med.errors import ConfigError, Problem
+from dymo_med.config import BackboneTraining, Schedule
+from dymo_med.errors import ConfigError, Problem, out_of_memory
 from dymo_med.files import write_bytes, write_csv
 from dymo_med.training.gmd import Decoupling, ObjectiveGradients
 from dymo_med.types import Batch
@@ -58,9 +58,7 @@ def new_weights(seed: int, network: str) -> Iterator[None]:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            # PyTorch has no class for either: no such memory, no such number of bytes.
-            reasons = ("can't allocate memory", "calculation overflowed")
-            if isinstance(error, RuntimeError) and not any(r in str(error) for r in reasons):
+            if not out_of_memory(error):
                 raise
             raise ConfigError(
                 Problem(
@@ -137,6 +135,11 @@ class Log:
         self.path = path
         self.stages: dict[str, list[dict[str, float]]] = {}
 
+    def best_epoch(self, stage: str) -> int:
+        """Return the epoch of a stage with the highest finite score, counted from 0."""
+        rows = [row for row in self.stages[stage] if math.isfinite(row["score"])]
+        return int(max(rows, key=lambda row: row["score"])["epoch"])
+
     def write(self) -> None:
         """Write all rows."""
         written = [
@@ -189,7 +192,8 @@ def train_stage(
         progress: Called after every epoch with stage, epoch (from 1), epochs, figures.
 
     Raises:
-        ConfigError: If the checkpoint belongs to another recipe, cohort or version.
+        ConfigError: If the checkpoint belongs to another recipe, cohort or version, or the
+            training diverges.
     """
     optimizer = torch.optim.AdamW(
         objective.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
@@ -211,31 +215,35 @@ def train_stage(
             group["lr"] = schedule.step_size(state.epoch)
         order = torch.randperm(len(data), generator=generator)
         total = 0.0
-        for start in range(0, len(data), schedule.batch_size):
-            index = order[start : start + schedule.batch_size]
-            objective.begin_batch(generator)
-            optimizer.zero_grad()
-            for part in index.tensor_split(min(schedule.parts, len(index))):
-                batch = data.rows(part).to(fabric.device)
-                loss = module(Step(batch, weights[part].to(fabric.device), generator))
-                share = len(part) / len(index)
-                with _same_order(fabric.device):
-                    if gradients is None:
-                        fabric.backward(loss * share)
-                    else:
-                        gradients.backward(loss, share, fabric.backward)
-                        loss = torch.stack([one.detach() for one in loss]).mean()
-                total += float(loss.detach()) * len(part)
-            if gradients is not None:
-                gradients.merge(generator)
-            _clip(fabric, module, optimizer, schedule)
-            optimizer.step()
+        with _network_draws(seed, name, state.epoch, fabric.device):
+            for start in range(0, len(data), schedule.batch_size):
+                index = order[start : start + schedule.batch_size]
+                objective.begin_batch(generator)
+                optimizer.zero_grad()
+                for part in index.tensor_split(min(schedule.parts, len(index))):
+                    batch = data.rows(part).to(fabric.device)
+                    loss = module(Step(batch, weights[part].to(fabric.device), generator))
+                    share = len(part) / len(index)
+                    with _same_order(fabric.device):
+                        if gradients is None:
+                            fabric.backward(loss * share)
+                        else:
+                            gradients.backward(loss, share, fabric.backward)
+                            loss = torch.stack([one.detach() for one in loss]).mean()
+                    total += _finite(float(loss.detach()), name, schedule) * len(part)
+                if gradients is not None:
+                    gradients.merge(generator)
+                _clip(fabric, module, optimizer, schedule, name)
+                optimizer.step()
         objective.end_epoch()
         objective.eval()
+        for p in objective.parameters():
+            _finite(float(p.detach().abs().sum()), name, schedule)
         with torch.no_grad():
             figures = objective.validate()
         row = {"epoch": state.epoch, "loss": total / len(data), **figures}
-        if figures["score"] > state.best_score + schedule.min_improvement:
+        improved = figures["score"] > state.best_score + schedule.min_improvement
+        if improved and math.isfinite(figures["score"]):
             state.best_score, state.best_epoch = figures["score"], state.epoch
             best = {k: v.detach().clone() for k, v in objective.state_dict().items()}
         state.history.append({**row, "seconds": time.monotonic() - began})
@@ -246,11 +254,51 @@ def train_stage(
         log.write()
         if progress is not None:
             progress(name, state.epoch, schedule.epochs, row)
+    if not best:
+        raise _diverged(name, schedule, "no epoch with a finite score on validation records")
     objective.load_state_dict(best)
     objective.eval()
 
 
-def _clip(fabric: Fabric, module: Any, optimizer: Any, schedule: Schedule) -> None:
+@contextmanager
+def _network_draws(seed: int, stage: str, epoch: int, device: torch.device) -> Iterator[None]:
+    """Let what a network itself draws meanwhile (dropout) depend on the seed and the epoch alone.
+
+    PyTorch's layers draw from the process's own generators, which are left as they were.
+    """
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(stream(seed, stage, "network", epoch).initial_seed())
+        yield
+
+
+def _finite(value: float, stage: str, schedule: Schedule) -> float:
+    """Return a number of the training once it is known to be finite.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not math.isfinite(value):
+        raise _diverged(stage, schedule, "a loss or weight that is not finite")
+    return value
+
+
+def _diverged(stage: str, schedule: Schedule, got: str) -> ConfigError:
+    """Return the error of a training that leads nowhere."""
+    section = "backbone_training" if isinstance(schedule, BackboneTraining) else "imputer_training"
+    return ConfigError(
+        Problem(
+            f"Recipe {section}: training of {stage}",
+            "the training diverges",
+            expected="losses and gradients that stay finite",
+            got=got,
+            remedy=f"Lower learning_rate (or clip_gradients) under {section} in the recipe, and"
+            " train into a new folder",
+        )
+    )
+
+
+def _clip(fabric: Fabric, module: Any, optimizer: Any, schedule: Schedule, stage: str) -> None:
     """Bound the gradient of a step, that of the whole batch and after any decoupling.
 
     Args:
@@ -258,13 +306,16 @@ def _clip(fabric: Fabric, module: Any, optimizer: Any, schedule: Schedule) -> No
         module: What is trained, its gradients complete.
         optimizer: Its optimiser.
         schedule: The bounds.
+        stage: Name of the stage.
 
     Raises:
-        RuntimeError: If a gradient is not finite; without a bound, too.
+        ConfigError: If a gradient is not finite; without a bound, too.
     """
     norm = math.inf if schedule.clip_gradients is None else schedule.clip_gradients
     # With an infinite bound the factor is exactly 1, and what is not finite is still found.
-    fabric.clip_gradients(module, optimizer, max_norm=norm, error_if_nonfinite=True)
+    total = fabric.clip_gradients(module, optimizer, max_norm=norm, error_if_nonfinite=False)
+    if total is not None and not bool(total.isfinite()):
+        raise _diverged(stage, schedule, "a gradient that is not finite")
     if schedule.clip_values is not None:
         fabric.clip_gradients(module, optimizer, clip_val=schedule.clip_values)
 

@@ -277,7 +277,9 @@ class SegmentationObjective(Objective):
         found = []
         for used in within(batch.observed.available, self._subsets.to(self._device)):
             probabilities = torch.sigmoid(versions.logits(row, used, torch.zeros_like(used))[0])
-            found.append(float(dice(decided(probabilities, self._mask), true).mean()))
+            overlap = float(dice(decided(probabilities, self._mask), true).mean())
+            # What is not a number is in no region: that would be a score like any other.
+            found.append(overlap if bool(probabilities.isfinite().all()) else np.nan)
         return np.array(found)
 
 

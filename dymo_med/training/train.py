@@ -329,10 +329,7 @@ def _provenance(
             spec.name: round(float(data["train"].observed.available[:, m].double().mean()), 4)
             for m, spec in enumerate(described.specs)
         },
-        "best_epoch": {
-            stage: max(rows_, key=lambda r: r["score"])["epoch"]
-            for stage, rows_ in log.stages.items()
-        },
+        "best_epoch": {stage: log.best_epoch(stage) for stage in log.stages},
         "versions": {
             "dymo_med": dymo_med.__version__,
             **{name: version(name) for name in ("torch", "monai", "numpy")},
