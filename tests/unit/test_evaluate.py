@@ -289,8 +289,12 @@ def test_bugs_are_not_swallowed(bundle, cohort, tmp_path, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(module, "answer", bug)
-    with pytest.raises(ZeroDivisionError):
-        evaluate(bundle, cohort, tmp_path / "o")
+    result = evaluate(bundle, cohort, tmp_path / "o")
+    assert result.unexpected == result.failures == result.records > 0
+    messages = {r["message"] for r in rows_of(tmp_path / "o" / "failures.csv")}
+    assert all("ZeroDivisionError in dymo_med/inference/evaluate.py:" in m for m in messages)
+    assert len(messages) == result.records and rows_of(tmp_path / "o" / "metrics.csv") == []
+    assert (tmp_path / "o" / "index.html").is_file()
 
 
 def test_wrong_questions_are_refused_before_anything_is_written(bundle, cohort, tmp_path):
