@@ -23,11 +23,13 @@ CODES = {"ConfigError": 2, "PatientDataError": 3, "RefusedError": 3, "BundleErro
 # Modules that hand problems on without an error around them.
 WITHOUT_ERROR = {
     "dymo_med/inference/audit.py": 3,
+    "dymo_med/inference/failures.py": 1,
     "dymo_med/inference/segment_evaluate.py": 3,
     "dymo_med/limits.py": 3,
     "dymo_med/modalities/cells.py": 3,
 }
 TITLES = {
+    1: "Exit code 1: unexpected, in a row of an evaluation's failures.csv",
     2: "Exit code 2: usage, recipe, cohort description, output folder",
     3: "Exit code 3: a patient's files",
     4: "Exit code 4: a bundle",
