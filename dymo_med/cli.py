@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -283,11 +284,44 @@ def _first(files: Mapping[str, int], most: int) -> str:
     return ", ".join(shown) + (f" and {_count(rest, 'other')}" if rest else "")
 
 
+def _seconds(budget: str | None) -> float:
+    """Return a length of time in seconds; 20 minutes if none is stated.
+
+    Raises:
+        ConfigError: If it is no length of time.
+    """
+    if budget is None:
+        return 1200.0
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)\s*(s|m|min|h)?", budget.strip().lower())
+    number = float(found[1]) if found else 0.0
+    if not found or not number:
+        raise ConfigError(
+            Problem(
+                "--budget",
+                "it is no length of time",
+                expected="a number and s, m or h",
+                got=budget[:20],
+                remedy="Write for example 20m",
+            )
+        )
+    return number * {"s": 1, "m": 60, "min": 60, "h": 3600, None: 60}[found[2]]
+
+
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     cohort: CohortPath,
     out: Out,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Recipe (YAML). Without one, it is chosen from the cohort."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Time for choosing a recipe and training, such as 90s, 20m or 2h. [default: 20m]",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
     ] = False,
@@ -302,6 +336,16 @@ def train(
     from dymo_med.training.train import train as run
 
     reporter = Reporter(quiet)
+    budget_s = _seconds(budget)
+    if recipe is not None and budget is not None:
+        raise ConfigError(
+            Problem(
+                "--budget",
+                "a recipe says how long to train, and there is one",
+                expected="no recipe, or no budget",
+                remedy="Leave one of them out",
+            )
+        )
     with reporter.bar("Reading records") as update:
 
         def epoch(stage: str, done: int, most: int, figures: Mapping[str, float]) -> None:
@@ -318,8 +362,10 @@ def train(
             resume=resume,
             device=device,
             seed=seed,
+            budget_s=budget_s,
             progress=epoch,
             reading=update,
+            say=reporter.say,
         )
     reporter.say(f"bundle: {bundle}")
     reporter.say(f"next: dymo-med evaluate --bundle {bundle} --cohort {cohort} --out EVALUATION")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -69,6 +70,13 @@ def sampled_subsets(modalities: int, seed: int) -> Tensor:
     rank = torch.rand(_MOST_SUBSETS, modalities, generator=generator).argsort(1).argsort(1)
     subsets: Tensor = torch.unique(rank < sizes[:, None], dim=0)
     return subsets
+
+
+def record_weights(batch: Batch) -> Tensor:
+    """Return `(n,)` weights by which every patient counts the same, with mean 1."""
+    visits = Counter(batch.patient_ids)
+    weights = torch.tensor([1.0 / visits[p] for p in batch.patient_ids])
+    return weights / weights.mean()
 
 
 def singles(available: Tensor) -> tuple[Tensor, Tensor]:

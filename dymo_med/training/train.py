@@ -26,6 +26,7 @@ from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import fit_norms
 from dymo_med.data.masks import read_known
 from dymo_med.errors import ConfigError, PatientDataError, Problem
+from dymo_med.files import write_text
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
 from dymo_med.modalities import modality
 from dymo_med.selection import fit_statistics
@@ -37,10 +38,12 @@ from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
     encode_all,
+    record_weights,
     sampled_subsets,
     subset_logits,
 )
 from dymo_med.training.performance import performance
+from dymo_med.training.plan import propose
 from dymo_med.training.segmentation import LEAST_MASKS, train_segmentation
 from dymo_med.training.selectors import (
     calibration_cases,
@@ -51,19 +54,24 @@ from dymo_med.training.selectors import (
 )
 from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Scale, Split
 
+BUDGET_S = 1200.0
+"""Seconds that a run without a recipe may take, about."""
+
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
 
 
 def train(
-    recipe: Path,
+    recipe: Path | None,
     cohort: Path,
     out: Path,
     *,
     resume: bool = False,
     device: str = "auto",
     seed: int | None = None,
+    budget_s: float = BUDGET_S,
     progress: Progress | None = None,
     reading: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train imputer and backbone, fit statistics, temperature and selectors, and write a bundle.
 
@@ -74,14 +82,18 @@ def train(
     picked too unless the recipe names one; the test split is not read.
 
     Args:
-        recipe: Recipe file.
+        recipe: Recipe file; None = chosen from the cohort (`training.plan`) and written to
+            `recipe.yaml` in `out`, or found there by a run that is resumed.
         cohort: Cohort folder or its `cohort.yaml`.
         out: Folder for `bundle/`, `log.csv`, `curves.png` and `checkpoints/`.
         resume: Go on from the checkpoints in `out`.
         device: `auto`, `cpu` or `cuda`.
         seed: Overrides the recipe's seed.
+        budget_s: Seconds that choosing a recipe and training may take, about; without use where
+            there is a recipe.
         progress: Called after every epoch.
         reading: Called after every record read, with how many are done and how many there are.
+        say: Told what is found out about the cohort, and which recipes are tried.
 
     Returns:
         The bundle's folder.
@@ -90,9 +102,10 @@ def train(
         ConfigError: If the recipe or cohort is wrong, or `out` holds another run.
         PatientDataError: If a record that is needed cannot be read.
     """
-    plan = read_recipe(recipe)
-    if seed is not None:
-        plan = plan.model_copy(update={"seed": seed})
+    chosen = out / "recipe.yaml"
+    if recipe is None and resume and chosen.is_file():
+        recipe = chosen
+    plan = None if recipe is None else read_recipe(recipe)
     described = read_cohort(cohort)
     if out.exists() and any(out.iterdir()) and not resume:
         raise ConfigError(
@@ -123,12 +136,21 @@ def train(
                 remedy="Remove it from cohort.yaml, or move a patient who has it into train",
             )
         )
-    fingerprint = _fingerprint(plan, described, records)
     data = {
         split: _with_shares(collate(records[split], described.specs), records[split], scale)
         for split in _FITTED_ON
     }
     specs = fit_importances(fit_specs(described.specs, data["train"]), data["train"])
+    if plan is None:
+        plan, text = propose(
+            described, specs, data, seed=seed or 0, budget_s=budget_s, device=where, say=say
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(chosen, text)
+        say(f"recipe: {chosen}")
+    if seed is not None:
+        plan = plan.model_copy(update={"seed": seed})
+    fingerprint = _fingerprint(plan, described, records)
 
     fabric = (
         Fabric(accelerator="cuda", devices=[where.index or 0])
@@ -160,7 +182,7 @@ def train(
             described,
             specs,
             known,
-            {s: _weights(b) for s, b in known.items()},
+            {s: record_weights(b) for s, b in known.items()},
             imputer,
             imputer_entry,
             run_stage,
@@ -177,7 +199,7 @@ def train(
     if imputer is None or imputer_entry is None or plan.backbone.name not in BACKBONES:
         raise ConfigError(
             Problem(
-                str(recipe),
+                str(recipe or chosen),
                 "the recipe is for a segmentation",
                 expected=f"an imputer, and a backbone out of {', '.join(BACKBONES)}",
                 remedy=f"Choose another recipe: cohort {described.name} is a classification",
@@ -207,14 +229,14 @@ def train(
         _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
     fitting, held_back = labelled["train"], labelled["calibration"]
-    weights = _weights(fitting)
+    weights = record_weights(fitting)
     for stage, network in zip(stages, networks, strict=True):
         objective = FusionObjective(
             network,
             classes,
             plan.backbone_training,
             labelled["validation"],
-            _weights(labelled["validation"]),
+            record_weights(labelled["validation"]),
             fabric.device,
             plan.seed,
             scale,
@@ -238,7 +260,7 @@ def train(
         specs,
         classes,
         labelled,
-        {s: _weights(b) for s, b in labelled.items()},
+        {s: record_weights(b) for s, b in labelled.items()},
         run_stage,
         log,
         checkpoints,
@@ -264,13 +286,13 @@ def train(
         temperature = 1.0  # of a regression: another would move the answers themselves
         if scale is None:
             temperature = fit_temperature(
-                logits.cpu(), held_back.labels[rows], _weights(held_back)[rows]
+                logits.cpu(), held_back.labels[rows], record_weights(held_back)[rows]
             )
         cases, patients = calibration_cases(
             imputer,
             backbone,
             held_back,
-            _weights(held_back),
+            record_weights(held_back),
             temperature,
             plan.seed,
             fabric.device,
@@ -364,10 +386,10 @@ def _train_imputer(
         run_stage(
             "imputer",
             ImputerObjective(
-                imputer, data["validation"], _weights(data["validation"]), device, plan.seed
+                imputer, data["validation"], record_weights(data["validation"]), device, plan.seed
             ),
             data["train"],
-            _weights(data["train"]),
+            record_weights(data["train"]),
             plan.imputer_training,
             checkpoint=checkpoints / "imputer.safetensors",
         )
@@ -446,7 +468,9 @@ def fit_importances(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[Modali
             random_state=0,
             n_jobs=1,
         )
-        forest.fit(cells[:, some], known.labels.numpy(), sample_weight=_weights(known).numpy())
+        forest.fit(
+            cells[:, some], known.labels.numpy(), sample_weight=record_weights(known).numpy()
+        )
         shares[some] = forest.feature_importances_
     left = iter(shares.tolist())
     return tuple(
@@ -534,13 +558,6 @@ def _require_masks(cohort: Cohort, split: Split, records: Sequence[PatientRecord
                 remedy="Move patients between splits in splits.csv, or add masks",
             )
         )
-
-
-def _weights(batch: Batch) -> Tensor:
-    """Return `(n,)` weights by which every patient counts the same, with mean 1."""
-    visits = Counter(batch.patient_ids)
-    weights = torch.tensor([1.0 / visits[p] for p in batch.patient_ids])
-    return weights / weights.mean()
 
 
 def class_weights(labels: Tensor, classes: int) -> Tensor:
