@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
@@ -18,8 +19,10 @@ from dymo_med.data import bids
 from dymo_med.data.gate import Limits
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
+from dymo_med.modalities.cells import as_code
 from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
+from dymo_med.text import comparable
 from dymo_med.types import (
     SPLITS,
     Cohort,
@@ -38,6 +41,13 @@ _UNKNOWN = "unknown"
 _PARTICIPANT, _SESSION = "participant_id", "session_id"  # columns of BIDS tables
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _ID = re.compile(r"(?!.*\.\.)\w(?:[\w.+@ -]{0,126}[\w+@-])?")
+
+
+class _Cells(dict[str, str]):
+    """Cells by header, headers as they are compared."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(comparable(name))
 
 
 @dataclass(frozen=True)
@@ -464,6 +474,7 @@ def _read_records(
     path = root / name
     patient_column = _patient_column(entry)
     records: list[CohortRecord] = []
+    unknown: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     seen: dict[str, int] = {}
     from_labels = [s for s in subgroups if s.modality is None]
     targets = (task.target,) if task.mask is None else ()
@@ -492,7 +503,7 @@ def _read_records(
         if target not in blank:
             found = _answer(target, task, f"{where} {task.target}")
             if isinstance(found, Problem):
-                problems.append(found)
+                unknown[found.what, found.remedy].append(found)
                 continue
             label, value = found
         cells = {s.name: line.cells[s.column] for s in from_labels}
@@ -519,20 +530,32 @@ def _read_records(
                 )
             patient_id = line.cells[patient_column]
             records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
+    problems += [_together(alike) for alike in unknown.values()]
     return tuple(records)
+
+
+def _together(alike: Sequence[Problem]) -> Problem:
+    """Return one problem for rows with the same fault: the first, and how many there are."""
+    if len(alike) == 1:
+        return alike[0]
+    return replace(alike[0], got=f"the same in {len(alike)} rows")
 
 
 def _answer(text: str, task: Task, where: str) -> tuple[int, float | None] | Problem:
     """Return the class of a target's cell, and its number, or what is wrong with it."""
     if task.scale is None:
-        if text in task.classes:
-            return task.classes.index(text), None
-        return Problem(
-            where,
-            "the class is not known",
-            expected=" or ".join(task.classes),
-            remedy=f"{nearest(text, list(task.classes))}. Leave it blank if it is not known",
-        )
+        classes = [as_code(name) for name in task.classes]
+        if as_code(text) in classes:
+            return classes.index(as_code(text)), None
+        remedy = f"{nearest(text, list(task.classes))}. Leave it blank if it is not known"
+        if _is_number(text):
+            codes = ", ".join(f'"{k}"' for k in range(len(classes)))
+            remedy = (
+                "Write the classes in place of numbers, or declare the numbers as classes in"
+                f" cohort.yaml, for example classes: [{codes}]"
+            )
+        expected = " or ".join(task.classes)
+        return Problem(where, "the class is not known", expected=expected, remedy=remedy)
     scale = task.scale
     expected = f"a number from {scale.low:g} to {scale.high:g} {scale.unit}".rstrip()
     if not _is_number(text):
@@ -625,8 +648,8 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
             )
         )
         return []
-    header = rows[0][1] if rows else []
-    absent = [name for name in needed if header.count(name) != 1]
+    header = [comparable(name) for name in rows[0][1]] if rows else []
+    absent = [name for name in needed if header.count(comparable(name)) != 1]
     if absent or len(rows) < 2:
         problems.append(
             Problem(
@@ -651,5 +674,5 @@ def _read_lines(path: Path, needed: Sequence[str], problems: list[Problem]) -> l
                 )
             )
             continue
-        lines.append(_Line(number, dict(zip(header, cells, strict=True))))
+        lines.append(_Line(number, _Cells(zip(header, cells, strict=True))))
     return lines

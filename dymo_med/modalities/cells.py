@@ -13,6 +13,7 @@ import torch
 from dymo_med.errors import Problem
 from dymo_med.modalities.units import UnitError, convert, same, suspects
 from dymo_med.registry import nearest
+from dymo_med.text import comparable
 from dymo_med.types import CellRules, Column
 
 # Python's float() also takes "1_000", "nan" and "inf"; a table must not.
@@ -81,6 +82,7 @@ class Row:
         sha256: Hash of the file, or of the row where the file holds rows of others too.
         identifiers: What the file calls the patient.
         remarks: What of the file is not used though it could be meant, and why.
+        names: Of all columns of the file.
     """
 
     cells: Mapping[str, Cell]
@@ -88,25 +90,36 @@ class Row:
     sha256: str
     identifiers: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
-def is_blank(cell: Cell, column: Column, blank: Collection[str]) -> bool:
+def is_blank(cell: Cell, column: Column, blank: Collection[str], decimal: str = ".") -> bool:
     """Return whether a cell holds nothing, or a word declared to mean that.
 
     Args:
         cell: From the file.
         column: What it is a cell of.
         blank: Words that mean "blank" in all columns.
+        decimal: The table's decimal sign.
     """
-    if not cell.text:
+    text = comparable(cell.text)
+    if not text:
         return True
-    words = {"", *(w.strip() for w in (*blank, *(column.rules or _DEFAULT).missing))}
-    if cell.text in words:
+    rules = column.rules or _DEFAULT
+    words = {"", *(comparable(w) for w in (*blank, *rules.missing))}
+    if text in words:
         return True
-    if column.type == "categorical" or not _NUMBER.fullmatch(cell.text):
+    if text in column.values or text in {word for word, _ in rules.aliases}:
         return False
     # A code written as another number: -999 as -999.0.
-    return any(_NUMBER.fullmatch(w) and float(w) == float(cell.text) for w in words)
+    number = _as_number(text, "." if cell.typed else decimal)
+    return number is not None and number in {_as_number(w, ".") for w in words}
+
+
+def _as_number(text: str, decimal: str) -> float | None:
+    """Return the number that a text is; None if it is none."""
+    pattern = _NUMBER if decimal == "." else _COMMA_NUMBER
+    return float(text.replace(",", ".")) if pattern.fullmatch(text) else None
 
 
 def parse(
@@ -127,11 +140,11 @@ def parse(
         decimal: The table's decimal sign.
         blank: Words that mean "blank" in all columns.
     """
-    if is_blank(cell, column, blank):
+    if is_blank(cell, column, blank, decimal):
         return None
     rules = column.rules or _DEFAULT
     if column.type == "categorical":
-        return _category(cell, column, where)
+        return _category(cell, column, where, "." if cell.typed else decimal)
     if rules.until:
         return _time_span(cell, column, rules, cells, where, blank)
     text = cell.text
@@ -155,11 +168,18 @@ def parse(
     return converted if isinstance(converted, Problem) else _within(converted, column, where)
 
 
-def _category(cell: Cell, column: Column, where: str) -> float | Problem:
-    """Return the index of a category, by its name or one of its aliases."""
-    aliases = dict((column.rules or _DEFAULT).aliases)
-    texts = [aliases.get(text, text) for text in (cell.text, *cell.also)]
-    found = {text for text in texts if text in column.values}
+def _category(cell: Cell, column: Column, where: str, decimal: str) -> float | Problem:
+    """Return the index of a category, by its name or one of its aliases.
+
+    Texts are compared as `text.comparable` has them. Tables pass through programs that make 1 into
+    1.0: as a category both are the same code.
+    """
+    words = {comparable(value): value for value in column.values}
+    words |= {comparable(word): value for word, value in (column.rules or _DEFAULT).aliases}
+    codes = {as_code(word): value for word, value in words.items()}
+    texts = [comparable(text) for text in (cell.text, *cell.also)]
+    named = [words.get(text) or codes.get(as_code(text, decimal)) for text in texts]
+    found = {value for value in named if value is not None}
     if len(found) == 1:
         return float(column.values.index(found.pop()))
     what = "the cell holds several categories" if found else "the cell holds an unknown category"
@@ -173,6 +193,22 @@ def _category(cell: Cell, column: Column, where: str) -> float | Problem:
         remedy=f"{hint}. Leave the cell blank if it was not recorded; other words for a category"
         " go under aliases in cohort.yaml",
     )
+
+
+def as_code(text: str, decimal: str = ".") -> str:
+    """Return a category's word as it is compared: a whole number without its decimals.
+
+    Args:
+        text: As a file or a cohort's description has it.
+        decimal: The decimal sign.
+
+    Example:
+        >>> as_code("1.0"), as_code("1.5"), as_code(" a\u00a0")
+        ('1', '1.5', 'a')
+    """
+    text = comparable(text)
+    found = re.fullmatch(rf"\+?(-?\d+){re.escape(decimal)}0*", text, re.ASCII)
+    return found[1] if found is not None else text
 
 
 def _is_code(text: str) -> bool:
@@ -336,7 +372,9 @@ def _bounds(
 ) -> tuple[int, int] | Problem | None:
     """Return the fewest and most days from a cell's date to the reference date; None = blank."""
     fixed = _DATE.fullmatch(rules.until)
-    reference = Cell(rules.until, iso=True) if fixed else cells.get(rules.until, Cell(""))
+    reference = (
+        Cell(rules.until, iso=True) if fixed else cells.get(comparable(rules.until), Cell(""))
+    )
     if not reference.text or reference.text in {w.strip() for w in (*blank, *rules.missing)}:
         return None
     ends = []

@@ -29,6 +29,7 @@ from dymo_med.modalities.fhir_record import (
     open_record,
 )
 from dymo_med.modalities.table_files import scalar
+from dymo_med.text import comparable
 from dymo_med.types import CellRules, Column, FileRules
 
 _UCUM = "http://unitsofmeasure.org"
@@ -116,7 +117,9 @@ def read_record(
                 problems.append(malformed(f"{where}, Patient.{own.fhir}"))
                 continue
             iso = own.fhir == "birthDate"
-            cells[column.name] = Cell(value, place=f"{where}, Patient.{own.fhir}", iso=iso)
+            cells[comparable(column.name)] = Cell(
+                value, place=f"{where}, Patient.{own.fhir}", iso=iso
+            )
             continue
         place = f"{where}, LOINC {' or '.join(own.loinc)}"
         try:
@@ -126,7 +129,7 @@ def read_record(
             problems += error.problems
             continue
         if chosen is not None:
-            cells[column.name] = replace(chosen.cell, place=_at(place, chosen.number))
+            cells[comparable(column.name)] = replace(chosen.cell, place=_at(place, chosen.number))
             if chosen.when is not None and chosen.cell.text:
                 times.append(chosen.when)
     remarks = tuple(f"{name}: values are left out, since {why}" for name, why in left_out)

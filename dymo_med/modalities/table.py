@@ -26,6 +26,7 @@ from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
 from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
 from dymo_med.modalities.units import MOLAR_MASS, UnitError, convert, same_quantity
+from dymo_med.text import comparable
 from dymo_med.types import (
     CellRules,
     Column,
@@ -44,6 +45,8 @@ _YES = ("Yes", "YES", "true", "True", "TRUE", "1")
 RECOVERED_COLUMNS = ("column", "value", "unit", "source")
 # Percentiles of fewer cells than this would list patients' values in the bundle.
 _FEWEST = 20
+# Names of columns that a message lists.
+_MOST_NAMED = 8
 
 
 # A column is skewed, so that its networks see logarithms, from this third standardised moment on.
@@ -91,7 +94,7 @@ class ColumnEntry(Strict):
         units: Units besides `unit` that a file may state; numbers in them are converted.
         molar_mass: Of the substance, in g/mol or by name (`glucose`), between units of mass and
             of amount.
-        aliases: Per category, other words for it.
+        aliases: Per category, other words for it; of a boolean column for "no" and "yes".
         missing: Words and numbers that mean "blank" in this column.
         censored: What `<5` is: an `error`, the `limit`, or `missing`.
         until: Of a date: the column, or the day (YYYY-MM-DD), to which time is counted.
@@ -192,8 +195,8 @@ class ColumnEntry(Strict):
         return self
 
     def _fits_categories(self) -> None:
-        if self.type == "boolean" and (self.values is not None or self.aliases):
-            raise ValueError("a boolean column is no or yes; for other words declare categories")
+        if self.type == "boolean" and self.values is not None:
+            raise ValueError("a boolean column is no or yes; for others declare categories")
         if self.type == "categorical" and self.values is None:
             raise ValueError("a categorical column needs values")
         values = self.values if self.values is not None else ["no", "yes"]
@@ -209,7 +212,14 @@ class ColumnEntry(Strict):
             raise ValueError(f"aliases of what is no category: {', '.join(sorted(unknown))}")
         words = [*values, *(word for group in self.aliases.values() for word in group)]
         words += self.missing
-        if len(set(words)) < len(words) or any(word != word.strip() or not word for word in words):
+        if self.type == "boolean":
+            words += {*_NO, *_YES} - {
+                *(word for word in self.aliases.get("no", ()) if word in _NO),
+                *(word for word in self.aliases.get("yes", ()) if word in _YES),
+            }
+        if len(set(map(comparable, words))) < len(words) or any(
+            word != word.strip() or not word for word in words
+        ):
             raise ValueError(
                 "a word stands for one category, or for blank; none is empty or begins or ends"
                 " with spaces"
@@ -241,7 +251,7 @@ class ColumnEntry(Strict):
         """Return the column of this entry."""
         aliases = [(word, k) for k, words in self.aliases.items() for word in words]
         if self.type == "boolean":
-            aliases = [(word, "no") for word in _NO] + [(word, "yes") for word in _YES]
+            aliases += [(word, "no") for word in _NO] + [(word, "yes") for word in _YES]
         rules = CellRules(
             header=self.header,
             units=tuple(self.units),
@@ -356,6 +366,31 @@ class TableEntry(Strict):
         return rules if rules != FileRules() else None
 
 
+def _none_found(where: str, headers: Sequence[str], names: Sequence[str]) -> Problem:
+    """Return the problem of a table that has none of the declared columns.
+
+    Names of columns are no data; what looks like a number is left out, as the line may be no
+    header at all.
+    """
+
+    def some(words: Sequence[str]) -> str:
+        left = len(words) - _MOST_NAMED
+        return ", ".join(w[:40] for w in words[:_MOST_NAMED]) + (
+            f" and {left} more" if left > 0 else ""
+        )
+
+    found = [name for name in names if name and not re.search(r"^\W*\d", name)]
+    return Problem(
+        where,
+        "not one of the declared columns is in the table",
+        expected=some(headers),
+        got=some(found) or "no names",
+        remedy="Correct the names, or say under header in cohort.yaml how the file calls them;"
+        " columns are separated by commas, semicolons or tabs, in JSON they are keys of the"
+        " outermost object; take the file out if the table was not made",
+    )
+
+
 class Table(Modality):
     """One row of columns, each continuous or categorical.
 
@@ -433,8 +468,10 @@ class Table(Modality):
             return None
         at = f"{where}: {path.name}"
         columns = self.spec.columns
-        headers = [(c.rules.header if c.rules is not None else "") or c.name for c in columns]
-        wanted = {*headers, *(c.rules.until for c in columns if c.rules is not None)} - {""}
+        shown = [(c.rules.header if c.rules is not None else "") or c.name for c in columns]
+        headers = [comparable(header) for header in shown]
+        until = {comparable(c.rules.until) for c in columns if c.rules is not None}
+        wanted = {*headers, *until} - {""}
         row = self._row(path, at, frozenset(wanted), whose, missing_values, shared=shared)
         if row is None:
             return None
@@ -442,7 +479,11 @@ class Table(Modality):
         filled = torch.zeros(self.spec.shape, dtype=torch.bool)
         problems: list[Problem] = []
         remarks = [*row.remarks]
-        alike = {header.lower(): header for header in row.cells if header not in wanted}
+        alike = {header.lower(): header for header in row.names if header not in wanted}
+        if self._rules.format != "fhir" and not any(
+            header in row.cells or header.lower() in alike for header in headers
+        ):
+            raise PatientDataError(_none_found(at, shown, row.names))
         for i, (column, header) in enumerate(zip(columns, headers, strict=True)):
             other = alike.get(header.lower())
             if header not in row.cells and other is not None:

@@ -22,6 +22,7 @@ from typing import Any
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities.base import Whose
 from dymo_med.modalities.cells import Cell, Row
+from dymo_med.text import comparable
 from dymo_med.types import FileRules
 
 EXTENSIONS = (".csv", ".tsv", ".json", ".parquet")
@@ -37,7 +38,13 @@ LARGEST_BYTES = 256 * 2**20
 MOST_ROWS = 2_000_000
 MOST_HEADERS = 20_000
 
-_WITH_UNIT = re.compile(r"(.+?)\s*\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]")
+_WITH_UNIT = re.compile(
+    r"(.+?)\s*(?:\[([^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*)\]|\(([^()]*(?:\([^()]*\)[^()]*)*)\))"
+)
+# Brackets of full width, as Chinese and Japanese spreadsheets have them.
+_BRACKETS = str.maketrans("（）［］", "()[]")
+# What spreadsheets write before the header to say what separates the cells.
+_STATED = re.compile(r'"?sep=([^\w"])"?', re.IGNORECASE)
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -51,7 +58,7 @@ class _Names(dict[str, str]):
     """Names as they are compared, by how they are written; each is worked out once."""
 
     def __missing__(self, name: str) -> str:
-        self[name] = name.strip()
+        self[name] = comparable(name)
         return self[name]
 
 
@@ -73,6 +80,7 @@ class _Grid:
         noun: What the rows' numbers count: "line" or "row".
         units: Units that stand in the header, by name.
         index: Places in `rows` by the cells of the key columns.
+        names: Of all columns of the file, where `header` has only those that matter.
     """
 
     header: tuple[str, ...]
@@ -81,6 +89,7 @@ class _Grid:
     noun: str
     units: Mapping[str, str] = field(default_factory=dict)
     index: Mapping[tuple[str, ...], Sequence[int]] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
 
 def read_row(
@@ -91,7 +100,7 @@ def read_row(
     Args:
         path: The file.
         rules: How it is written.
-        wanted: Headers that matter; others are left alone.
+        wanted: Headers that matter, as `text.comparable` has them; others are left alone.
         where: Who this is, and which file, for messages.
         whose: Which record, where the file holds rows of several.
         shared: Whether the file is that of the whole cohort.
@@ -104,9 +113,9 @@ def read_row(
     """
     keys = {}
     if rules.record_column:
-        keys[rules.record_column] = whose.record_id
+        keys[comparable(rules.record_column)] = comparable(whose.record_id)
     if rules.patient_column:
-        keys[rules.patient_column] = whose.patient_id or whose.record_id
+        keys[comparable(rules.patient_column)] = comparable(whose.patient_id or whose.record_id)
     if not keys:
         return _only_row(_grid(path, rules, wanted, where), wanted, where)
     wanted |= frozenset(keys)
@@ -181,7 +190,7 @@ def _indexed(
     for number, (line, cells) in enumerate(grid.rows):
         if len(cells) <= max(places):
             return (_uneven(f"{path.name}, {grid.noun} {line}", len(grid.header), len(cells)),)
-        key = tuple(_as_cell(cells[place]).text for place in places)
+        key = tuple(comparable(_as_cell(cells[place]).text) for place in places)
         if not all(key):
             return (
                 Problem(
@@ -292,7 +301,7 @@ def _row(grid: _Grid, number: int, wanted: frozenset[str], where: str, *, whole:
         digest = sha256(
             repr([(n, str(_as_cell(v))) for n, v in zip(grid.header, values, strict=True)]).encode()
         ).hexdigest()
-    return Row(cells, place, digest)
+    return Row(cells, place, digest, names=grid.names or grid.header)
 
 
 def unreadable(where: str, error: Exception) -> PatientDataError:
@@ -422,8 +431,9 @@ def _grid(path: Path, rules: FileRules, wanted: frozenset[str], where: str) -> _
     data = content(path, where)
     text, digest = decode(data, rules.encoding, where), sha256(data).hexdigest()
     if kind == ".json":
-        return _json(text, digest, where)
-    return _csv(text, digest, rules.separator or ("\t" if kind == ".tsv" else ""), wanted, where)
+        return _json(text, digest, wanted, where)
+    separator = rules.separator or ("\t" if kind == ".tsv" else "")
+    return _csv(text, digest, separator, wanted, where)
 
 
 def _repeated(names: Sequence[str], where: str) -> list[Problem]:
@@ -442,10 +452,10 @@ def _repeated(names: Sequence[str], where: str) -> list[Problem]:
 def _named(raw: Sequence[str], wanted: frozenset[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return headers without the units that stand beside wanted names, and these units."""
     names, units = [], {}
-    for text in raw:
-        found = _WITH_UNIT.fullmatch(text)
+    for text in map(comparable, raw):
+        found = _WITH_UNIT.fullmatch(text.translate(_BRACKETS))
         if text not in wanted and found is not None and found[1] in wanted:
-            units[found[1]] = found[2].strip()
+            units[found[1]] = (found[2] or found[3] or "").strip()
             text = found[1]
         names.append(text)
     return tuple(names), units
@@ -457,18 +467,32 @@ def _named(raw: Sequence[str], wanted: frozenset[str]) -> tuple[tuple[str, ...],
 def _lines(text: str, separator: str, where: str) -> Iterator[tuple[int, list[str]]]:
     """Return the lines of a CSV file that hold something, with their numbers.
 
+    Lines of empty cells, which spreadsheets add, hold nothing, and cells behind the header's last
+    one are left out where they are empty.
+
     Raises:
         PatientDataError: If its quotes do not match, or a cell is longer than 131072 characters.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
+    stream = io.StringIO(text, newline="")
+    skipped = 0
+    if stated_separator(text):
+        stream.readline()
+        skipped = 1
+    reader = csv.reader(stream, strict=True, delimiter=separator)
+    width = 0
     try:
         for cells in reader:
-            if any(cell.strip() for cell in cells) or len(cells) > 1:
-                yield reader.line_num, [cell.strip() for cell in cells]
+            stripped = [cell.strip() for cell in cells]
+            if not any(stripped):
+                continue
+            width = width or len(stripped)
+            while len(stripped) > width and not stripped[-1]:
+                del stripped[-1]
+            yield reader.line_num + skipped, stripped
     except csv.Error as error:
         raise PatientDataError(
             Problem(
-                f"{where}, line {reader.line_num}",
+                f"{where}, line {reader.line_num + skipped}",
                 "the file is not valid CSV",
                 expected="cells of which those with a quote or a line break are quoted",
                 remedy="Check the quotes",
@@ -476,12 +500,32 @@ def _lines(text: str, separator: str, where: str) -> Iterator[tuple[int, list[st
         ) from error
 
 
-def _separator(text: str, wanted: frozenset[str], where: str) -> str:
-    """Return the one separator that makes a header of the declared columns.
+def stated_separator(text: str) -> str:
+    """Return what the first line says to be between cells (`sep=;`); empty if it says nothing."""
+    end = min((k for k in (text.find("\r"), text.find("\n")) if k >= 0), default=len(text))
+    found = _STATED.fullmatch(text[: min(end, 8)].strip(" "))
+    return found[1] if found is not None and end <= 8 else ""
+
+
+def _separator(text: str, declared: str, wanted: frozenset[str], where: str) -> str:
+    """Return what separates cells: what is declared, or stated, or makes a header of the columns.
 
     Raises:
-        PatientDataError: If two do, or there are none but a sign that looks like one.
+        PatientDataError: If that is not clear.
     """
+    stated = stated_separator(text)
+    if stated and declared and stated != declared:
+        raise PatientDataError(
+            Problem(
+                f"{where}, line 1",
+                "the file says another separator than the cohort",
+                expected=SEPARATORS[declared],
+                got=SEPARATORS.get(stated, "another sign"),
+                remedy="Take separator out of cohort.yaml; a file with a line sep= needs none",
+            )
+        )
+    if stated or declared:
+        return stated or declared
     headers = {}
     first_error: PatientDataError | None = None
     for sign in SEPARATORS:
@@ -497,17 +541,7 @@ def _separator(text: str, wanted: frozenset[str], where: str) -> str:
     }
     best = [sign for sign in headers if counts[sign] == max(counts.values())]
     if max(counts.values()) == 0:
-        header = headers.get(",", [])
-        if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
-            raise PatientDataError(
-                Problem(
-                    f"{where}, line 1",
-                    "no declared column is found, whatever separates the cells",
-                    expected="the names of the columns in the first line",
-                    remedy="Check the header; a separator can be declared in cohort.yaml",
-                )
-            )
-        return ","
+        return ","  # whoever reads the row says that no declared column is in it
     if len({tuple(headers[sign]) for sign in best}) > 1:
         raise PatientDataError(
             Problem(
@@ -527,14 +561,15 @@ def _csv(text: str, digest: str, separator: str, wanted: frozenset[str], where: 
     Raises:
         PatientDataError: If it is none.
     """
-    lines = _lines(text, separator or _separator(text, wanted, where), where)
-    raw = next(lines, (1, []))[1]
+    sign = _separator(text, separator, wanted, where)
+    lines = _lines(text, sign, where)
+    first, raw = next(lines, (1, []))
     header, units = _named(raw, wanted)
-    problems = _repeated(header, f"{where}, line 1") if len(header) <= MOST_HEADERS else []
+    problems = _repeated(header, f"{where}, line {first}") if len(header) <= MOST_HEADERS else []
     if len(header) > MOST_HEADERS:
         problems = [
             Problem(
-                f"{where}, line 1",
+                f"{where}, line {first}",
                 "the table has too many columns",
                 expected=f"at most {MOST_HEADERS}",
                 got=str(len(header)),
@@ -548,7 +583,16 @@ def _csv(text: str, digest: str, separator: str, wanted: frozenset[str], where: 
         rows.append((line, tuple(cells)))
         if len(rows) > MOST_ROWS:
             raise PatientDataError(_too_many(where))
+    if not rows and header and _has_blank_row(text, sign, where):
+        rows = [(first + 1, ("",) * len(header))]
     return _Grid(header, rows, digest, "line", units)
+
+
+def _has_blank_row(text: str, separator: str, where: str) -> bool:
+    """Return whether a file of one line has others of separators alone: a row without values."""
+    return any(
+        line.strip().strip('"' + separator) == "" for line in text.split("\n")[1:] if line.strip()
+    )
 
 
 def _too_many(where: str) -> Problem:
@@ -628,7 +672,7 @@ def scalar(value: Any) -> _Raw:
     return "" if value is None else str(value).strip()
 
 
-def _json(text: str, digest: str, where: str) -> _Grid:
+def _json(text: str, digest: str, wanted: frozenset[str], where: str) -> _Grid:
     """Return the objects of a JSON file, one or a list of them.
 
     Raises:
@@ -645,12 +689,22 @@ def _json(text: str, digest: str, where: str) -> _Grid:
                 remedy="Keep the row of this visit",
             )
         )
-    header = tuple(dict.fromkeys(name for record in records for name in record))
-    rows = [
-        (number, tuple(scalar(record.get(name)) for name in header))
+    raw = tuple(dict.fromkeys(name for record in records for name in record))
+    header, units = _named(raw, wanted)
+    problems = _repeated(header, where) if len(header) > len(set(header)) else []
+    if problems:
+        raise PatientDataError(*problems)
+    rows: list[tuple[int, tuple[_Raw, ...]]] = [
+        (number, tuple(scalar(record.get(name)) for name in raw))
         for number, record in enumerate(records, start=1)
     ]
-    return _Grid(header, rows, digest, "row")
+    return _Grid(header, _filled(rows), digest, "row", units)
+
+
+def _filled(rows: list[tuple[int, tuple[_Raw, ...]]]) -> list[tuple[int, tuple[_Raw, ...]]]:
+    """Return rows without those of empty cells, but for one if there is no other."""
+    kept = [row for row in rows if any(cell != "" for cell in row[1])]
+    return kept or rows[:1]
 
 
 # -- Parquet ---------------------------------------------------------------------------------------
@@ -718,12 +772,15 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
         columns = [[_plain_text(v) for v in column.to_pylist()] for column in table.columns]
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise PatientDataError(broken) from error
-    rows = (
+    rows: list[tuple[int, tuple[_Raw, ...]]] = (
         list(enumerate(zip(*columns, strict=True), start=1))
         if columns
         else [(number, ()) for number in range(1, metadata.num_rows + 1)]
     )
-    return _Grid(tuple(header[i] for i in keep), rows, sha256(data).hexdigest(), "row", units)
+    if len(keep) == len(header):
+        rows = _filled(rows)
+    digest = sha256(data).hexdigest()
+    return _Grid(tuple(header[i] for i in keep), rows, digest, "row", units, names=header)
 
 
 def _plain(pa: Any, kind: Any) -> bool:

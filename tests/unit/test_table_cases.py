@@ -64,6 +64,21 @@ def refused(kind, folder, content, name="ehr.csv", **options):
     return text
 
 
+PRESSURE = {"columns": {"p": {"type": "continuous", "unit": "mmHg"}, "sex": {"type": "boolean"}}}
+NAMED = {
+    "columns": {
+        "gr\u00f6\u00dfe": {"type": "continuous"},
+        "art": {"type": "categorical", "values": ["\u00fcber", "unter"]},
+        "b": {"type": "boolean", "aliases": {"yes": ["Ja", "1"], "no": ["Nein"]}},
+    }
+}
+CODES = {
+    "columns": {
+        "code": {"type": "categorical", "values": ["1", "2"], "missing": [-9]},
+        "n": {"type": "continuous"},
+    }
+}
+
 # Case: content, what is read (approximately), keys of the table.
 GOOD = {
     "tabs": ("ldh\tsex\n300\tM\n", {"ldh": 300, "sex": 1}, {}),
@@ -100,6 +115,32 @@ GOOD = {
     "age": ("born,visit\n1960-02-29,2024-02-29\n", {"age": 64.0}, {}),
     "age at a time": ("born,visit\n1960-01-01,2020-01-01T08:00:00\n", {"age": 60.0}, {}),
     "no date to count to": ("born,visit,crp\n1960-01-01,,1\n", {"crp": 1}, {}),
+    "unit in round brackets": ("glucose (mmol/L)\n5\n", {"glucose": 90.078}, {}),
+    "unit in brackets of full width": ("glucose（mmol/L）\n5\n", {"glucose": 90.078}, {}),
+    "square brackets in round ones": ("p (mm[Hg])\n120\n", {"p": 120}, PRESSURE),
+    "what a category's column has in brackets": ("sex (M/F)\nF\n", {"sex": 0}, {}),
+    "mark of a byte order in a header": ("ldh,\ufeffsex\n300,F\n", {"ldh": 300, "sex": 0}, {}),
+    "zero-width space": ("ldh\u200b,sex\n300,\u200bF\u00a0\n", {"ldh": 300, "sex": 0}, {}),
+    "line end in a header": ('"glucose\n(mmol/L)"\n5\n', {"glucose": 90.078}, {}),
+    "parts of a letter": ("gro\u0308\u00dfe\n180\n", {"gr\u00f6\u00dfe": 180}, NAMED),
+    "parts of a category's letter": ("art\nu\u0308ber\n", {"art": 0}, NAMED),
+    "category with a soft hyphen": ("art\nun\u00adter\n", {"art": 1}, NAMED),
+    "boolean with decimals": ("smoker\n1.0\n", {"smoker": 1}, {}),
+    "boolean with decimals, none": ("smoker\n0.00\n", {"smoker": 0}, {}),
+    "boolean with a decimal comma": ("smoker;ldh\n1,0;\n", {"smoker": 1}, {"decimal": ","}),
+    "boolean by a word of its own": ("b\nJa\n", {"b": 1}, NAMED),
+    "code with decimals": ("code,ldh\n2.0,\n", {"code": 1}, CODES),
+    "code with more decimals": ("code\n1.000\n", {"code": 0}, CODES),
+    "code of an alias with decimals": ("sex\n1.0\n", {"sex": 1}, {}),
+    "code that means blank, with decimals": ("code,n\n-9.0,1\n", {"n": 1}, CODES),
+    "line that states the separator": ("sep=;\r\nldh;sex\r\n300;F\r\n", {"ldh": 300, "sex": 0}, {}),
+    "stated comma": ("sep=,\nldh,sex\n300,F\n", {"ldh": 300, "sex": 0}, {}),
+    "stated tab": ("SEP=\t\nldh\tsex\n300\tF\n", {"ldh": 300, "sex": 0}, {}),
+    "stated bar, with mark": ("\ufeffsep=|\nldh|sex\n300|F\n", {"ldh": 300, "sex": 0}, {}),
+    "stated and declared": ("sep=;\nldh;sex\n300;F\n", {"ldh": 300, "sex": 0}, {"separator": ";"}),
+    "row of empty cells": ("ldh,sex\n300,F\n,\n,,,\n", {"ldh": 300, "sex": 0}, {}),
+    "rows of empty cells before": (",\nldh,sex\n,\n300,F\n", {"ldh": 300, "sex": 0}, {}),
+    "empty cells behind": ("ldh,sex\n300,F,,\n", {"ldh": 300, "sex": 0}, {}),
     "blank line before the end": ("ldh\n300\n\n  \n", {"ldh": 300}, {}),
 }
 
@@ -114,6 +155,18 @@ NO_UNIT = {"columns": {"n": {"type": "continuous"}}}
 
 # Case: content, words of the message, keys of the table.
 BAD = {
+    "bars": ("ldh|sex\n1|F\n", "not one of the declared columns", {}),
+    "spaces": ("ldh sex\n1 F\n", "not one of the declared columns", {}),
+    "another language": ("Alter,Geschlecht\n56,F\n", "Got Alter, Geschlecht", {}),
+    "a slip in the header": ("albumine\n40\n", "Got albumine", {}),
+    "no header": ("56,1960-01-01\n57,1961-01-01\n", "Got no names", {}),
+    "another separator than declared": (
+        "sep=;\nldh;sex\n1;F\n",
+        "another separator",
+        {"separator": "tab"},
+    ),
+    "no unit in round brackets": ("ldh (fasting)\n90\n", "not declared", {}),
+    "code with another part": ("code\n1.5\n", "unknown category", CODES),
     "unclear separator": ("ldh,sex;crp\n1,2;3\n", "not clear what separates", {}),
     "undeclared decimal comma": ('ldh\n"300,5"\n', "decimal: ','", {}),
     "point where comma is declared": ("ldh;crp\n300.5;1\n", "decimal comma", {"decimal": ","}),
@@ -188,6 +241,10 @@ JSON = {
     "code made a decimal": ('{"sex": 2.0}', {"sex": 0}),
     "null": ('{"ldh": null, "crp": 1}', {"crp": 1}),
     "list of one": ('[{"crp": 1}]', {"crp": 1}),
+    "list with an empty one": ('[{"crp": 1}, {}, {"crp": null}]', {"crp": 1}),
+    "unit in the name": ('{"glucose (mmol/L)": 5}', {"glucose": 90.078}),
+    "unseen character in the name": ('{"ldh\u200b": 300}', {"ldh": 300}),
+    "boolean made a decimal": ('{"smoker": 1.0}', {"smoker": 1}),
     "undeclared list": ('{"crp": 1, "all": [1, 2]}', {"crp": 1}),
 }
 
@@ -208,6 +265,10 @@ BAD_JSON = {
     "two": ('[{"ldh": 100}, {"ldh": 200}]', "one row"),
     "none": ("[]", "one row"),
     "name twice": ('{"ldh": 100, "ldh": 200}', "twice"),
+    "name twice but for what nobody sees": ('{"ldh": 100, "ldh\u200b": 200}', "twice"),
+    "name twice but for a unit": ('{"ldh": 100, "ldh [U/L]": 200}', "twice"),
+    "nested": ('{"patient": {"ldh": 100}}', "Got patient"),
+    "other names": ('{"LD": 100}', "not one of the declared columns"),
     "NaN": ('{"ldh": NaN}', "finite"),
     "surrogate": ('{"sex": "\\ud800"}', "unknown category"),
 }
@@ -239,6 +300,10 @@ PARQUET = {
     "boolean": ({"smoker": [True]}, {"smoker": 1}),
     "code made a decimal": ({"sex": [2.0]}, {"sex": 0}),
     "unit in the name": ({"glucose [mmol/L]": [5.0]}, {"glucose": 90.078}),
+    "unit in round brackets": ({"glucose (mmol/L)": [5.0]}, {"glucose": 90.078}),
+    "unseen character in the name": ({"ldh\u200b": [300]}, {"ldh": 300}),
+    "row of nulls": ({"ldh": [300, None]}, {"ldh": 300}),
+    "boolean made a decimal": ({"smoker": [1.0]}, {"smoker": 1}),
     "unit beside": ({"glucose": [5.0], "glucose_unit": ["mmol/L"]}, {"glucose": 90.078}),
     "undeclared bytes": ({"crp": [1.0], "pickle": [b"\x80\x04."]}, {"crp": 1}),
 }
@@ -265,6 +330,8 @@ BAD_PARQUET = {
     "struct": ({"ldh": [{"value": 300.0}]}, "something else"),
     "NaN": ({"ldh": [float("nan")]}, "finite"),
     "out of range": ({"ldh": [5.0]}, "outside"),
+    "other names": ({"AGE_AT_SCAN": [56.0]}, "Got AGE_AT_SCAN"),
+    "capitals": ({"LDH": [56.0]}, "capital letters"),
 }
 
 
@@ -413,6 +480,15 @@ WRONG = {
     "alias of two": (
         {"type": "categorical", "values": ["a", "b"], "aliases": {"a": ["x"], "b": ["x"]}},
         "one category",
+    ),
+    "boolean with a word for both": (
+        {"type": "boolean", "aliases": {"yes": ["0"]}},
+        "a word stands for one category",
+    ),
+    "boolean with a third": ({"type": "boolean", "aliases": {"maybe": ["x"]}}, "no category"),
+    "categories that look the same": (
+        {"type": "categorical", "values": ["a", "b"], "aliases": {"a": ["b\u200b"]}},
+        "a word stands for one category",
     ),
     "boolean with values": ({"type": "boolean", "values": ["n", "j"]}, "no or yes"),
     "yes as blank": ({"missing": [True]}, "quote them"),
