@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dymo_med import limits
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.registry import Registry, nearest
 
@@ -20,7 +21,10 @@ _SHOULD = "Input should be "
 ModelT = TypeVar("ModelT", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
 # No recipe or cohort needs more: a table of ten thousand columns has half of that.
-_MOST_BYTES, _MOST_PARTS = 1 << 24, 200_000
+_MOST_PARTS = 200_000
+_QUOTE = (
+    'Quote a name with {record} in it, as YAML takes { for the begin of a mapping: "{record}.nii"'
+)
 
 
 class Strict(BaseModel):
@@ -366,6 +370,13 @@ class _LineLoader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.duplicates: list[tuple[int, str]] = []
+        self._composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._composed += 1  # counted as they come: nobody waits for the rest of too many
+        if self._composed > _MOST_PARTS:
+            raise ValueError(f"more than {_MOST_PARTS:,} parts")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -436,8 +447,9 @@ class Document:
         self.path = path
         try:
             with path.open("rb") as stream:
-                content = stream.read(_MOST_BYTES + 1)
-            text = content.decode("utf-8-sig")
+                content = stream.read(limits.MAX_YAML_BYTES + 1)
+            cut = len(content) > limits.MAX_YAML_BYTES
+            text = "" if cut else content.decode("utf-8-sig")
         except FileNotFoundError:
             raise ConfigError(
                 Problem(
@@ -454,13 +466,14 @@ class Document:
                     remedy="Check the path and its permissions, and save the file in UTF-8",
                 )
             ) from None
-        if len(content) > _MOST_BYTES:
+        if cut:
             raise ConfigError(
-                Problem(
+                limits.too_large(
                     str(path),
-                    "the file is too large for a description",
-                    expected=f"at most {_MOST_BYTES:,} bytes",
-                    remedy="Check that it is the right file",
+                    "the description",
+                    len(content),
+                    limits.MAX_YAML_BYTES,
+                    "Check that it is the right file",
                 )
             )
         try:
@@ -476,13 +489,18 @@ class Document:
             got = getattr(error, "problem", None) or (
                 str(error) if type(error) is ValueError else "too many lists in one another"
             )
+            remedy = "Check indentation and quotes"
+            if mark is not None and "{record}" in "".join(
+                text.splitlines()[mark.line : mark.line + 1]
+            ):
+                got, remedy = "{record} without quotes", _QUOTE
             raise ConfigError(
                 Problem(
                     where,
                     "the file is not valid YAML",
                     expected="key: value lines that PyYAML's safe loader reads",
                     got=got[:100],
-                    remedy="Check indentation and quotes",
+                    remedy=remedy,
                 )
             ) from None
         if duplicates:
@@ -552,13 +570,14 @@ class Document:
                 what, expected = item["msg"].removeprefix("Value error, "), ""
                 if what.startswith(_SHOULD):
                     what, expected = "the value cannot be used", what.removeprefix(_SHOULD)
+                bare = item["input"] == {"record": None}
                 found.append(
                     Problem(
                         self.where(path),
                         what,
                         expected=expected,
                         got=_told(item["input"]),
-                        remedy="Correct the value",
+                        remedy=_QUOTE if bare else "Correct the value",
                     )
                 )
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -474,7 +473,7 @@ def _read_records(
     path = root / name
     patient_column = _patient_column(entry)
     records: list[CohortRecord] = []
-    unknown: dict[tuple[str, str], list[Problem]] = defaultdict(list)
+    unknown: dict[tuple[str, str], tuple[int, list[Problem]]] = {}
     seen: dict[str, int] = {}
     from_labels = [s for s in subgroups if s.modality is None]
     targets = (task.target,) if task.mask is None else ()
@@ -503,7 +502,10 @@ def _read_records(
         if target not in blank:
             found = _answer(target, task, f"{where} {task.target}")
             if isinstance(found, Problem):
-                unknown[found.what, found.remedy].append(found)
+                _, others = unknown.setdefault((found.what, found.remedy), (len(problems), []))
+                if not others:
+                    problems.append(found)
+                others.append(found)
                 continue
             label, value = found
         cells = {s.name: line.cells[s.column] for s in from_labels}
@@ -530,7 +532,8 @@ def _read_records(
                 )
             patient_id = line.cells[patient_column]
             records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
-    problems += [_together(alike) for alike in unknown.values()]
+    for place, alike in unknown.values():
+        problems[place] = _together(alike)
     return tuple(records)
 
 

@@ -387,7 +387,7 @@ def _none_found(where: str, headers: Sequence[str], names: Sequence[str]) -> Pro
         got=some(found) or "no names",
         remedy="Correct the names, or say under header in cohort.yaml how the file calls them;"
         " columns are separated by commas, semicolons or tabs, in JSON they are keys of the"
-        " outermost object; take the file out if the table was not made",
+        " outermost object; if the table was not made, leave its columns blank, or the file out",
     )
 
 

@@ -46,7 +46,7 @@ def test_a_good_cohort(cohort_dir):
 
 def test_wrong_patient_data_of_several_patients_at_once(copy):
     (copy / "patients" / "p002" / "t1.nii.gz").write_bytes(b"\x1f\x8b broken")
-    (copy / "patients" / "p004" / "ehr.csv").write_text("age,sex\n-3,F\n")
+    (copy / "patients" / "p004" / "ehr.csv").write_text("age,sex,ldh\n-3,F,\n")
     for path in (copy / "patients" / "p006").iterdir():
         path.unlink()
     report = check(copy)

@@ -158,3 +158,37 @@ def test_a_ragged_row(folder):
 def test_paths_stay_inside(folder):
     edit(folder, "cohort.yaml", "name: small", "name: small\nlabels: ../labels.csv")
     assert "inside the cohort" in problems(folder)[0]
+
+
+def test_numbers_in_place_of_classes_are_one_problem(folder):
+    text = (folder / "labels.csv").read_text(encoding="utf-8")
+    (folder / "labels.csv").write_text(text.replace(",low", ",0").replace(",high", ",1"))
+    found = problems(folder)
+    assert len(found) == 1 and "the same in" in found[0]
+    assert 'classes: ["0", "1"]' in found[0]
+
+
+# Case: what labels.csv says in place of `low`, and of its header.
+LOOK_THE_SAME = {
+    "unseen": ("low\u200b", "grade\ufeff"),
+    "space of other width": ("\u00a0low", "grade\u00a0"),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_THE_SAME)
+def test_labels_compare_as_they_look(folder, cohort_dir, name):
+    low, header = LOOK_THE_SAME[name]
+    text = (folder / "labels.csv").read_text(encoding="utf-8")
+    assert "grade" in text
+    (folder / "labels.csv").write_text(text.replace(",low", f",{low}").replace("grade", header))
+    assert [r.label for r in read_cohort(folder).records] == [
+        r.label for r in read_cohort(cohort_dir).records
+    ]
+
+
+def test_codes_of_classes_may_have_decimals(folder):
+    edit(folder, "cohort.yaml", "low", '"0"')
+    edit(folder, "cohort.yaml", "high", '"1"')
+    text = (folder / "labels.csv").read_text(encoding="utf-8")
+    (folder / "labels.csv").write_text(text.replace(",low", ",0.0").replace(",high", ",1"))
+    assert {r.label for r in read_cohort(folder).records} == {0, 1, None}

@@ -1,7 +1,9 @@
 import pytest
 
+from dymo_med import config, limits
 from dymo_med.config import CohortFile, Document, Recipe, read_recipe
 from dymo_med.errors import ConfigError
+from dymo_med.modalities.image import ImageEntry
 
 RECIPE = """\
 name: small
@@ -113,3 +115,34 @@ def test_names_and_options_of_table_entries(tmp_path):
     first, second = map(str, caught.value.problems)
     assert "recipe.yaml:2" in first and "Did you mean 'mopoe'" in first
     assert "recipe.yaml:5" in second and "Did you mean 'dim'" in second
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "    file: {record}_t1.nii.gz",
+        "    file: {record}",
+        "  t2: {kind: image, file: {record}_t1.nii.gz}",
+    ],
+)
+def test_a_name_in_braces_without_quotes_is_explained(tmp_path, line):
+    text = "name: c\nmodalities:\n  t1:\n    kind: image\n" + line + "\n"
+    document = tmp_path / "cohort.yaml"
+    document.write_text(text)
+    with pytest.raises(ConfigError, match="Quote a name with") as caught:
+        entry = Document(document)
+        entry.parse_part(entry.data["modalities"]["t1"], ImageEntry, ("modalities", "t1"))
+    assert ":5" in str(caught.value) and "<" not in str(caught.value)
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_YAML_BYTES", 20)
+    assert "at most 20 bytes" in problems(tmp_path, "name: " + "a" * 30)[0]
+
+
+def test_parts_are_counted_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "_MOST_PARTS", 20)
+    many = "name: [" + "a, " * 30 + "]"
+    assert "more than 20 parts" in problems(tmp_path, many)[0]
+    aliases = "a: &a [1, 2, 3]\nb: &b [*a, *a, *a]\nc: [*b, *b]\n"
+    assert "more than 20 parts" in problems(tmp_path, aliases)[0]
