@@ -31,6 +31,16 @@ from torch import Tensor, nn
 
 from dymo_med import __version__
 from dymo_med.backbones import BACKBONES, SEGMENTERS, Ensemble, FusionBackbone, as_one
+from dymo_med.bundle_checks import (
+    LARGEST_CONFIG_BYTES,
+    absurd,
+    check_files,
+    check_keys,
+    check_options,
+    check_temperature,
+    read_specs,
+    within_weights,
+)
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import MOST_MEMBERS, Recipe
 from dymo_med.config import read_recipe as _read_recipe
@@ -504,18 +514,18 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             )
         )
     require_task(path, segmentation=False)
+    check_files(path)
     sums = verified(path)
     try:
         metadata = read_part(path, "configs/metadata.json")
         inference = read_part(path, "configs/inference.json")
-        check_version(path, metadata)
         task = Task(
             metadata["target"]["type"],
             metadata["target"]["target"],
             tuple(metadata["target"]["classes"]),
             _scale(metadata["target"].get("scale")),
         )
-        specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
+        specs = read_specs(path, metadata["modalities"])
         for spec in specs:
             _ = MODALITIES[spec.kind]
         imputer_class, imputer_options = table_entry("imputer", inference["imputer"])
@@ -545,7 +555,8 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
                 ),
             )
         # Random initial weights are overwritten at once; the caller's random state stays.
-        with torch.random.fork_rng(devices=[]):
+        weights = ("models/imputer.safetensors", "models/backbone.safetensors")
+        with torch.random.fork_rng(devices=[]), within_weights(path, *weights):
             imputer = imputer_class(specs, imputer_options)
             members = int(inference.get("members", 1))
             if not 1 <= members <= MOST_MEMBERS:
@@ -559,8 +570,9 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         comparators = _load_comparators(path, specs, len(task.classes))
         statistics = _load_statistics(path, inference["distance"], len(specs), len(task.classes))
         temperature, base_rates = float(inference["temperature"]), tuple(inference["base_rates"])
-        if not 0 < temperature < math.inf or not _shares(base_rates, len(task.classes)):
-            raise ValueError("the temperature or the class shares cannot be right")
+        check_temperature(f"{path}: configs/inference.json", temperature)
+        if not _shares(base_rates, len(task.classes)):
+            raise ValueError("the class shares cannot be right")
         bundle = ModelBundle(
             name=metadata["name"],
             description=metadata["description"],
@@ -617,7 +629,7 @@ def read_part(path: Path, name: str) -> Any:
         BundleError: If it cannot be read or could mean two things.
     """
     try:
-        return read_json(path / name)
+        data = read_json(path / name, LARGEST_CONFIG_BYTES)
     except (OSError, ValueError) as error:
         raise BundleError(
             Problem(
@@ -628,6 +640,12 @@ def read_part(path: Path, name: str) -> Any:
                 remedy=_AGAIN,
             )
         ) from None
+    if name == "configs/metadata.json":
+        check_version(path, data)
+    check_keys(path, name, data)
+    if name == "configs/inference.json":
+        check_options(path, [data.get("imputer"), data.get("backbone")])
+    return data
 
 
 def check_version(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -677,6 +695,8 @@ def load_weights(network: nn.Module, path: Path, name: str) -> None:
         # A buffer may hold infinity: a limit that was never reached.
         elif theirs.isnan().any() or (key in weights and not theirs.isfinite().all()):
             wrong.append(f"{key} holds NaN or infinity")
+        elif absurd(theirs, weight=key in weights):
+            wrong.append(f"{key} holds numbers that no training leads to")
     if wrong:
         raise _wrong_tensors(path, name, wrong)
     network.load_state_dict(stored)
@@ -731,6 +751,8 @@ def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -
     ]
     if not wrong:
         wrong += [f"{k} holds NaN or infinity" for k, v in stored.items() if not v.isfinite().all()]
+        large = [k for k, v in stored.items() if absurd(v, weight=False)]
+        wrong += [f"{k} holds numbers that no training leads to" for k in large]
         source = stored["borrowed_from"]
         # -1: of no subset at all, but of all together.
         if not count or bool(((source < -1) | (source >= count)).any()):
@@ -797,7 +819,11 @@ def _load_comparators(
         return {}
     stored = read_part(path, "configs/comparators.json")
     networks = nn.ModuleDict()
-    with torch.random.fork_rng(devices=[]):
+    check_options(path, [entry["options"] for entry in stored.values()])
+    with (
+        torch.random.fork_rng(devices=[]),
+        within_weights(path, "models/comparators.safetensors"),
+    ):
         for name, entry in stored.items():
             kind, options = table_entry("comparators", {"name": name, **entry["options"]})
             networks[name] = kind(specs, classes, options)
@@ -806,7 +832,7 @@ def _load_comparators(
         name: FittedComparator(
             cast(Comparator, networks[name]),
             entry["options"],
-            float(entry["temperature"]),
+            check_temperature(f"{path}: configs/comparators.json", float(entry["temperature"])),
             entry["best_epoch"],
             entry["validation"],
         )

@@ -25,7 +25,6 @@ from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
 from dymo_med.bundle import (
     STATISTICS,
     UNREADABLE,
-    check_version,
     checksums_of,
     identity,
     load_norms,
@@ -39,6 +38,13 @@ from dymo_med.bundle import (
     resolve_device,
     table_entry,
     verified,
+)
+from dymo_med.bundle_checks import (
+    check_files,
+    check_place,
+    check_windows,
+    read_specs,
+    within_weights,
 )
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
@@ -280,11 +286,11 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
     """
     where = resolve_device(device)
     require_task(path, segmentation=True)
+    check_files(path)
     sums = verified(path)
     try:
         metadata = read_part(path, "configs/metadata.json")
         inference = read_part(path, "configs/inference.json")
-        check_version(path, metadata)
         target = metadata["target"]
         task = Task(
             "segmentation",
@@ -292,11 +298,14 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             tuple(target["classes"]),
             mask=MaskSpec.from_dict(target["mask"]),
         )
-        specs = tuple(ModalitySpec.from_dict(s) for s in metadata["modalities"])
+        check_place(f"{path}: configs/metadata.json: mask", target["mask"]["file"])
+        check_windows(path, inference["window"], float(inference["overlap"]))
+        specs = read_specs(path, metadata["modalities"])
         options = dict(inference["backbone"])
         kind = SEGMENTERS[options.pop("name")]
         # Random initial weights are overwritten at once; the caller's random state stays.
-        with torch.random.fork_rng(devices=[]):
+        weights = "models/backbone.safetensors"
+        with torch.random.fork_rng(devices=[]), within_weights(path, weights):
             network = kind(specs, len(task.classes), kind.Options.model_validate(options))
         load_weights(network, path, "models/backbone.safetensors")
         bundle = SegmentationBundle(
@@ -328,7 +337,8 @@ def _load_trust(
     if inference["imputer"] is None:
         return None
     kind, options = table_entry("imputer", inference["imputer"])
-    with torch.random.fork_rng(devices=[]):
+    weights = "models/imputer.safetensors"
+    with torch.random.fork_rng(devices=[]), within_weights(path, weights):
         imputer = kind(specs, options)
     load_weights(imputer, path, "models/imputer.safetensors")
     tensors: dict[str, Tensor] = load_file(path / "models" / "statistics.safetensors")

@@ -762,7 +762,8 @@ def main(arguments: list[str] | None = None) -> Any:
 def _ours_first() -> Iterator[None]:
     """Keep back what libraries print on standard error until our own messages are out.
 
-    They print from C as well, past everything that Python could turn off. What this package logs
+    They print from C as well, past everything that Python could turn off. Beside an error that we
+    name ourselves their lines are left out: one message says what is wrong. What this package logs
     is a note of its own.
     """
     notes = _Notes()
@@ -784,8 +785,12 @@ def _ours_first() -> Iterator[None]:
             before.flush()
             sys.stderr = ours
         os.dup2(kept.fileno(), 2)
+        named = False
         try:
             yield
+        except SystemExit as stopped:
+            named = stopped.code not in (None, 0)
+            raise
         finally:
             log.removeHandler(notes)
             with suppress(OSError, ValueError):
@@ -793,7 +798,8 @@ def _ours_first() -> Iterator[None]:
             os.dup2(ours.fileno(), 2)
             sys.stderr = before
             kept.seek(0)
-            lines = dict.fromkeys(kept.read(2**20).decode(errors="replace").split("\n"))
+            text = "" if named else kept.read(2**20).decode(errors="replace")
+            lines = dict.fromkeys(text.split("\n"))
             for line in [line for line in lines if line.strip()][:_MOST_LINES]:
                 err_console.print(escape(repr(line[:500])[1:-1]))
 

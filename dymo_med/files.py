@@ -134,9 +134,11 @@ def read_json(path: Path, most_bytes: int = 1 << 26) -> Any:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is too large, not JSON, too deep, or holds a key twice or a number that is
-            not finite; the message says which and repeats nothing of the content.
+        ValueError: If it is no regular file, too large, not JSON, too deep, or holds a key twice or
+            a number that is not finite; the message says which and repeats nothing of the content.
     """
+    if not path.is_file() and path.exists():
+        raise ValueError("no regular file")
     if path.stat().st_size > most_bytes:
         raise ValueError(f"more than {most_bytes:,} bytes")
 

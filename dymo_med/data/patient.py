@@ -7,12 +7,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dymo_med.data import bids
 from dymo_med.data.gate import CHECKS, WITHOUT_IT, judge
 from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.modalities import Modality, Whose, modality
+from dymo_med.modalities.image import file_in
 from dymo_med.types import (
     CohortRecord,
     GateFinding,
@@ -247,6 +248,7 @@ def examine(
     for kind in sorted(_modalities(tuple(specs)), key=lambda kind: kind.spec.grid != "reference"):
         name = kind.spec.name
         try:
+            _stays_inside(folder, kind.spec.file, where)
             value = kind.read_beside(found, folder, where, missing_values, whose)
         except RefusedError as error:
             refusals[name] = tuple(
@@ -300,6 +302,27 @@ def examine(
         tuple(name for name in names if name in wrong),
         {name: refusals[name] for name in names if name in refusals},
     )
+
+
+def _stays_inside(folder: Path, file: str, where: str) -> None:
+    """Refuse a file in a folder that is a link out of the patient directory.
+
+    A scan may be a link itself, as in an archive; but whoever names `scans/t1.nii.gz` must not
+    reach what is elsewhere, since a bundle comes from others.
+
+    Raises:
+        PatientDataError: If it is there.
+    """
+    inner = PurePosixPath(file_in(folder, file)).parent
+    if inner.parts and not (folder / inner).resolve().is_relative_to(folder.resolve()):
+        raise PatientDataError(
+            Problem(
+                f"{where}: {inner.as_posix()}",
+                "the folder is a link that leads out of the patient directory",
+                expected="folders inside it",
+                remedy="Copy or move what it leads to into the patient directory",
+            )
+        )
 
 
 def _strangers(values: Mapping[str, ModalityValue], where: str) -> list[Problem]:

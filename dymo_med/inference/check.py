@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from dymo_med import __version__
 from dymo_med.backbones import BACKBONES
-from dymo_med.bundle import ModelBundle, load_bundle, read_recipe
+from dymo_med.bundle import ModelBundle, load_bundle, read_recipe, task_of
 from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_bundle
 from dymo_med.config import Document
 from dymo_med.data.cohort import read_cohort, survey_cohort
@@ -244,12 +243,7 @@ def _load(path: Path) -> ModelBundle | SegmentationBundle:
     Raises:
         BundleError: If it is damaged.
     """
-    try:
-        text = (path / "configs" / "metadata.json").read_text(encoding="utf-8")
-        task = json.loads(text)["target"]["type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        task = ""  # the loader says what is wrong
-    if task == "segmentation":
+    if task_of(path) == "segmentation":
         return load_segmentation_bundle(path, device="cpu")
     return load_bundle(path, device="cpu")
 

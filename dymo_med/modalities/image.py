@@ -47,6 +47,7 @@ def plain_name(file: str) -> str:
     """
     path = PurePosixPath(file)
     inside = not path.is_absolute() and ".." not in path.parts and "\\" not in file
+    inside = inside and not re.match(r"[A-Za-z]:", file) and "\0" not in file
     if not file.strip() or not inside or path.as_posix() == ".":
         raise ValueError("file must be a relative name inside the patient directory")
     return file

@@ -421,6 +421,32 @@ def nobody(parts, _):
     parts["borrowed_from"] += 10**6
 
 
+def one_weight(parts, key):
+    """Let one number be such as no training leads to."""
+    parts[key].view(-1)[0] = -1e9
+
+
+def pipe(name):
+    """Put a pipe in a file's place, which waits for ever for somebody who writes."""
+
+    def spoil(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+def more_modalities(number):
+    """Describe the first modality so many times, under other names."""
+
+    def change(data):
+        first = data["modalities"][0]
+        data["modalities"] += [{**first, "name": f"m{i}"} for i in range(number)]
+        return data
+
+    return change
+
+
 def link_out(name):
     """Move a bundle's file out of it, and link to that."""
 

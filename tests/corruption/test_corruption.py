@@ -49,10 +49,13 @@ from tests.corruption.spoil import (
     lists,
     locked,
     metaimage,
+    more_modalities,
     nifti,
     nobody,
     nrrd,
+    one_weight,
     pages,
+    pipe,
     png,
     put,
     renamed,
@@ -268,6 +271,7 @@ RECIPE_CASES = [
     ("comparator twice", edit(R, at("comparators", to=["moddrop", "moddrop"])), [R, "twice"]),
 ]
 
+QUALITY, SELECTORS = "configs/quality.json", "configs/selectors.json"
 CARD, META, INFERENCE = "docs/README.md", "configs/metadata.json", "configs/inference.json"
 WEIGHTS, SUMS = "models/backbone.safetensors", "checksums.json"
 
@@ -292,7 +296,7 @@ BUNDLE = [
     ("no format", resummed(edit(META, at("schema_version", drop=True))), ["version"]),
     ("description that is a list", resummed(put(META, b"[]")), ["version"]),
     ("description too deep", resummed(put(META, lists(100_000).encode())), [META, "deep"]),
-    ("description of 70 MB", resummed(sparse(META, 70 << 20)), [META, "bytes"]),
+    ("description of 70 MB", resummed(sparse(META, 70 << 20)), [META, "larger", "64 MiB"]),
     ("key twice", resummed(swap(INFERENCE, "{", '{"temperature": 1.0, ')), [INFERENCE, "twice"]),
     (
         "temperature of NaN",
@@ -304,7 +308,7 @@ BUNDLE = [
         resummed(swap(INFERENCE, "{", '{"t": 1e999, ')),
         [INFERENCE, "finite"],
     ),
-    ("temperature of 0", resummed(edit(INFERENCE, at("temperature", to=0))), ["version"]),
+    ("temperature of 0", resummed(edit(INFERENCE, at("temperature", to=0))), ["temperature"]),
     ("class shares beyond 1", resummed(edit(INFERENCE, at("base_rates", to=[1, 1]))), ["version"]),
     ("unknown imputer", resummed(edit(INFERENCE, at("imputer", "name", to="no"))), ["version"]),
     ("unknown option", resummed(edit(INFERENCE, at("imputer", "x", to=1))), ["version"]),
@@ -335,6 +339,88 @@ BUNDLE = [
         ["infinity"],
     ),
     ("statistics of nobody", tensors("statistics", nobody), ["borrowed_from"]),
+    # What somebody who means harm would write; checksums fit.
+    *(
+        (
+            f"file outside of the patient directory, {name}",
+            resummed(edit(META, at("modalities", 0, "file", to=file))),
+            [META, "modality t1", "inside the patient directory"],
+        )
+        for name, file in {
+            "up": "../p001/t1.nii.gz",
+            "later up": "scans/../../p001/t1.nii.gz",
+            "absolute": "/p001/t1.nii.gz",
+            "of a drive": "C:t1.nii.gz",
+            "by backslashes": "..\\p001\\t1.nii.gz",
+            "empty": "",
+        }.items()
+    ),
+    (
+        "shared table outside of the cohort",
+        resummed(edit(META, at("modalities", 3, "rules", to={"shared": "../all.csv"}))),
+        [META, "demographics"],
+    ),
+    *(
+        (f"unknown key in {file}, {keys}", resummed(edit(file, at(*keys, "more", to=1))), ["more"])
+        for file, keys in [
+            (META, ()),
+            (META, ("target",)),
+            (META, ("modalities", 0)),
+            (INFERENCE, ()),
+            (SELECTORS, ()),
+            (QUALITY, ()),
+        ]
+    ),
+    ("unknown file", resummed(put("configs/more.json", b"{}")), ["more.json", "not part"]),
+    ("description that is a pipe", pipe(META), [META]),
+    ("checksums that are a pipe", pipe(SUMS), [SUMS, "regular"]),
+    ("weights that are a pipe", pipe(WEIGHTS), [WEIGHTS, "regular"]),
+    ("limits that are a pipe", pipe(QUALITY), [QUALITY, "regular"]),
+    ("limits that are a device", all_of(instead(QUALITY), link(QUALITY, "/dev/null")), [QUALITY]),
+    ("tensor of 1e30", tensors("backbone", lambda t, k: t[k].fill_(1e30)), ["no training"]),
+    ("a single weight of -1e9", tensors("imputer", one_weight), ["no training"]),
+    ("statistics of 1e30", tensors("statistics", lambda t, k: t[k].fill_(1e30)), ["no training"]),
+    ("number of 1e300", resummed(edit(QUALITY, at("records", "t1", to=1e300))), ["number"]),
+    *(
+        (
+            f"temperature of {t}",
+            resummed(edit(INFERENCE, at("temperature", to=t))),
+            ["temperature", "0.01 to 100"],
+        )
+        for t in (1e-6, 1e6, -1.0)
+    ),
+    *(
+        (
+            f"{part} of {option} {size}",
+            resummed(edit(INFERENCE, at(part, option, to=size))),
+            [says],
+        )
+        for part, option, size, says in [
+            ("backbone", "layers", 10**9, "option"),
+            ("backbone", "layers", 60_000, "larger than its weights"),
+            ("backbone", "dim", 32_768, "larger than its weights"),
+            ("imputer", "latent", 65_000, "larger than its weights"),
+            ("imputer", "hidden", 2**50, "number"),
+        ]
+    ),
+    *(
+        (
+            f"scan of {size} voxels",
+            resummed(edit(META, at("modalities", 0, "shape", to=[1, *[size] * 3]))),
+            [META, "size"],
+        )
+        for size in (10**6, 2**40, 0, -16, 16.0)
+    ),
+    (
+        "scan larger than its weights",
+        resummed(edit(META, at("modalities", 0, "shape", to=[1, 512, 512, 512]))),
+        [],
+    ),
+    (
+        "thousands of modalities",
+        resummed(edit(META, more_modalities(2000))),
+        [],
+    ),
 ]
 
 

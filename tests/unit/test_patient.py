@@ -188,3 +188,25 @@ def test_a_record_knows_what_its_files_call_the_patient(cohort, cohort_dir, name
     record = read_patient(folder, cohort.specs)
     assert record.identifier == record.without(["t1"]).identifier == "MRN-0042"
     assert "MRN-0042" not in repr(record)
+
+
+@pytest.mark.parametrize("name", ["scans/t1.nii.gz", "scans/ehr.csv", "a/scans/photo.png"])
+def test_a_folder_that_leads_out_of_the_patient_directory_is_refused(cohort, tmp_path, name):
+    """A bundle names files, and comes from others; a link that stays inside is the patient's."""
+    other, patient = tmp_path / "other", tmp_path / "p01"
+    kept = patient / "kept"
+    for folder in (other, kept, (patient / name).parent.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    base = name.rsplit("/", 1)[1]
+    source = cohort.records[0].folder / base
+    for folder in (other, kept):
+        shutil.copy(source, folder / base)
+    specs = [replace(s, file=name) for s in cohort.specs if s.file == base]
+    place = (patient / name).parent
+    place.symlink_to(other)
+    with pytest.raises(PatientDataError, match="leads out of the patient directory") as error:
+        read_patient(patient, specs)
+    assert error.value.exit_code == 3
+    place.unlink()
+    place.symlink_to(kept)
+    assert set(read_patient(patient, specs).modalities) == {s.name for s in specs}
