@@ -17,10 +17,14 @@ Volumes are stacks of parallel slices at even steps. A step that is not along th
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import os
 import re
+import struct
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +34,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.uid import UID, ExplicitVRBigEndian, MediaStorageDirectoryStorage
 
+from dymo_med import limits
+from dymo_med.modalities.complaints import complaints
 from dymo_med.modalities.scan import (
     CORNER_MM,
     Matrix,
@@ -41,6 +48,8 @@ from dymo_med.modalities.scan import (
     StoredScan,
     apart_mm,
     millimetres,
+    refuse_header,
+    refuse_packed,
     refuse_size,
     spacing_of,
     times,
@@ -57,6 +66,10 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 # degree); within a stack the tolerance is CORNER_MM.
 _OTHER_DIRECTION = 0.02
 _MOST_LISTED = 8
+_PIECE = 2**20
+# Hounsfield units of CT begin at air, -1000; scanners store from here on.
+_LEAST_HU = -1024.0
+_RLE = "1.2.840.10008.1.2.5"
 _KEYWORDS = (
     "SOPClassUID",
     "SOPInstanceUID",
@@ -70,6 +83,11 @@ _KEYWORDS = (
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "SegmentationType",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "PixelSpacing",
@@ -84,15 +102,27 @@ _KEYWORDS = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
+# Objects with rows and columns that are no scans, by SOP class (PS3.6, table A-1).
+_NO_SCANS = {
+    "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
+    "1.2.840.10008.5.1.4.1.1.66.7": "a segmentation (label map)",
+    "1.2.840.10008.5.1.4.1.1.30": "a parametric map, which was computed",
+    "1.2.840.10008.5.1.4.1.1.4.2": "MR spectroscopy",
+}
+_NO_SCAN = ", not a scan"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+# Preamble, mark and the length of the group that names the transfer syntax; and what that group
+# takes at most.
+_START, _MOST_META = 144, 2**16
 # What GDCM reads.
 _UNCOMPRESSED = (
     "1.2.840.10008.1.2",  # implicit VR, little endian
     "1.2.840.10008.1.2.1",  # explicit VR, little endian
-    "1.2.840.10008.1.2.1.99",  # the same, deflated
+    _DEFLATED,
     "1.2.840.10008.1.2.2",  # explicit VR, big endian
 )
 _COMPRESSIONS = (
-    "1.2.840.10008.1.2.5",  # RLE
+    _RLE,
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
     "1.2.840.10008.1.2.4.51",  # JPEG extended
     "1.2.840.10008.1.2.4.57",  # JPEG lossless
@@ -126,7 +156,10 @@ class Frame:
         rescale: Slope and intercept of this frame.
         applied: Slope and intercept that GDCM applies to the whole file.
         syntax: UID of the transfer syntax.
-        trouble: Why its pixels are no grey values; empty if they are.
+        trouble: Why its pixels are no grey values of a scan; empty if they are.
+        pixel_bytes: Bytes of a pixel as stored.
+        padding: Lowest and highest stored number that is no part of the image (PS3.3
+            C.7.5.1.1.2), as GDCM gives stored numbers; None = there is none.
     """
 
     file: Path
@@ -147,6 +180,8 @@ class Frame:
     applied: tuple[float, float]
     syntax: str
     trouble: str
+    pixel_bytes: int = 2
+    padding: tuple[int, int] | None = None
 
 
 def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
@@ -168,14 +203,14 @@ def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
         raise ScanError(
             "the DICOM file holds no image",
             expected="an object with rows, columns and pixels",
-            got="another DICOM object, or no DICOM",
+            got=_kinds([path]),
             remedy="Put the scan itself in its place",
         )
     if not frames:
         raise ScanError(
             "there is no DICOM image in the folder",
             expected="the files of one DICOM series, here or in subfolders",
-            got=f"{len(there)} other files" if there else "an empty folder",
+            got=_kinds(there) if there else "an empty folder",
             remedy="Put the files of the series here; if the scan was not made, remove the folder",
         )
     patients = {frame.patient for frame in frames if frame.patient}
@@ -190,16 +225,18 @@ def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
     if trouble := next((frame.trouble for frame in stack if frame.trouble), ""):
         raise ScanError(
             trouble,
-            expected="grey values",
+            expected="grey values that a scanner measured",
             got=_described(stack),
-            remedy="Bring the grey values as NIfTI, or a picture as PNG",
+            remedy="Put the scan that it was made from in its place"
+            if trouble.endswith(_NO_SCAN)
+            else "Bring the grey values as NIfTI, or a picture as PNG",
         )
     ordered, lps, stated = _geometry(stack)
-    values, dtype = _pixels(ordered)
+    values, dtype, padding = _pixels(ordered)
     affine = to_ras(lps)
     facts = ScanFacts(values.shape, dtype, spacing_of(affine) if stated else None)
     files = tuple(dict.fromkeys(frame.file for frame in ordered))
-    return StoredScan(values, affine, facts, files, tuple(patients))
+    return StoredScan(values, affine, facts, files, tuple(patients), padding)
 
 
 def is_dicom(path: Path) -> bool:
@@ -237,6 +274,34 @@ def _files(path: Path) -> Iterator[Path]:
                 yield file
 
 
+def _kinds(files: Sequence[Path]) -> str:
+    """Return what files are that hold no image, for people: "2 x RT Plan Storage, 1 other file"."""
+    kinds: Counter[str] = Counter()
+    for file in files:
+        kind = ""
+        try:
+            with file.open("rb") as stream:
+                marked = stream.read(132)[128:] == b"DICM"
+            if marked or file.suffix.lower() in (".dcm", ".ima"):
+                tags = ["SOPClassUID"]
+                header = pydicom.dcmread(
+                    file, force=True, stop_before_pixels=True, specific_tags=tags
+                )
+                meta = getattr(header, "file_meta", pydicom.Dataset())
+                stated = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
+                uid = UID(str(stated or ""))
+                kind = uid.name if uid.name != uid else "a DICOM object of a private kind"
+                kind = kind if uid else ""
+        except Exception:  # pydicom lets through whatever its converters raise
+            kind = ""
+        kinds[kind] += 1
+    other = kinds.pop("", 0)
+    told = [f"{count} x {kind}" if count > 1 else kind for kind, count in sorted(kinds.items())]
+    if other:
+        told.append(f"{other} other file{'s' if other > 1 else ''}")
+    return ", ".join(told)
+
+
 def _frames(file: Path) -> tuple[Frame, ...]:
     """Return the frames of a file; none if it is no DICOM image."""
     status = file.stat()
@@ -264,16 +329,23 @@ def _header(file: Path) -> pydicom.Dataset | None:
         ScanError: If it claims to be DICOM and cannot be read.
     """
     with file.open("rb") as stream:
-        start = stream.read(132)
-    marked = start[128:] == b"DICM"
+        start = stream.read(_START)
+        marked = start[128:132] == b"DICM"
+        length = int.from_bytes(start[140:144], "little")
+        meta_group = stream.read(min(length, _MOST_META))
+    deflated = marked and _DEFLATED.encode() in meta_group
     suffix = file.suffix.lower()
     named = suffix in (".dcm", ".ima")
     if not (marked or named or not suffix or suffix[1:].isdigit()):
         return None
+    if deflated:
+        _hold_deflated(file, _START + length)
     try:
-        header = pydicom.dcmread(
-            file, force=not marked, stop_before_pixels=True, specific_tags=list(_KEYWORDS)
-        )
+        with _Counted(file) as stream:
+            stream.counted = not deflated  # its whole rest is read at once
+            header = pydicom.dcmread(
+                stream, force=not marked, stop_before_pixels=True, specific_tags=list(_KEYWORDS)
+            )
         meta = getattr(header, "file_meta", pydicom.Dataset())
         kind = header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")
         image = bool(header.get("Rows")) and bool(header.get("Columns"))
@@ -281,6 +353,8 @@ def _header(file: Path) -> pydicom.Dataset | None:
         # Reports, plans and the like are passed over, but only if they are there as a whole: a
         # slice that is cut short must not make the volume shorter without a word.
         whole = kind == MediaStorageDirectoryStorage or (kind and header.get("SeriesInstanceUID"))
+    except ScanError:
+        raise
     except Exception as error:  # pydicom lets through whatever its converters raise
         if marked or named:
             raise _damaged(file, error) from error
@@ -291,6 +365,60 @@ def _header(file: Path) -> pydicom.Dataset | None:
     if claims or cut or (not whole and (named or marked)):
         raise _damaged(file)
     return None
+
+
+class _Counted(io.FileIO):
+    """A file that refuses to give a header that does not end.
+
+    Args:
+        file: Which file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.counted, self.count = True, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return bytes as a file does.
+
+        Raises:
+            ScanError: If more were asked for than a header has.
+        """
+        left = limits.MAX_HEADER_BYTES + 1 - self.count if self.counted else -1
+        wanted = left if size is None or size < 0 else size if left < 0 else min(size, left)
+        data = super().read(wanted) or b""
+        self.count += len(data) if self.counted else 0
+        refuse_header(self.count)
+        return data
+
+
+def _hold_deflated(file: Path, start: int) -> None:
+    """Unpack a deflated file to its end, within the limits, before pydicom does it as a whole.
+
+    Args:
+        file: Which file.
+        start: Where the deflated part begins.
+
+    Raises:
+        ScanError: If it is too much, damaged or cut short.
+    """
+    most = limits.MAX_UNPACKED_BYTES + limits.MAX_HEADER_BYTES
+    count, stream = 0, zlib.decompressobj(-zlib.MAX_WBITS)
+    with file.open("rb") as source:
+        source.seek(start)
+        data = source.read(_PIECE)
+        try:
+            while not stream.eof:
+                data = data or source.read(_PIECE)
+                piece = stream.decompress(data, _PIECE)
+                if not data and not piece:
+                    raise EOFError
+                count += len(piece)
+                if count > most:
+                    refuse_size((count,))
+                data = stream.unconsumed_tail
+        except (zlib.error, EOFError) as error:
+            raise _damaged(file, error) from error
 
 
 def _damaged(file: Path, error: Exception | None = None) -> ScanError:
@@ -305,10 +433,12 @@ def _damaged(file: Path, error: Exception | None = None) -> ScanError:
 def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
     """Yield the frames of an image: positions from its functional groups where it has them."""
     count = int(header.get("NumberOfFrames") or 1)
-    refuse_size((header.Columns, header.Rows, count))
+    pixel_bytes = max(1, int(header.get("BitsAllocated") or 16) // 8)
+    refuse_size((header.Columns, header.Rows, count), pixel_bytes)
     shared = (header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
     per_frame = list(header.get("PerFrameFunctionalGroupsSequence") or [])
-    if per_frame and len(per_frame) != count:
+    trouble, padding = _trouble(header), _padding(header)
+    if per_frame and len(per_frame) != count and not trouble:
         raise ScanError(
             "a multi-frame DICOM file does not describe each of its frames",
             expected=f"{count} functional groups, one per frame",
@@ -329,11 +459,12 @@ def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
     dose = _numbers(header, "DoseGridScaling", 1)
     of_shared = _rescale(_item(shared, "PixelValueTransformationSequence"))
     of_frames = [_rescale(_item(own, "PixelValueTransformationSequence")) for own in per_frame]
+    of_frames += [None] * (count - len(of_frames)) if of_frames else []
     first = of_frames[0] if of_frames else None
     along = _offsets(header, count)
     syntax = str(getattr(header, "file_meta", pydicom.Dataset()).get("TransferSyntaxUID") or "")
     for index in range(count):
-        own = per_frame[index] if per_frame else pydicom.Dataset()
+        own = per_frame[index] if index < len(per_frame) else pydicom.Dataset()
         where = position if count == 1 else None
         if where is None and along is not None and position and orientation:
             normal = np.cross(orientation[:3], orientation[3:])
@@ -367,7 +498,9 @@ def _read_frames(file: Path, header: pydicom.Dataset) -> Iterator[Frame]:
             else (of_frames[index] if of_frames else None) or of_shared or top or (1.0, 0.0),
             applied=of_shared or first or top or (1.0, 0.0),
             syntax=syntax,
-            trouble=_trouble(header),
+            trouble=trouble,
+            pixel_bytes=pixel_bytes,
+            padding=padding,
         )
 
 
@@ -421,7 +554,13 @@ def _offsets(header: pydicom.Dataset, count: int) -> tuple[float, ...] | None:
 
 
 def _trouble(header: pydicom.Dataset) -> str:
-    """Return why the pixels of an image are no grey values, or nothing."""
+    """Return why the pixels of an image are no grey values of a scan, or nothing."""
+    if kind := _NO_SCANS.get(str(header.get("SOPClassUID") or "")):
+        of_type = str(header.get("SegmentationType") or "").strip().upper()
+        told = f" ({of_type})" if of_type in ("BINARY", "FRACTIONAL") else ""
+        return f"the DICOM file holds {kind}{told}{_NO_SCAN}"
+    if str(header.get("Modality") or "").strip().upper() == "SEG":
+        return f"the DICOM file holds a segmentation{_NO_SCAN}"
     if int(header.get("SamplesPerPixel") or 1) != 1 or not str(
         header.get("PhotometricInterpretation") or ""
     ).startswith("MONOCHROME"):
@@ -434,6 +573,29 @@ def _trouble(header: pydicom.Dataset) -> str:
     if header.get("ModalityLUTSequence"):
         return "the DICOM file's values need its lookup table (Modality LUT), which is not read"
     return ""
+
+
+def _padding(header: pydicom.Dataset) -> tuple[int, int] | None:
+    """Return the lowest and highest stored number that is no part of the image.
+
+    As GDCM gives stored numbers: without bits above the stored ones, MONOCHROME1 turned round.
+    """
+    ends = [header.get(k) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None or ends[0] == "":
+        return None
+    bits = int(header.get("BitsStored") or header.get("BitsAllocated") or 16)
+    signed = int(header.get("PixelRepresentation") or 0) == 1
+    stored = []
+    for end in ends:
+        if end is None or end == "":
+            continue
+        number = int.from_bytes(end, "little") if isinstance(end, bytes) else int(end)
+        number &= (1 << bits) - 1
+        stored.append(number - (1 << bits) if signed and number >> (bits - 1) else number)
+    if str(header.get("PhotometricInterpretation") or "").strip() == "MONOCHROME1":
+        top = -1 if signed else (1 << bits) - 1
+        stored = [top - number for number in stored]
+    return min(stored), max(stored)
 
 
 # -- which series ----------------------------------------------------------------------------------
@@ -715,14 +877,19 @@ def _check_steps(origins: Matrix, along: Matrix, stack: Sequence[Frame]) -> None
 # -- pixels ----------------------------------------------------------------------------------------
 
 
-def _pixels(stack: Sequence[Frame]) -> tuple[np.ndarray, str]:
-    """Return the values `(X, Y, Z)` float32 of an ordered stack, and the type as read.
+def _pixels(stack: Sequence[Frame]) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """Return the values `(X, Y, Z)` float32 of an ordered stack, the type as read, and padding.
+
+    Padding is where the scanner saw nothing: bool `(X, Y, Z)`, or None if there is none. It is
+    not to be used in computations of the image (PS3.3 C.7.5.1.1.2), and its number may be any;
+    it is given the lowest of the image's own.
 
     Raises:
         ScanError: If a file cannot be read, or says something else than its header.
     """
     first = stack[0]
-    refuse_size((first.columns, first.rows, len(stack)))
+    refuse_size((first.columns, first.rows, len(stack)), first.pixel_bytes)
+    padding = np.zeros((len(stack), first.rows, first.columns), bool) if first.padding else None
     volume = np.empty((len(stack), first.rows, first.columns), np.float32)
     by_file: dict[Path, list[int]] = {}
     for place, frame in enumerate(stack):
@@ -734,8 +901,18 @@ def _pixels(stack: Sequence[Frame]) -> tuple[np.ndarray, str]:
         for place in places:
             frame = stack[place]
             part = values[frame.index]
+            if padding is not None and frame.padding:
+                slope, intercept = frame.applied
+                stored = (part.astype(np.float64) - intercept) / slope
+                low, high = frame.padding
+                padding[place] = (stored > low - 0.5) & (stored < high + 0.5)
+                if frame.modality == "CT" and high * slope + intercept < _LEAST_HU:
+                    padding[place] |= part < _LEAST_HU  # lossy compression blurs the number
             volume[place] = part if frame.rescale == frame.applied else _rescaled(part, frame)
-    return volume.T, dtype
+    if padding is None or padding.all() or not padding.any():
+        return volume.T, dtype, None
+    volume[padding] = volume.min(where=~padding, initial=np.inf)
+    return volume.T, dtype, padding.T
 
 
 def _rescaled(values: np.ndarray, frame: Frame) -> np.ndarray:
@@ -766,12 +943,14 @@ def _file_values(frame: Frame) -> np.ndarray:
     """
     import SimpleITK
 
+    _hold(frame)
     SimpleITK.ProcessObject.GlobalWarningDisplayOff()
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(frame.file))
     try:
-        image = reader.Execute()
+        with complaints():  # GDCM tries its decoders in turn, and each says that it is not the one
+            image = reader.Execute()
     except RuntimeError as error:  # the one exception SimpleITK has
         raise _unread(frame) from error
     stated = (frame.columns, frame.rows, frame.frames)
@@ -798,6 +977,60 @@ def _file_values(frame: Frame) -> np.ndarray:
             )
     values: np.ndarray = SimpleITK.GetArrayFromImage(image)
     return values.reshape(frame.frames, frame.rows, frame.columns)
+
+
+def _hold(frame: Frame) -> None:
+    """Hold a file's pixels to what its header says of them, before they are unpacked.
+
+    Raises:
+        ScanError: If there are fewer bytes than pixels take, or a compressed frame is of another
+            size or does not end.
+    """
+    size = frame.columns * frame.rows * frame.frames * frame.pixel_bytes
+    held = frame.file.stat().st_size
+    if frame.syntax == _DEFLATED:
+        refuse_packed(held, size)
+    elif frame.syntax in _UNCOMPRESSED and held < size:
+        raise _unread(frame)
+    elif frame.syntax in _COMPRESSIONS:
+        refuse_packed(held, size, math.inf)
+        try:
+            pixels = pydicom.dcmread(frame.file, force=True, specific_tags=["PixelData"]).PixelData
+            streams = list(generate_frames(pixels, number_of_frames=frame.frames))
+        except Exception as error:  # pydicom lets through whatever its converters raise
+            raise _unread(frame) from error
+        if len(streams) != frame.frames:
+            raise _unread(frame)
+        for stream in streams:
+            if frame.syntax == _RLE:
+                continue
+            stated = _size_of(stream)
+            whole = b"\xff\xd9" in stream[-16:]  # end of the image; padding may follow
+            if not whole or stated not in (None, (frame.columns, frame.rows)):
+                raise _unread(frame)
+
+
+def _size_of(stream: bytes) -> tuple[int, int] | None:
+    """Return columns and rows that a JPEG, JPEG-LS or JPEG 2000 stream states, if it does.
+
+    ISO 10918-1 B.2.2 (and JPEG-LS alike): start-of-frame markers C0 to CF without C4, C8 and CC,
+    and F7. ISO 15444-1 A.5.1: marker 51, of which the offset of the image is taken off.
+    """
+    place = stream.find(b"\xff\x4f\xff\x51")
+    if 0 <= place < 256:
+        right, down, left, top = struct.unpack(">4I", stream[place + 8 : place + 24].ljust(16))
+        return right - left, down - top
+    place = 2
+    while place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if marker == 0xFF:  # may fill up before a marker
+            place += 1
+            continue
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            rows, columns = struct.unpack(">2H", stream[place + 5 : place + 9])
+            return columns, rows
+        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return None
 
 
 def _unread(frame: Frame) -> ScanError:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dymo_med import limits
+from dymo_med.modalities.complaints import complaints
 from dymo_med.modalities.packed import damaged, unpacked
 from dymo_med.modalities.scan import (
     ScanError,
@@ -60,7 +61,10 @@ def read(path: Path) -> StoredScan:
     reader.SetImageIO("NrrdImageIO" if nrrd else "MetaImageIO")
     reader.SetFileName(str(path))
     try:
-        reader.ReadImageInformation()
+        with complaints() as heard:
+            reader.ReadImageInformation()
+        if heard:
+            raise _unread(RuntimeError("a complaint of MetaIO"))
     except RuntimeError as error:  # the one exception SimpleITK has
         sizes = fields.get("sizes", "").split()
         raise _too_many(len(sizes), 1) if len(sizes) > 3 else _unread(error) from error
@@ -80,7 +84,10 @@ def read(path: Path) -> StoredScan:
         values = values.astype(dtype, copy=False)
     else:
         try:
-            values = SimpleITK.GetArrayFromImage(reader.Execute()).T  # (X, Y, Z)
+            with complaints() as heard:
+                values = SimpleITK.GetArrayFromImage(reader.Execute()).T  # (X, Y, Z)
+            if heard:
+                raise _unread(RuntimeError("a complaint of MetaIO"))
         except RuntimeError as error:
             raise _unread(error) from error
     values = values.reshape((*size[:3], *(1,) * (3 - len(size))), order="F")

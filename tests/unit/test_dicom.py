@@ -81,7 +81,7 @@ def test_a_folder_without_images(tmp_path):
     assert "no DICOM image in the folder. " in (text := error_of(tmp_path / "t1"))
     assert "an empty folder" in text
     (folder / "t1.nii.gz").write_bytes(b"x" * 200)
-    assert "1 other files" in error_of(tmp_path / "t1")
+    assert "1 other file" in error_of(tmp_path / "t1")
 
 
 @pytest.mark.parametrize("name", ["last.dcm", "last"])
@@ -493,7 +493,8 @@ def test_every_file_of_another_readers_tests_is_read_right_or_refused():
         scale = truth.get("DoseGridScaling") or truth.get("RescaleSlope") or 1
         pixels = pixels * float(scale) + float(truth.get("RescaleIntercept") or 0)
         pixels = pixels.reshape(frames, truth.Rows, truth.Columns)
-        assert np.allclose(scan.values, pixels.T, rtol=1e-6, atol=1e-3), path
+        real = np.ones(scan.values.shape, bool) if scan.padding is None else ~scan.padding
+        assert np.allclose(scan.values[real], pixels.T[real], rtol=1e-6, atol=1e-3), path
     assert read >= READ and refused >= READ
 
 
