@@ -42,7 +42,7 @@ class Saliency:
 
     Attributes:
         maps: Per observed image `(*spatial)`: integrated gradients summed over channels, in
-            units of probability per voxel; all 0 where the network reads descriptors alone.
+            units of probability per voxel; none where the network reads descriptors alone.
         recovered: Likewise per recovered image that was trusted: what the network saw in voxels
             that an imputer made up from the others.
         contrast: Per version of an image that the network reads descriptors of: what these
@@ -468,12 +468,7 @@ def image_saliency(
             break
         steps *= 2
     parts = dict(zip((*seen, *described), (m[0].detach() for m in maps), strict=True))
-    found = {
-        version: parts[*version, "values"].sum(0)
-        if (*version, "values") in parts
-        else torch.zeros_like(subject.versions[version][0][0, 0])
-        for version in images
-    }
+    found = {(name, made): parts[name, made, what].sum(0) for name, made, what in seen}
     return Saliency(
         {name: m for (name, made), m in found.items() if not made},
         {name: m for (name, made), m in found.items() if made},

@@ -411,6 +411,10 @@ def _drove(shown: Words) -> Flow:
             if maps:
                 flow += [_p(text[key], _NOTE), _scans(maps)]
         flow.append(_p(lead, _SMALL))
+    if drove["contrast"]:
+        lead = text["contrast_lead"] + ("" if drove["maps"] else f" {text['no_maps']}")
+        flow += [_p(text["contrast_title"], _SUBTITLE), _p(lead, _NOTE)]
+        flow += [_p(line, _NOTE) for line in drove["contrast"]]
     return _section(text["title"], flow, 2)
 
 

@@ -36,6 +36,7 @@ from dymo_med.inference.prediction_file import (
     SCHEMA_VERSION,
     AcquirePart,
     CellPart,
+    ContrastPart,
     ConvergencePart,
     DrawsPart,
     ExhibitsPart,
@@ -681,6 +682,12 @@ def exhibits_of(
         convergence=None
         if saliency is None
         else ConvergencePart(error=saliency.convergence, bound=MOST_ERROR, points=saliency.points),
+        contrast=()
+        if saliency is None
+        else tuple(
+            ContrastPart(modality=name, recovered=made, value=value)
+            for (name, made), value in saliency.contrast.items()
+        ),
     )
 
 

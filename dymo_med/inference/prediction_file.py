@@ -342,6 +342,14 @@ class ConvergencePart(Part):
     points: int
 
 
+class ContrastPart(Part):
+    """What the distribution of a scan's intensities contributed, which no place in it did."""
+
+    modality: str
+    recovered: bool
+    value: float
+
+
 class ExhibitsPart(Part):
     """What the page shows besides the answer."""
 
@@ -350,6 +358,7 @@ class ExhibitsPart(Part):
     cells: tuple[CellPart, ...]
     smoothed_voxels: float
     convergence: ConvergencePart | None
+    contrast: tuple[ContrastPart, ...] = ()
 
 
 class ValuePart(Part):

@@ -626,6 +626,12 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         "maps": _maps(exhibits.scans, bool(prediction.subsets)),
         "sigma": f"{exhibits.smoothed_voxels:g}",
         "convergence": None if exhibits.convergence is None else points(exhibits.convergence.error),
+        "contrast": [
+            text["contrast_recovered" if c.recovered else "contrast"].format(
+                modality=c.modality, points=points(c.value)
+            )
+            for c in exhibits.contrast
+        ],
     }
 
 

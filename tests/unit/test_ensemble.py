@@ -1,5 +1,6 @@
 """Several networks as one: the mean of their probabilities, wherever a backbone is asked."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from dymo_med.backbones import CyclicFusion, Ensemble, FusionTransformer, as_one
 from dymo_med.bundle import load_bundle
 from dymo_med.data.batch import collate
 from dymo_med.errors import ConfigError
-from dymo_med.inference.predict import predict_patient
+from dymo_med.inference.explain import Subject, image_saliency
+from dymo_med.inference.predict import answer, predict_patient
 from dymo_med.training.train import fit_specs, train
 
 RECIPE = {
@@ -87,6 +89,12 @@ def test_members_are_trained_apart_stored_together_and_explained(run, cohort_dir
     assert "\nbackbone," in log and "\nbackbone 2," in log and "only_t1=" in log
     prediction = predict_patient(cohort_dir / "patients" / "p016", bundle, out=tmp_path / "out")
     assert sum(prediction.probabilities) == pytest.approx(1)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "How bright the scans are" in page
+    told = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
+    assert {c["modality"] for c in told["exhibits"]["contrast"]} <= {"t1", "t2", "photo"}
+    error = told["exhibits"]["convergence"]
+    assert abs(error["error"]) <= error["bound"]
     assert bundle.save(tmp_path / "copy") == bundle.bundle_id
 
 
@@ -119,3 +127,33 @@ def test_affine_augmentation_moves_images_and_their_masks_alike(batch):
     assert not torch.equal(mask[0], two.masks[0]) and not torch.equal(mask[0], mask[1])
     still = augment(two, Augmentation(scale=0.0), torch.Generator().manual_seed(3))
     assert still is two
+
+
+@torch.no_grad()
+def test_saliency_tells_places_and_intensities_apart(run, records):
+    """Both parts together are the change from empty scans of usual intensities."""
+    bundle = load_bundle(run / "bundle", device="cpu")
+    answers = answer(bundle, [records[0]])
+    subject = Subject(
+        bundle.backbone,
+        answers.batch,
+        answers.recovery,
+        answers.own,
+        0,
+        temperature=bundle.temperature,
+        base_rates=bundle.base_rates,
+    )
+    centers = {s.name: s.descriptors.center for s in bundle.specs if s.descriptors}
+    images = tuple(v for v in subject.versions if v[0] in centers)
+    found = image_saliency(subject, images)
+    total = sum(float(m.sum()) for m in found.maps.values()) + sum(found.contrast.values())
+    start = {
+        v: bundle.backbone.encode(
+            v[0], torch.zeros_like(subject.versions[v][0]), None, torch.tensor([centers[v[0]]])
+        )
+        for v in images
+    }
+    present = torch.ones(1, len(subject.names), dtype=torch.bool)
+    change = subject.probability(present) - subject.probability(present, start)
+    assert total == pytest.approx(float(change), abs=0.006)
+    assert set(found.contrast) == set(images) and set(found.maps) == {v[0] for v in images}

@@ -19,7 +19,7 @@ from dymo_med.inference.report import (
     write_report,
 )
 
-HOSTILE = '<script>alert("x")</script>&\'{{ 7*7 }}'
+HOSTILE = '<script>alert("x")</script>&\'{{ 12347*7 }}'
 SECTIONS = [
     "banner",
     "answer",
@@ -321,7 +321,7 @@ def test_hostile_text_is_text(tmp_path):
     )
     text, page = page_of(tmp_path, p, x)
     assert text.count("<script") == 2 and "<script>alert" not in text
-    assert "49" not in page.words().replace("49 %", "")
+    assert "86429" not in page.words().replace("49 %", "")
     assert HOSTILE in " ".join(page.text)
 
 
