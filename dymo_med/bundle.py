@@ -9,6 +9,7 @@ BUNDLE/configs/quality.json       what modalities of training records were like
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/models/comparators.safetensors  if there are any
+BUNDLE/configs/references.json, models/references.safetensors  plain references, as arrays
 BUNDLE/docs/README.md             model card
 BUNDLE/checksums.json             SHA-256 of every file above
 """
@@ -30,7 +31,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dymo_med import __version__
-from dymo_med.backbones import BACKBONES, SEGMENTERS, Ensemble, FusionBackbone, as_one
+from dymo_med.backbones import (
+    BACKBONES,
+    SEGMENTERS,
+    EncodedVersions,
+    Ensemble,
+    FusionBackbone,
+    as_one,
+)
 from dymo_med.bundle_checks import (
     LARGEST_CONFIG_BYTES,
     absurd,
@@ -51,15 +59,28 @@ from dymo_med.files import complete_folder, read_json, write_bytes, write_json, 
 from dymo_med.imputers import IMPUTERS, Imputer
 from dymo_med.modalities import MODALITIES, modality
 from dymo_med.modalities.base import Modality
+from dymo_med.references import (
+    REFERENCES,
+    FittedReference,
+    Mixed,
+    Reference,
+    References,
+    features_of,
+    layout_of,
+    recovered_features,
+)
 from dymo_med.registry import Registry, nearest
 from dymo_med.selection import SELECTORS, Selector
 from dymo_med.types import (
+    Batch,
     Choice,
+    Fuse,
     Interval,
     ModalitySpec,
     Norms,
     Performance,
     PerformanceRow,
+    Recovery,
     Scale,
     SubsetStatistics,
     Task,
@@ -229,6 +250,8 @@ class ModelBundle:
         norms: What training records were like, for the quality gate; None in bundles made before
             there was one.
         comparators: Trained to be compared with, by name; no part of the bundle's own answers.
+        references: Plain models of the same patients, and what part of the answers they are; None
+            in bundles made before there were any.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
         device: Where the networks are.
@@ -253,6 +276,7 @@ class ModelBundle:
     performance: Performance | None = None
     norms: Norms | None = None
     comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
+    references: References | None = None
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -280,6 +304,28 @@ class ModelBundle:
             return self
         why = f"It was asked for; this model's default is {self.choice.name}."
         return replace(self, choice=replace(self.choice, name=name, why=why))
+
+    def answering(
+        self, network: EncodedVersions, batch: Batch, recovery: Recovery | None = None
+    ) -> Fuse:
+        """Return what answers: the network alone, or with the reference that has a part in it.
+
+        Args:
+            network: Over B records.
+            batch: These.
+            recovery: Of these; None = observed versions only.
+        """
+        other = None if self.references is None else self.references.mixed
+        if other is None or self.references is None:
+            return network
+        return Mixed(
+            network,
+            other,
+            features_of(batch, self.specs),
+            None if recovery is None else recovered_features(batch, recovery, self.specs),
+            self.references.weight,
+            self.temperature,
+        )
 
     @property
     def members(self) -> int:
@@ -335,6 +381,13 @@ class ModelBundle:
                 write_json(work / "configs" / "comparators.json", self._comparators())
                 networks = nn.ModuleDict({n: c.network for n, c in self.comparators.items()})
                 tensors["comparators"] = networks.state_dict()
+            if self.references is not None:
+                write_json(work / "configs" / "references.json", _told(self.references))
+                tensors["references"] = {
+                    f"{name}.{key}": array
+                    for name, fitted in self.references.fitted.items()
+                    for key, array in fitted.model.state().items()
+                }
             for name, part in tensors.items():
                 write_bytes(work / "models" / f"{name}.safetensors", save(on_cpu(part)))
             write_text(work / "docs" / "README.md", self._model_card())
@@ -407,6 +460,7 @@ class ModelBundle:
                 f"a number from {scale.low:g} to {scale.high:g}{unit}, as the mean over these"
                 f" bands, which below count as classes: {predicts}"
             )
+        references = "" if self.references is None else _references_card(self.references, scale)
         comparators = "".join(
             f"| {name} | {c.validation['log_loss']:.3f} | {c.temperature:.3f} |\n"
             for name, c in self.comparators.items()
@@ -446,7 +500,7 @@ measurements alone):
 | selector | {judged[0]} | accuracy | spoilt | put right |
 |---|---|---|---|---|
 {selectors}
-{comparators}
+{references}{comparators}
 The test split was not read while this bundle was made. Run `dymo-med evaluate` for its
 performance, and on your own patients before you rely on it.
 
@@ -593,6 +647,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             performance=_load_performance(path),
             norms=load_norms(path),
             comparators=comparators,
+            references=_load_references(path, specs, task),
             bundle_id=identity(sums),
         )
     except UNREADABLE as error:
@@ -838,6 +893,80 @@ def _load_comparators(
         )
         for name, entry in stored.items()
     }
+
+
+def _told(references: References) -> dict[str, Any]:
+    """Return what a bundle says of its references besides their arrays."""
+    return {
+        "weight": references.weight,
+        "partner": references.partner,
+        "why": references.why,
+        "better": list(references.better),
+        "losses": dict(references.losses),
+        "patients": references.patients,
+        "entries": {
+            name: {"temperature": fitted.temperature, "settings": dict(fitted.settings)}
+            for name, fitted in references.fitted.items()
+        },
+    }
+
+
+def _references_card(references: References, scale: Scale | None) -> str:
+    """Return what a model card says of references."""
+    rows = "".join(f"| {name} | {loss:.3f} |\n" for name, loss in references.losses.items())
+    key = "log-loss" if scale is None else "mean absolute error"
+    text = f"""
+Plain references (no network; a few lines of scikit-learn on cells and measurements of scans),
+trained on the same patients. {references.why}
+"""
+    if references.better:
+        text += f"""
+**Warning:** on held-back patients {", ".join(references.better)} answered better than the network,
+beyond chance.
+"""
+    if not rows:
+        return text
+    return f"""{text}
+| held-back patients ({references.patients}), as they are and with modalities hidden | {key} |
+|---|---|
+{rows}"""
+
+
+def _load_references(path: Path, specs: Sequence[ModalitySpec], task: Task) -> References | None:
+    """Return the references of a bundle; None where it holds none.
+
+    Raises:
+        KeyError: If one is unknown, or an array absent.
+        ValueError: If arrays are not those of such a model, or half of the two files is absent.
+    """
+    config = path / "configs" / "references.json"
+    arrays = path / "models" / "references.safetensors"
+    if config.is_file() != arrays.is_file():
+        raise ValueError("references.json and references.safetensors belong together")
+    if not config.is_file():
+        return None
+    stored, tensors = read_part(path, "configs/references.json"), load_file(arrays)
+    layout = layout_of(specs)
+    models: dict[str, Reference] = {}
+    fitted = {}
+    for name, entry in stored["entries"].items():
+        model = REFERENCES[name](layout, len(task.classes), task.scale)
+        own = {
+            k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
+        }
+        model.load_state(own, models)
+        models = {**models, name: model}
+        fitted[name] = FittedReference(model, float(entry["temperature"]), entry["settings"])
+    return References(
+        layout,
+        fitted,
+        float(stored["weight"]),
+        str(stored["partner"]),
+        str(stored["why"]),
+        tuple(map(str, stored["better"])),
+        {str(name): float(loss) for name, loss in stored["losses"].items()},
+        int(stored["patients"]),
+    )
 
 
 def verified(path: Path) -> dict[str, str]:

@@ -43,10 +43,15 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     "configs/performance.json": ("rows", "patients", "fewest"),
     "configs/quality.json": ("limits", "ranges", "records"),
     "configs/comparators.json": None,
+    "configs/references.json": (
+        *("weight", "partner", "why", "better", "losses", "patients", "entries"),
+    ),
+    "configs/use.json": ("rows", "patients", "permutations"),
     "models/imputer.safetensors": None,
     "models/backbone.safetensors": None,
     "models/statistics.safetensors": None,
     "models/comparators.safetensors": None,
+    "models/references.safetensors": None,
 }
 _TARGET = ("type", "target", "classes", "scale", "mask")
 _INNER = {"scale": ("low", "high", "centers", "unit"), "mask": ("file", "labels", "regions")}

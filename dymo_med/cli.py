@@ -346,6 +346,7 @@ def train(
                 remedy="Leave one of them out",
             )
         )
+    warned: list[str] = []
     with reporter.bar("Reading records") as update:
 
         def epoch(stage: str, done: int, most: int, figures: Mapping[str, float]) -> None:
@@ -366,7 +367,10 @@ def train(
             progress=epoch,
             reading=update,
             say=reporter.say,
+            warn=warned.append,
         )
+    for text in warned:
+        err_console.print(f"[bold yellow]warning:[/] {escape(text)}")
     reporter.say(f"bundle: {bundle}")
     reporter.say(f"next: dymo-med evaluate --bundle {bundle} --cohort {cohort} --out EVALUATION")
 

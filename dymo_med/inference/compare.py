@@ -1,4 +1,4 @@
-"""What the comparators of a bundle say of a batch."""
+"""What the comparators and references of a bundle say of a batch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 from dymo_med.bundle import ModelBundle
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.inference.predict import calibrated
+from dymo_med.references import features_of
 from dymo_med.types import Batch
 
 
 def comparator_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Tensor]:
-    """Return calibrated probabilities of every comparator, from what is observed alone.
+    """Return calibrated probabilities of every comparator and reference, from what is observed.
 
     Args:
         bundle: The model.
         batch: B records, on any device.
 
     Returns:
-        Float64 `(B, K)` on the CPU by name, in the recipe's order; empty where the bundle has no
-        comparators. A record's own row does not depend on its neighbours.
+        Float64 `(B, K)` on the CPU by name, in the recipe's order, references last; empty where the
+        bundle has neither. A record's own row does not depend on its neighbours.
 
     Raises:
         PatientDataError: If a record has nothing observed.
@@ -40,7 +41,24 @@ def comparator_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Ten
         )
     with torch.inference_mode():
         here = batch.to(bundle.device)
-        return {
+        found = {
             name: calibrated(fitted.network(here), fitted.temperature)
             for name, fitted in bundle.comparators.items()
         }
+        return {**found, **reference_probabilities(bundle, batch)}
+
+
+def reference_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Tensor]:
+    """Return calibrated probabilities of every reference, from what is observed alone.
+
+    Args:
+        bundle: The model.
+        batch: B records, on any device.
+
+    Returns:
+        Float64 `(B, K)` on the CPU by name; empty where the bundle has none.
+    """
+    if bundle.references is None:
+        return {}
+    features = features_of(batch, bundle.specs)
+    return {n: r.probabilities(features) for n, r in bundle.references.fitted.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dymo_med.backbones import FusionBackbone
 from dymo_med.modalities import modality
+from dymo_med.references import Mixed
 from dymo_med.types import Attribution, Batch, Recovery, SelectionTrace, Tokens
 
 # Upper bound on token values gathered at once (about 64 MB in float32).
@@ -86,9 +87,12 @@ class Subject:
         row: Which record.
         temperature: Probability calibration.
         base_rates: K class shares among training patients: the answer from nothing.
+        mixed: Of the same batch, where a reference has a part in the answers.
 
     Attributes:
         backbone: The network.
+        mixed: Likewise.
+        features: What the reference sees of each version, float64 `(1, p)`; empty without one.
         names: Used modalities in canonical order, u of them.
         versions: Values `(1, *shape)` and filled cells `(1, F)` (None for images) by name and by
             whether it is the recovered version; copies, so that gradients may flow even if the
@@ -110,8 +114,10 @@ class Subject:
         *,
         temperature: float,
         base_rates: tuple[float, ...],
+        mixed: Mixed | None = None,
     ) -> None:
         self.backbone = backbone
+        self.mixed = mixed
         self.temperature = temperature
         self.chosen = int(trace.output.logits[row].argmax())
         self.base_rate = base_rates[self.chosen]
@@ -160,19 +166,37 @@ class Subject:
             available = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             self.tokens[version] = Tokens(tokens, available)
 
+        self.features: dict[Version, Tensor] = {}
+        if mixed is not None:
+            for name, made in self.versions:
+                seen = mixed.recovered if made else mixed.observed
+                assert seen is not None
+                self.features[name, made] = seen[row : row + 1, self.columns(name)].clone()
+
+    def columns(self, name: str) -> list[int]:
+        """Return which features of the reference are a modality's."""
+        assert self.mixed is not None
+        m = next(i for i, spec in enumerate(self.backbone.specs) if spec.name == name)
+        return [p for p, owner in enumerate(self.mixed.reference.model.layout.owner) if owner == m]
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self._used.device
 
     def probability(
-        self, present: Tensor, changed: Mapping[Version, Tokens] | None = None
+        self,
+        present: Tensor,
+        changed: Mapping[Version, Tokens] | None = None,
+        other: Mapping[Version, Tensor] | None = None,
     ) -> Tensor:
         """Return the calibrated probability of the predicted class.
 
         Args:
             present: Bool `(R, u)`: which of the used modalities to fuse.
             changed: Tokens `(R, N, D)` that stand in for a version's own.
+            other: Features `(R, p)` that stand in for a version's own; the reference sees what
+                has changed if it has a part in the answer.
 
         Returns:
             `(R,)`; the base rate where nothing is present.
@@ -184,21 +208,27 @@ class Subject:
         admitted = used & self._admitted.repeat(len(present), 1)
         owner = torch.arange(len(present), device=present.device).repeat_interleave(subsets)
         # Without changed tokens every request is about the same patient.
-        about = owner if changed else torch.zeros_like(owner)
+        about = owner if changed or other else torch.zeros_like(owner)
+        features = {**self.features, **(other or {})}
         key = torch.cat([about[:, None], used.long(), admitted.long()], dim=1)
         wanted, which = torch.unique(key, dim=0, return_inverse=True)
         some = next(iter(tokens.values())).values
         size = sum(self._sizes) * some.shape[-1]
         chunk = max(1, _MOST_VALUES // size)
         parts = [
-            self._fuse(tokens, part[:, 0], part[:, 1 : 1 + u] == 1, part[:, 1 + u :] == 1)
+            self._fuse(tokens, features, part[:, 0], part[:, 1 : 1 + u] == 1, part[:, 1 + u :] == 1)
             for part in wanted.split(chunk)
         ]
         each = torch.cat(parts)[which].view(len(present), subsets)
         return (each * self._weight.to(each.dtype)).sum(1)
 
     def _fuse(
-        self, tokens: Mapping[Version, Tokens], rows: Tensor, used: Tensor, admitted: Tensor
+        self,
+        tokens: Mapping[Version, Tokens],
+        features: Mapping[Version, Tensor],
+        rows: Tensor,
+        used: Tensor,
+        admitted: Tensor,
     ) -> Tensor:
         """Return the probability from subsets `(R, u)` of what stands in `rows` of the tokens."""
         some = next(iter(tokens.values())).values
@@ -219,15 +249,31 @@ class Subject:
                 there = torch.where(chosen, version.available[own], there)
             values.append(x)
             available.append(there)
-        return self._probability(torch.cat(values, 1), torch.cat(available, 1))
+        seen = self._features(features, rows.cpu(), used.cpu(), admitted.cpu())
+        return self._probability(torch.cat(values, 1), torch.cat(available, 1), seen)
 
-    def _probability(self, tokens: Tensor, available: Tensor) -> Tensor:
+    def _features(
+        self, features: Mapping[Version, Tensor], rows: Tensor, used: Tensor, admitted: Tensor
+    ) -> Tensor:
+        """Return what the reference sees `(R, P)` of subsets `(R, u)`; nothing without one."""
+        width = 0 if self.mixed is None else len(self.mixed.reference.model.layout)
+        found = torch.full((len(rows), width), torch.nan, dtype=torch.float64)
+        for (name, made), own in features.items():
+            i = self.names.index(name)
+            chosen = (used[:, i] & (admitted[:, i] == made)).nonzero().squeeze(1)
+            source = rows[chosen] if len(own) > 1 else torch.zeros_like(chosen)
+            found[chosen[:, None], torch.tensor(self.columns(name))] = own[source]
+        return found
+
+    def _probability(self, tokens: Tensor, available: Tensor, features: Tensor) -> Tensor:
         """Return the probability from tokens `(R, N, D)` side by side."""
         something = available.any(1).nonzero().squeeze(1)
         worth = tokens.new_full((len(tokens),), self.base_rate, dtype=torch.float64)
         if not len(something):
             return worth
         logits = self.backbone.fuse(tokens[something], available[something]).logits
+        if self.mixed is not None:
+            logits = self.mixed.mix(logits, features[something.cpu()])
         # As the answer itself is calibrated: what is added up should not differ by rounding.
         probability = torch.softmax(logits.double() / self.temperature, dim=-1)[:, self.chosen]
         return worth.index_copy(0, something, probability)
@@ -258,7 +304,10 @@ def explain(subject: Subject, observed: Mapping[str, Tensor | None], *, seed: in
             *(replace(a, recovered=a.modality in missing) for a in modalities),
             *cell_ablation(subject, tables),
         ),
-        image_saliency(subject, images) if images else None,
+        # A reference that answers alone looks at no voxel of the grid.
+        image_saliency(subject, images)
+        if images and (subject.mixed is None or subject.mixed.weight > 0)
+        else None,
     )
 
 
@@ -368,7 +417,7 @@ def cell_ablation(
     def forward(kept: Tensor) -> Tensor:
         rows = len(kept)
         present = torch.ones(rows, len(subject.names), dtype=torch.bool, device=kept.device)
-        changed = {}
+        changed, other = {}, {}
         for (name, made), (values, filled) in subject.versions.items():
             if filled is None or (name, made) in subject.given:
                 continue
@@ -380,7 +429,10 @@ def cell_ablation(
             # A table without a cell is absent.
             available = tokens.available & fields.any(1, keepdim=True)
             changed[name, made] = Tokens(tokens.values, available)
-        return subject.probability(present, changed)
+            if subject.mixed is not None:
+                own = subject.features[name, made].expand(rows, -1)
+                other[name, made] = own.masked_fill(~fields.cpu(), torch.nan)
+        return subject.probability(present, changed, other)
 
     everything = torch.ones(1, len(places), device=subject.device)
     values = FeatureAblation(forward).attribute(
@@ -409,7 +461,8 @@ def image_saliency(
     the same path, from the mean of training scans: most of them jump where a voxel crosses a
     threshold, so there is no gradient to follow to the voxels, and what they contributed is told
     apart. A recovered voxel is held for what the network was given: how it depends
-    on the measured ones through the imputer is not followed.
+    on the measured ones through the imputer is not followed. Where a reference has a part in the
+    answer, that part stays as it is.
 
     Args:
         subject: What to explain.

@@ -59,6 +59,7 @@ from dymo_med.inference.prediction_file import (
 )
 from dymo_med.inference.report import percentile, reason_sentence, words, write_report
 from dymo_med.privacy import shown
+from dymo_med.references import Mixed, summary
 from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.fixed import TrustAll
 from dymo_med.selection.gate import Gate
@@ -67,6 +68,7 @@ from dymo_med.selection.reward import SimilarityCalibration
 from dymo_med.types import (
     Batch,
     Column,
+    Fuse,
     GateResult,
     ModalitySpec,
     PatientRecord,
@@ -102,7 +104,9 @@ class Answers:
         method: The bundle's default selector.
         traces: Selection by method: `COMPARED`, the bundle's default, and what else was asked for.
         probabilities: Calibrated, float64 `(B, K)` on the CPU, by method.
-        fuse: Over the B records, for further questions.
+        fuse: Over the B records, for further questions: the network, or the network and the
+            reference that has a part in the bundle's answers.
+        network: The network alone, over the same records.
     """
 
     batch: Batch
@@ -110,7 +114,8 @@ class Answers:
     method: str
     traces: Mapping[str, SelectionTrace]
     probabilities: Mapping[str, Tensor]
-    fuse: EncodedVersions
+    fuse: Fuse
+    network: EncodedVersions
 
     @property
     def own(self) -> SelectionTrace:
@@ -142,7 +147,8 @@ def answer(
     with torch.inference_mode():
         batch = collate(records, bundle.specs).to(bundle.device)
         recovery = bundle.imputer.recover(batch, seed=seed)
-        fuse = encode_versions(bundle.backbone, batch, recovery)
+        network = encode_versions(bundle.backbone, batch, recovery)
+        fuse = bundle.answering(network, batch, recovery)
         traces = {
             name: bundle.selectors[name].select(
                 fuse, batch.observed, recovery.candidates, bundle.statistics
@@ -153,7 +159,7 @@ def answer(
             name: calibrated(trace.output.logits, bundle.temperature)
             for name, trace in traces.items()
         }
-    return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse)
+    return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse, network)
 
 
 def calibrated(logits: Tensor, temperature: float) -> Tensor:
@@ -374,6 +380,7 @@ def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int
         row,
         temperature=bundle.temperature,
         base_rates=bundle.base_rates,
+        mixed=answers.fuse if isinstance(answers.fuse, Mixed) else None,
     )
     fields = answers.batch.observed_fields
     observed = {
@@ -863,11 +870,9 @@ def draw_answers(
     )
 
 
-def _fuse_draws(
-    bundle: ModelBundle, answers: Answers, row: int, draws: int, seed: int
-) -> EncodedVersions:
+def _fuse_draws(bundle: ModelBundle, answers: Answers, row: int, draws: int, seed: int) -> Fuse:
     """Return a `Fuse` over n copies of one record, each with another draw of its recoveries."""
-    whole, candidates = answers.fuse, answers.recovery.candidates[row]
+    whole, candidates = answers.network, answers.recovery.candidates[row]
     alone = answers.batch.rows(torch.tensor([row], device=candidates.device))
     drawn = bundle.imputer.recover(alone, draws=draws, seed=seed).draws or {}
     observed = whole.observed[row].expand(draws, -1, -1)
@@ -880,7 +885,17 @@ def _fuse_draws(
             tokens = torch.cat([bundle.backbone.encode(spec.name, p).values for p in parts])
             recovered[:, bundle.backbone.token_modality == m] = tokens
     available = whole.observed_available[row].expand(draws, -1)
-    return EncodedVersions(bundle.backbone, observed, available, recovered)
+    network = EncodedVersions(bundle.backbone, observed, available, recovered)
+    if not isinstance(answers.fuse, Mixed):
+        return network
+    features = answers.fuse.observed[row].expand(draws, -1)
+    made = features.clone()
+    layout = answers.fuse.reference.model.layout
+    for m, spec in enumerate(bundle.specs):
+        if bool(candidates[m]):
+            own = torch.tensor(layout.owner) == m
+            made[:, own] = summary(drawn[spec.name][:, 0], spec).double().cpu()
+    return replace(answers.fuse, network=network, observed=features, recovered=made)
 
 
 def _subset_answers(

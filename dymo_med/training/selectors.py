@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
 from dymo_med.conformal import Conformal
 from dymo_med.imputers import Imputer
+from dymo_med.references import Mixed, References, features_of, recovered_features
 from dymo_med.selection import SELECTORS, Cases, Selector
 from dymo_med.training.loop import stream
 from dymo_med.types import (
@@ -72,6 +73,7 @@ def calibration_cases(
     temperature: float,
     seed: int,
     device: torch.device,
+    references: References | None = None,
 ) -> tuple[Cases, list[str]]:
     """Return labelled records as they are and with modalities hidden, all of it recovered.
 
@@ -83,6 +85,7 @@ def calibration_cases(
         temperature: Of the probabilities.
         seed: Decides what is hidden.
         device: Where to compute.
+        references: Of the bundle, where one of them may have a part in its answers.
 
     Returns:
         The cases, and the patient of each.
@@ -94,6 +97,8 @@ def calibration_cases(
     repeats = max(1, min(_MOST_REPEATS, _ENOUGH_CASES // max(n, 1)))
     parts: list[EncodedVersions] = []
     masks, candidates = [], []
+    features: list[tuple[Tensor, Tensor]] = []
+    other = None if references is None else references.mixed
     with torch.no_grad():
         for repeat in range(repeats + 1):
             hidden = batch if repeat == 0 else hide(batch, stream(seed, "hide", repeat))
@@ -104,12 +109,22 @@ def calibration_cases(
                 parts.append(encode_versions(backbone, part, recovery))
                 masks.append(part.observed.available)
                 candidates.append(recovery.candidates)
-    fuse = EncodedVersions(
+                if other is not None:
+                    features.append(
+                        (
+                            features_of(part, backbone.specs),
+                            recovered_features(part, recovery, backbone.specs),
+                        )
+                    )
+    fuse: Fuse = EncodedVersions(
         backbone,
         torch.cat([p.observed for p in parts]),
         torch.cat([p.observed_available for p in parts]),
         torch.cat([p.observed if p.recovered is None else p.recovered for p in parts]),
     )
+    if other is not None and references is not None:
+        observed, made = (torch.cat(side) for side in zip(*features, strict=True))
+        fuse = Mixed(fuse, other, observed, made, references.weight, temperature)
     cases = Cases(
         remember(fuse, len(batch.observed.names), n * (repeats + 1)),
         ModalityMask(batch.observed.names, torch.cat(masks)),

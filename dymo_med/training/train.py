@@ -29,6 +29,7 @@ from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.files import write_text
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
 from dymo_med.modalities import modality
+from dymo_med.references import features_of
 from dymo_med.selection import fit_statistics
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
@@ -44,6 +45,7 @@ from dymo_med.training.objectives import (
 )
 from dymo_med.training.performance import performance
 from dymo_med.training.plan import propose
+from dymo_med.training.references import Held, train_references, warning_of, weigh
 from dymo_med.training.segmentation import LEAST_MASKS, train_segmentation
 from dymo_med.training.selectors import (
     calibration_cases,
@@ -58,6 +60,8 @@ BUDGET_S = 1200.0
 """Seconds that a run without a recipe may take, about."""
 
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
+# Where references are compared with the network.
+_WEIGHED_ON: tuple[Split, ...] = ("validation", "calibration")
 
 
 def train(
@@ -72,10 +76,12 @@ def train(
     progress: Progress | None = None,
     reading: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Train imputer and backbone, fit statistics, temperature and selectors, and write a bundle.
 
-    Comparators that the recipe names are trained after the backbone.
+    Comparators that the recipe names are trained after the backbone. Plain references always are;
+    where one is better than the network, the bundle's answers rest on it too.
 
     Weights, statistics and table constants are fitted on the train split; epochs are chosen on
     validation; temperature and selectors are fitted on calibration, where the default selector is
@@ -94,6 +100,7 @@ def train(
         progress: Called after every epoch.
         reading: Called after every record read, with how many are done and how many there are.
         say: Told what is found out about the cohort, and which recipes are tried.
+        warn: Called with whatever must not be missed about the bundle.
 
     Returns:
         The bundle's folder.
@@ -288,6 +295,23 @@ def train(
             temperature = fit_temperature(
                 logits.cpu(), held_back.labels[rows], record_weights(held_back)[rows]
             )
+        references = train_references(
+            specs, classes, scale, data["train"], labelled, weights, plan.seed
+        )
+        references = weigh(
+            references,
+            [
+                Held(
+                    labelled[split],
+                    features_of(labelled[split], specs),
+                    encode_all(backbone, labelled[split], fabric.device),
+                    temperature,
+                )
+                for split in _WEIGHED_ON
+            ],
+            scale,
+            plan.seed,
+        )
         cases, patients = calibration_cases(
             imputer,
             backbone,
@@ -296,6 +320,7 @@ def train(
             temperature,
             plan.seed,
             fabric.device,
+            references,
         )
         asked = plan.selector
         selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
@@ -322,12 +347,15 @@ def train(
         temperature=temperature,
         base_rates=tuple(float(s) for s in shares),
         comparators=comparators,
+        references=references,
         conformal=prediction_sets,
         performance=tested,
         provenance=_provenance(plan, described, data, labelled, log),
         norms=fit_norms(specs, records["train"], described.quality),
     )
     bundle.save(out / "bundle")
+    if warn is not None and (text := warning_of(references)):
+        warn(text)
     return out / "bundle"
 
 

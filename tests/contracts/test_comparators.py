@@ -433,7 +433,7 @@ def test_a_bundle_holds_its_comparators(trained, compared, tmp_path):
 def test_probabilities_are_calibrated_and_each_records_own(compared, records):
     batch = collate(records, compared.specs)
     found = comparator_probabilities(compared, batch)
-    assert list(found) == ["unimodal", "moddrop"]
+    assert list(found) == ["unimodal", "moddrop", *compared.references.fitted]
     for name, p in found.items():
         fitted = compared.comparators[name]
         assert p.dtype == torch.float64 and p.shape == (len(batch), 2)

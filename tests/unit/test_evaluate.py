@@ -17,6 +17,7 @@ from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch
 from dymo_med.inference.scores import Collector, by_pattern, by_subgroup, metrics
 from dymo_med.metrics import bootstrap
+from dymo_med.references import REFERENCES
 
 SCENARIOS = ("as-is", "rate:0.5", "drop:t1,labs", "cells:0.4")
 TABLES = (
@@ -83,7 +84,7 @@ def test_every_method_answers_for_every_record(done, cohort):
         for row in rows:
             if row["scenario"] == scenario:
                 methods.setdefault(row["method"], []).append(row["record_id"])
-        known = {"observed_only", "trust_all", "dymo"}
+        known = {"observed_only", "trust_all", "dymo", *REFERENCES}
         assert set(methods) == (known if scenario == "as-is" else known | {"oracle"})
         assert all(ids == expected for ids in methods.values())
 
@@ -343,15 +344,15 @@ def test_another_selector_is_compared_with_what_it_is_not(bundle, cohort, tmp_pa
     other = bundle.with_selector("trust_all")
     evaluate(other, cohort, tmp_path / "o", scenarios=("rate:0.5",), reports=False)
     methods = {r["method"] for r in rows_of(tmp_path / "o" / "metrics.csv")}
-    differences = {"trust_all - observed_only", "trust_all - dymo"}
-    assert methods == {"observed_only", "trust_all", "dymo", "oracle", *differences}
+    others = {"observed_only", "dymo", *REFERENCES}
+    assert methods == {"trust_all", "oracle", *others, *(f"trust_all - {m}" for m in others)}
 
 
 def test_more_selectors_are_compared_when_asked_for(bundle, cohort, tmp_path):
     asked = ("gate", "subset_average")
     evaluate(bundle, cohort, tmp_path / "o", reports=1, methods=asked)
     methods = {r["method"] for r in rows_of(tmp_path / "o" / "predictions.csv")}
-    assert methods == {"observed_only", "trust_all", "dymo", *asked}
+    assert methods == {"observed_only", "trust_all", "dymo", *asked, *REFERENCES}
     page = (tmp_path / "o" / "index.html").read_text(encoding="utf-8")
     assert "fitted gate" in page and "averaged by trust" in page
     with pytest.raises(ConfigError, match="no selector called"):

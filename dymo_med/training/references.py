@@ -1,0 +1,244 @@
+"""Training of the plain references, and whether a bundle's answers should rest on one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dymo_med.references import (
+    REFERENCES,
+    FittedReference,
+    Reference,
+    References,
+    Training,
+    features_of,
+    layout_of,
+    under,
+)
+from dymo_med.training.calibration import fit_temperature
+from dymo_med.training.loop import stream
+from dymo_med.training.losses import within
+from dymo_med.training.objectives import sampled_subsets
+from dymo_med.training.selectors import hide
+from dymo_med.types import Batch, Fuse, ModalitySpec, Scale, Split
+
+# Shares of the network that are tried.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_FOLDS = 5
+# On fewer patients a difference is an accident.
+_FEWEST = 10
+# Times that modalities are hidden from each record, besides the record as it is.
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-back labelled records with what asks the network about them.
+
+    Attributes:
+        batch: n records, on the CPU.
+        features: Float64 `(n, P)`.
+        fuse: Of the network, over the n records.
+        temperature: Of the network.
+    """
+
+    batch: Batch
+    features: Tensor
+    fuse: Fuse
+    temperature: float
+
+
+def train_references(
+    specs: Sequence[ModalitySpec],
+    classes: int,
+    scale: Scale | None,
+    everybody: Batch,
+    labelled: Mapping[Split, Batch],
+    weights: Tensor,
+    seed: int,
+) -> References:
+    """Fit every reference on training patients and calibrate it as the network is calibrated.
+
+    Args:
+        specs: Modalities in canonical order, fitted.
+        classes: K.
+        scale: Of a regression.
+        everybody: All training records, labelled or not, on the CPU.
+        labelled: Labelled records of `train` and `calibration`.
+        weights: `(n,)` of those of `train`, by which every patient counts the same.
+        seed: Of folds, draws and subsets.
+    """
+    layout = layout_of(specs)
+    fitting, held_back = labelled["train"], labelled["calibration"]
+    values = None
+    if scale is not None and fitting.shares is not None:
+        values = scale.value(fitting.shares.double())
+    data = Training(
+        features_of(fitting, specs),
+        fitting.labels,
+        values,
+        weights.double(),
+        fitting.patient_ids,
+        features_of(everybody, specs),
+        seed,
+    )
+    used = within(held_back.observed.available, sampled_subsets(len(specs), seed)).flatten(0, 1)
+    rows = torch.arange(len(held_back)).repeat(len(used) // max(1, len(held_back)))
+    features = under(features_of(held_back, specs)[rows], layout, used)
+    models: dict[str, Reference] = {}
+    fitted = {}
+    for name, kind in REFERENCES.items():
+        model = kind(layout, classes, scale)
+        settings = model.fit(data, models)
+        temperature = 1.0  # of a regression: another would move the answers themselves
+        if scale is None:
+            temperature = fit_temperature(
+                model.logits(features), held_back.labels[rows], _shares(held_back)[rows]
+            )
+        fitted[name] = FittedReference(model, temperature, settings)
+        models = {**models, name: model}
+    return References(layout, fitted)
+
+
+def weigh(
+    references: References, held: Sequence[Held], scale: Scale | None, seed: int
+) -> References:
+    """Decide what part of a bundle's answers a reference is.
+
+    The network, each reference, and mixtures of both answer for held-back patients as they are and
+    with modalities hidden. A mixture is judged out of fold: its partner and its share are those
+    that are best for the patients of the other folds. It is taken if its log-loss (of a
+    regression: mean absolute error) is lower than the network's by more than one standard error
+    over patients, of whom there must be ten; else the network answers alone.
+
+    Args:
+        references: Fitted.
+        held: Validation and calibration records.
+        scale: Of a regression.
+        seed: Of what is hidden and of the folds.
+
+    Returns:
+        The same with weight, partner, reason and losses.
+    """
+    losses, patients = _losses(references, held, scale, seed)  # (options, cases), (cases,)
+    options = [("", 1.0), *((n, s) for n in references.fitted for s in SHARES if s < 1)]
+    order = {p: i for i, p in enumerate(sorted(set(patients)))}
+    who = torch.tensor([order[p] for p in patients], dtype=torch.int64)
+    n = len(order)
+    if not n:
+        return references
+    cases = torch.bincount(who, minlength=n).double()
+    each = torch.zeros(len(options), n, dtype=torch.float64).index_add_(1, who, losses) / cases
+    mean = each.mean(1)
+    key = "mean absolute error" if scale is not None else "log-loss"
+    fold = torch.randperm(n, generator=stream(seed, "weigh")) % _FOLDS
+    answer = each[0].clone()
+    for k in fold.unique().tolist():
+        outside = (fold != k).nonzero().squeeze(1)
+        chosen = int(each[:, outside].mean(1).argmin()) if len(outside) else 0
+        answer[fold == k] = each[chosen, fold == k]
+    alone = {name: options.index((name, 0.0)) for name in references.fitted}
+    better = tuple(name for name, i in alone.items() if _surely(each[0] - each[i]))
+    found = {
+        "network": float(mean[0]),
+        **{name: float(mean[i]) for name, i in alone.items()},
+        "answer": float(mean[0]),
+    }
+    if n < _FEWEST:
+        why = f"The network alone: {n} held-back patients are too few to compare it."
+        return replace(references, why=why, losses=found, patients=n)
+    if not _surely(each[0] - answer):
+        why = (
+            f"The network alone ({key} {mean[0]:.3f} on {n} held-back patients; references"
+            f" {', '.join(f'{name} {mean[i]:.3f}' for name, i in alone.items())}): no mixture"
+            " was clearly better."
+        )
+        return replace(references, why=why, losses=found, patients=n, better=better)
+    partner, weight = options[int(mean.argmin())]
+    if weight == 1:  # only out of fold did mixtures seem better
+        why = f"The network alone: no mixture was better on all {n} held-back patients."
+        return replace(references, why=why, losses=found, patients=n, better=better)
+    found["answer"] = float(answer.mean())
+    share = f"{weight:.0%} network and {1 - weight:.0%} {partner}" if weight else f"{partner} alone"
+    why = (
+        f"Answers are {share}: {key} {answer.mean():.3f} on {n} held-back patients, the network"
+        f" alone {mean[0]:.3f}."
+    )
+    return replace(
+        references,
+        weight=weight,
+        partner=partner,
+        why=why,
+        better=better,
+        losses=found,
+        patients=n,
+    )
+
+
+def warning_of(references: References) -> str:
+    """Return what must be said loudly of references; empty if there is nothing.
+
+    Args:
+        references: Weighed.
+    """
+    if not references.better:
+        return ""
+    best = min(references.better, key=lambda name: references.losses[name])
+    return (
+        f"a plain reference ({best}) answers better than the network on"
+        f" {references.patients} held-back patients: {references.losses[best]:.3f} against"
+        f" {references.losses['network']:.3f}. {references.why}"
+    )
+
+
+def _surely(gain: Tensor) -> bool:
+    """Return whether a mean over patients is above 0 by more than one standard error."""
+    n = len(gain)
+    if n < _FEWEST:
+        return False
+    return bool(gain.mean() > gain.std() / n**0.5)
+
+
+def _losses(
+    references: References, held: Sequence[Held], scale: Scale | None, seed: int
+) -> tuple[Tensor, list[str]]:
+    """Return the loss of every option on every case, and the patient of each case."""
+    parts: list[Tensor] = []
+    patients: list[str] = []
+    for number, one in enumerate(held):
+        batch, n = one.batch, len(one.batch)
+        masks = [batch.observed.available]
+        for repeat in range(_REPEATS):
+            generator = stream(seed, "hide from references", number, repeat)
+            masks.append(hide(batch, generator).observed.available)
+        used = torch.cat(masks)
+        rows = torch.arange(n).repeat(len(masks))
+        output = one.fuse(rows, used, torch.zeros_like(used))
+        own = torch.softmax(output.logits.double().cpu() / one.temperature, dim=-1)
+        features = under(one.features[rows], references.layout, used)
+        answers = [own]
+        for fitted in references.fitted.values():
+            other = fitted.probabilities(features)
+            answers += [s * own + (1 - s) * other for s in SHARES if s < 1]
+        parts.append(torch.stack([_loss(p, batch.rows(rows), scale) for p in answers]))
+        patients += list(batch.patient_ids) * len(masks)
+    return torch.cat(parts, dim=1), patients
+
+
+def _loss(probabilities: Tensor, batch: Batch, scale: Scale | None) -> Tensor:
+    """Return the log-loss of each answer, or how far its number is from the truth."""
+    if scale is not None and batch.shares is not None:
+        return (scale.value(probabilities) - scale.value(batch.shares.double())).abs()
+    return F.nll_loss(probabilities.clamp_min(1e-6).log(), batch.labels, reduction="none")
+
+
+def _shares(batch: Batch) -> Tensor:
+    """Return weights by which every patient counts the same."""
+    names, counts = np.unique(np.array(batch.patient_ids), return_counts=True)
+    visits = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    return torch.tensor([1 / visits[p] for p in batch.patient_ids])
