@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dymo_med import __version__
 from dymo_med.bundle import ModelBundle, hashed_id
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.cohort import level
@@ -208,9 +209,9 @@ def evaluate(
                     remedy="Compare bundles that were trained on the same cohort.yaml",
                 )
             )
-    seen = max(patients_seen(one, records) for one in (bundle, *against))
+    seen = {one.name: patients_seen(one, records) for one in (bundle, *against)}
     if not allow_overlap:
-        require_unseen(seen, bundle.name, cohort, split)
+        require_unseen(seen, cohort, split)
     most_reports = None if reports is True else int(reports)
     run = _Run(
         bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
@@ -228,6 +229,8 @@ def evaluate(
         "draws": draws,
         "treatment of refused modalities": treat_refused_as_missing,
         "set of bundles": [other.bundle_id for other in against],
+        "version of dymo-med": __version__,
+        "description of the files": described(specs, cohort),
         "records, label or patient": digest_of(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
         "subgroup of a record": sha256(
@@ -278,7 +281,7 @@ def evaluate(
         "records": len(records),
         "patients": len({r.patient_id for r in records}),
         "unlabelled_records": len(cohort.in_split(known_split(split))) - len(records),
-        "patients_seen_in_training": seen,
+        "patients_seen_in_training": max(seen.values()),
         "refused_as_missing": treat_refused_as_missing,
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
         "against": [{"name": b.name, "version": b.version, "id": b.bundle_id} for b in against],
@@ -789,6 +792,9 @@ def matched_specs(
 ) -> tuple[ModalitySpec, ...]:
     """Return the bundle's modalities, to be read from the cohort's files.
 
+    What networks were trained on must be the same; how files are written, and where in them a
+    modality is, is the cohort's own business.
+
     Raises:
         BundleError: If the cohort is about something else; every difference at once.
     """
@@ -799,7 +805,7 @@ def matched_specs(
         got = f"a {cohort.task.type}"
         remedy = "Give the cohort description whose task is the bundle's"
         raise BundleError(Problem(where, "the tasks differ", f"a {bundle.task.type}", got, remedy))
-    if cohort.task.classes != bundle.task.classes:
+    if (cohort.task.classes, cohort.task.scale) != (bundle.task.classes, bundle.task.scale):
         problems.append(
             Problem(
                 where,
@@ -836,25 +842,41 @@ def matched_specs(
 
 
 def _written_as(spec: ModalitySpec, other: ModalitySpec) -> ModalitySpec:
-    """Return a bundle's modality, to be read from files as a cohort says they are written."""
+    """Return a bundle's modality, to be read from files as a cohort says they are written.
+
+    That is which file, series and columns are meant, how cells are written, where a volume's grid
+    lies, and what is not plausible in a column.
+    """
     columns = tuple(
-        replace(own, rules=theirs.rules)
+        replace(own, rules=theirs.rules, range=theirs.range or own.range)
         for own, theirs in zip(spec.columns, other.columns, strict=True)
     )
-    return replace(spec, file=other.file, rules=other.rules, columns=columns)
+    return replace(
+        spec,
+        file=other.file,
+        rules=other.rules,
+        columns=columns,
+        dicom=other.dicom,
+        grid=other.grid,
+    )
 
 
 def _form(spec: ModalitySpec) -> tuple[object, ...]:
     """Return what a network depends on."""
     columns = tuple((c.name, c.type, c.unit, c.values) for c in spec.columns)
-    pooling = spec.steps and spec.steps.pooling
-    return spec.kind, spec.shape, spec.spacing_mm, spec.intensity, columns, pooling
+    steps = spec.steps and (spec.steps.pooling, spec.steps.standardise)
+    return spec.kind, spec.shape, spec.spacing_mm, spec.intensity, columns, steps
 
 
 def _form_text(spec: ModalitySpec) -> str:
     shape = " x ".join(str(n) for n in spec.shape)
-    columns = ", ".join(c.name for c in spec.columns)
+    columns = ", ".join(
+        f"{c.name} {c.type}" + f" in {c.unit}" * bool(c.unit) + f" {'/'.join(c.values)}".rstrip()
+        for c in spec.columns
+    )
     detail = columns or f"spacing {spec.spacing_mm} mm, intensity {spec.intensity}"
+    if spec.steps is not None:
+        detail = f"pooling {spec.steps.pooling}, standardise {spec.steps.standardise}".lower()
     return f"{spec.kind} {shape} ({detail})"
 
 
@@ -883,21 +905,29 @@ def patients_seen(bundle: ModelBundle | SegmentationBundle, records: Sequence[Co
     return len({r.patient_id for r in records if hashed_id(bundle.name, r.patient_id) in fitted})
 
 
-def require_unseen(seen: int, bundle_name: str, cohort: Cohort, split: str) -> None:
+def require_unseen(seen: Mapping[str, int], cohort: Cohort, split: str) -> None:
     """Refuse figures about patients whom a bundle was fitted on.
 
+    Args:
+        seen: How many of the patients, by the bundle's name.
+        cohort: The cohort.
+        split: Of which the patients are.
+
     Raises:
-        ConfigError: If there are any.
+        ConfigError: If there are any; every such bundle at once.
     """
-    if seen:
-        raise ConfigError(
-            Problem(
-                f"cohort {cohort.name}, split {split}",
-                f"{seen} of its patients were used to make bundle {bundle_name}",
-                expected="patients whom the bundle has never seen",
-                remedy="Choose another split, or add --allow-overlap to see flattering figures",
-            )
+    problems = [
+        Problem(
+            f"cohort {cohort.name}, split {split}",
+            f"{number} of its patients were used to make bundle {name}",
+            expected="patients whom the bundle has never seen",
+            remedy="Choose another split, or add --allow-overlap to see flattering figures",
         )
+        for name, number in seen.items()
+        if number
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def check_part(part_id: int, num_parts: int) -> None:
@@ -998,8 +1028,23 @@ def _written(path: Path) -> Any:
 
 def digest_of(records: Sequence[CohortRecord]) -> str:
     """Return a hash of what finished batches say of their records besides the answers."""
-    rows = [(r.record_id, r.patient_id, r.label) for r in records]
+    rows = [
+        # A corrected number may stay within its band.
+        (r.record_id, r.patient_id, r.label, *(() if r.value is None else (r.value,)))
+        for r in records
+    ]
     return sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def described(specs: Sequence[ModalitySpec], cohort: Cohort) -> str:
+    """Return a hash of how a cohort's files are read: another way may give other answers.
+
+    Args:
+        specs: Modalities, as `matched_specs` returns them.
+        cohort: The cohort.
+    """
+    told = [spec.to_dict() for spec in specs], cohort.missing_values
+    return sha256(json.dumps(told, default=str).encode()).hexdigest()
 
 
 def _file_name(rule: Scenario, number: int) -> str:

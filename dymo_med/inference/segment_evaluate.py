@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dymo_med import __version__
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.masks import dice, own_grid, read_known, read_mask, regions_of
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
@@ -30,6 +32,7 @@ from dymo_med.inference.evaluate import (
     PROGRESS,
     EvaluateResult,
     check_part,
+    described,
     digest_of,
     joined,
     known_split,
@@ -45,7 +48,8 @@ from dymo_med.inference.report import environment
 from dymo_med.inference.scores import ORACLE, Row
 from dymo_med.inference.segment import Segmented, finish, segment_record
 from dymo_med.metrics import Estimate, bootstrap_means
-from dymo_med.types import Cohort, CohortRecord, PatientRecord
+from dymo_med.modalities.image import file_in
+from dymo_med.types import Cohort, CohortRecord, MaskSpec, PatientRecord
 
 SUBSETS = "subsets"
 MEAN = "mean"  # regions averaged case by case
@@ -133,8 +137,10 @@ def evaluate_segmentation(
                 remedy="Give the cohort description whose task is the bundle's",
             )
         )
-    described = replace(cohort, specs=matched_specs(bundle, cohort))
-    rules = _rules(scenarios, described)
+    # Scans, and the mask that lies on one of them, are read as the cohort says.
+    bundle = replace(bundle, specs=matched_specs(bundle, cohort))
+    cohort = replace(cohort, specs=bundle.specs)
+    rules = _rules(scenarios, cohort)
     for name in methods:
         bundle.require_selector(name)
     asked = tuple(methods) or (() if bundle.trust is None else tuple(bundle.trust.selectors))
@@ -151,7 +157,7 @@ def evaluate_segmentation(
     check_part(part_id, num_parts)
     seen = patients_seen(bundle, records)
     if not allow_overlap:
-        require_unseen(seen, bundle.name, cohort, split)
+        require_unseen({bundle.name: seen}, cohort, split)
     known: Row = {
         "task": "segmentation",
         "bundle": bundle.bundle_id,
@@ -163,10 +169,13 @@ def evaluate_segmentation(
         "replayed": [rule.digest for rule in rules if isinstance(rule, Scenario)],
         "methods": list(asked),
         "treatment of refused modalities": treat_refused_as_missing,
+        "version of dymo-med": __version__,
+        "description of the files": described(bundle.specs, cohort),
         "records": digest_of(records),
+        "masks": _digest_of_masks(records, mask),
     }
     prepare_folder(out, known, resume, num_parts)
-    run = _Run(bundle, described, split, rules, asked, flips, seed, treat_refused_as_missing)
+    run = _Run(bundle, cohort, split, rules, asked, flips, seed, treat_refused_as_missing)
     mine = range(part_id, len(records), num_parts)
     for done, number in enumerate(mine):
         path = _kept(out, number)
@@ -243,7 +252,8 @@ class _Run:
                 treat_refused_as_missing=self.treat_refused_as_missing,
             )
             own = own_grid(record, bundle.specs)
-            labels = read_mask(entry.folder, bundle.mask, own, f"Patient {record.record_id}")
+            mask = self.cohort.task.mask or bundle.mask
+            labels = read_mask(entry.folder, mask, own, f"Patient {record.record_id}")
             if labels is None or record.mask is None:
                 kept["unlabelled"] = 1
             else:
@@ -397,6 +407,16 @@ def hd95(found: Tensor, true: Tensor, spacing_mm: Sequence[float]) -> list[float
         )
         result.append(float(value))
     return result
+
+
+def _digest_of_masks(records: Sequence[CohortRecord], mask: MaskSpec) -> str:
+    """Return a hash of the masks that finished records were measured against."""
+    found = sha256()
+    for entry in records:
+        path = entry.folder / file_in(entry.folder, mask.file)
+        content = path.read_bytes() if path.is_file() else b""
+        found.update(sha256(content).digest())
+    return found.hexdigest()
 
 
 def _kept(out: Path, number: int) -> Path:
