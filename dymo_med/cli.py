@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import environ
@@ -30,6 +30,7 @@ from rich.markup import escape
 
 from dymo_med import __version__
 from dymo_med.errors import ConfigError, DymoMedError, Problem, out_of_memory
+from dymo_med.logs import LIBRARIES, be_verbose, heard, is_verbose
 
 if TYPE_CHECKING:
     from dymo_med.inference.segment import Segmentation
@@ -65,7 +66,23 @@ err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more.")]
+
+
+def _hear(verbose: bool) -> bool:
+    if verbose:
+        be_verbose()
+    return verbose
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_hear,
+        help="Print more: every epoch, warnings of libraries, tracebacks of records that failed.",
+    ),
+]
 Bundle = Annotated[
     Path, typer.Option("--bundle", "-b", help="Bundle folder that `dymo-med train` wrote.")
 ]
@@ -241,6 +258,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Validate a cohort, patient directory, recipe or bundle, or audit a prediction."""
     from dymo_med.inference.check import check as run
@@ -406,6 +424,7 @@ def predict(
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Answer for one patient: prediction.json, selection.csv, report.html, recovered/."""
     from dymo_med.bundle import load_bundle, task_of
@@ -620,6 +639,7 @@ def evaluate(
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Evaluate a cohort under missing-data scenarios, each method side by side."""
     from dymo_med.bundle import load_bundle, task_of
@@ -663,7 +683,7 @@ def evaluate(
                 scenarios=tuple(missing or ["as-is"]),
                 seed=seed,
                 resume=resume,
-                reports=1_000_000 if reports is None else reports,
+                reports=True if reports is None else reports,
                 methods=tuple(selector or ()),
                 draws=draws,
                 allow_overlap=allow_overlap,
@@ -700,6 +720,7 @@ def impute(
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write only the recovered scans and tables of one patient."""
     from dymo_med.bundle import load_bundle, task_of
@@ -735,9 +756,6 @@ def main(arguments: list[str] | None = None) -> Any:
     0 done; 1 a bug; 2 usage, recipe or cohort description wrong; 3 patient data wrong; 4 bundle
     wrong or incompatible.
     """
-    if not sys.warnoptions:
-        # Libraries warn at import about optional parts nobody asked for.
-        warnings.simplefilter("ignore")
     if threading.current_thread() is threading.main_thread():
         # A run that is told to stop cleans up like one that fails; killed at once, it could not.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -770,18 +788,11 @@ def _ours_first() -> Iterator[None]:
     name ourselves their lines are left out: one message says what is wrong. What this package logs
     is a note of its own.
     """
-    notes = _Notes()
-    log = logging.getLogger("dymo_med")
-    log.addHandler(notes)
     try:
         own = os.dup(2)
     except OSError:  # there is no standard error
-        own = -1
-    if own < 0:
-        try:
+        with heard(_Notes()):
             yield
-        finally:
-            log.removeHandler(notes)
         return
     before = sys.stderr
     with tempfile.TemporaryFile() as kept, _Ours(own) as ours:
@@ -791,12 +802,12 @@ def _ours_first() -> Iterator[None]:
         os.dup2(kept.fileno(), 2)
         named = False
         try:
-            yield
+            with heard(_Notes()):
+                yield
         except SystemExit as stopped:
             named = stopped.code not in (None, 0)
             raise
         finally:
-            log.removeHandler(notes)
             with suppress(OSError, ValueError):
                 before.flush()
             os.dup2(ours.fileno(), 2)
@@ -829,11 +840,18 @@ class _Ours(io.TextIOWrapper):
 
 
 class _Notes(logging.Handler):
-    """Prints what this package logs."""
+    """Prints what this package logs; on request what libraries warn of, and tracebacks."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one line."""
-        err_console.print(escape(f"note: {record.getMessage()}"))
+        """Print one line, and the traceback if there is one."""
+        library = record.name == LIBRARIES
+        if library and not is_verbose():
+            return
+        word = "warning" if library else "note"
+        err_console.print(escape(f"{word}: {record.getMessage()}"))
+        if record.exc_info:
+            text = "".join(traceback.format_exception(*record.exc_info))
+            err_console.print(escape(text), end="")
 
 
 def _is_standard(stream: Any) -> bool:

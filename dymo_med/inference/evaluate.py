@@ -212,7 +212,8 @@ def evaluate(
     seen = {one.name: patients_seen(one, records) for one in (bundle, *against)}
     if not allow_overlap:
         require_unseen(seen, cohort, split)
-    most_reports = None if reports is True else int(reports)
+    # All of them, however that is put: one may be gone on with as the other.
+    most_reports = None if reports is True or int(reports) >= len(records) else int(reports)
     run = _Run(
         bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
     )

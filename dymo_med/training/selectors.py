@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +29,7 @@ from dymo_med.types import (
     SubsetStatistics,
 )
 
+_LOG = logging.getLogger(__name__)
 _CHUNK = 64
 _FOLDS = 5
 # On fewer patients a difference between selectors is an accident.
@@ -206,8 +210,28 @@ def fit_all(
     for name, entry in SELECTORS.items():
         selectors[name] = entry(entry.Options(**options.get(name, {})))
         if entry.needs_fit:
-            selectors[name].fit(cases, statistics)
+            with _convergence_heard(name):
+                selectors[name].fit(cases, statistics)
     return selectors
+
+
+@contextmanager
+def _convergence_heard(name: str) -> Iterator[None]:
+    """Say so if a selector's fit meanwhile does not converge; other warnings pass as they are."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for one in caught:
+        if not issubclass(one.category, ConvergenceWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if any(issubclass(one.category, ConvergenceWarning) for one in caught):
+        _LOG.warning(
+            "Selector %s: its fit on calibration patients did not converge. Look at its figures on"
+            " the bundle's card before you use it; more calibration patients help.",
+            name,
+        )
 
 
 def held_out_logits(
@@ -258,7 +282,10 @@ def held_out(
         statistics: Of the backbone.
         patients: Whose case each is.
     """
-    logits = {n: held_out_logits(s, cases, statistics, patients) for n, s in selectors.items()}
+    logits = {}
+    for name, selector in selectors.items():
+        with _convergence_heard(name):
+            logits[name] = held_out_logits(selector, cases, statistics, patients)
     return {n: (z.double().cpu() / cases.temperature).log_softmax(-1) for n, z in logits.items()}
 
 

@@ -28,6 +28,7 @@ from dymo_med.data.masks import read_known
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.files import write_text
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
+from dymo_med.logs import kept
 from dymo_med.modalities import modality
 from dymo_med.references import features_of
 from dymo_med.selection import fit_statistics
@@ -91,7 +92,8 @@ def train(
         recipe: Recipe file; None = chosen from the cohort (`training.plan`) and written to
             `recipe.yaml` in `out`, or found there by a run that is resumed.
         cohort: Cohort folder or its `cohort.yaml`.
-        out: Folder for `bundle/`, `log.csv`, `curves.png` and `checkpoints/`.
+        out: Folder for `bundle/`, `log.csv`, `curves.png` and `checkpoints/`, and `warnings.log`
+            if there is something to warn of.
         resume: Go on from the checkpoints in `out`.
         device: `auto`, `cpu` or `cuda`.
         seed: Overrides the recipe's seed.
@@ -157,8 +159,37 @@ def train(
         say(f"recipe: {chosen}")
     if seed is not None:
         plan = plan.model_copy(update={"seed": seed})
-    fingerprint = _fingerprint(plan, described, records)
+    with kept(out / "warnings.log"):
+        named = str(recipe or chosen)
+        return _fit(plan, named, described, records, data, specs, where, out, progress)
 
+
+def _fit(
+    plan: Recipe,
+    named: str,
+    described: Cohort,
+    records: dict[Split, list[PatientRecord]],
+    data: Mapping[Split, Batch],
+    specs: tuple[ModalitySpec, ...],
+    where: torch.device,
+    out: Path,
+    progress: Progress | None,
+) -> Path:
+    """Train and fit everything, and write the bundle; see `train`.
+
+    Args:
+        plan: The recipe.
+        named: Its file, for messages.
+        described: The cohort.
+        records: Of each split that is looked at.
+        data: The same, as batches.
+        specs: Modalities in canonical order, fitted.
+        where: Where to compute.
+        out: Folder of the run.
+        progress: Called after every epoch.
+    """
+    scale = described.task.scale
+    fingerprint = _fingerprint(plan, described, records)
     fabric = (
         Fabric(accelerator="cuda", devices=[where.index or 0])
         if where.type == "cuda"
@@ -206,7 +237,7 @@ def train(
     if imputer is None or imputer_entry is None or plan.backbone.name not in BACKBONES:
         raise ConfigError(
             Problem(
-                str(recipe or chosen),
+                named,
                 "the recipe is for a segmentation",
                 expected=f"an imputer, and a backbone out of {', '.join(BACKBONES)}",
                 remedy=f"Choose another recipe: cohort {described.name} is a classification",
