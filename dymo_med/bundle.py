@@ -139,7 +139,7 @@ def resolve_device(name: str) -> torch.device:
             Problem(
                 "--device",
                 "unknown device",
-                expected="auto, cpu, cuda, or cuda: and a number",
+                expected="auto, cpu or cuda, with a number behind a colon if there are several",
                 remedy="Name one of these",
             )
         )
