@@ -161,7 +161,7 @@ def train(
         plan = plan.model_copy(update={"seed": seed})
     with kept(out / "warnings.log"):
         named = str(recipe or chosen)
-        return _fit(plan, named, described, records, data, specs, where, out, progress)
+        return _fit(plan, named, described, records, data, specs, where, out, progress, warn)
 
 
 def _fit(
@@ -174,6 +174,7 @@ def _fit(
     where: torch.device,
     out: Path,
     progress: Progress | None,
+    warn: Callable[[str], None] | None,
 ) -> Path:
     """Train and fit everything, and write the bundle; see `train`.
 
@@ -187,6 +188,7 @@ def _fit(
         where: Where to compute.
         out: Folder of the run.
         progress: Called after every epoch.
+        warn: Told what the user should know.
     """
     scale = described.task.scale
     fingerprint = _fingerprint(plan, described, records)
