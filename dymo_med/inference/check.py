@@ -6,7 +6,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -17,16 +17,20 @@ from dymo_med.backbones import BACKBONES
 from dymo_med.bundle import ModelBundle, load_bundle, read_recipe, task_of
 from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_bundle
 from dymo_med.config import Document
+from dymo_med.data import bids
 from dymo_med.data.cohort import read_cohort, survey_cohort
 from dymo_med.data.gate import CHECKS
 from dymo_med.data.masks import with_mask
 from dymo_med.data.patient import Intake, examine, examine_record
+from dymo_med.data.survey import Survey
 from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
 from dymo_med.inference.evaluate import matched_specs
 from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
+from dymo_med.modalities import Whose
 from dymo_med.modalities.image import file_in
+from dymo_med.modalities.table_files import ids_of_nobody
 from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Norms
 
 Kind = Literal["cohort", "patient directory", "recipe", "bundle", "prediction"]
@@ -413,20 +417,29 @@ def _check_cohort(
         looked_at.append(cohort.task.mask.file)
     rows, files = [], _Files(looked_at)
     warned: dict[tuple[str, str], list[str]] = defaultdict(list)
+    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    seen = Survey(replace(cohort, specs=specs))
     readable: list[RecordRow] = []
     for done, entry in enumerate(cohort.records, start=1):
         if entry.folder.is_dir():
             files.unused.update(_unused(entry.folder, files.files))
             try:
                 found = examine_record(entry, specs, cohort.missing_values, norms=norms)
+                masked = False
                 if not found.problems:
-                    with_mask(found.record, entry.folder, cohort)
+                    record = with_mask(found.record, entry.folder, cohort)
+                    masked = record.mask is not None
             except PatientDataError as error:
                 problems.extend(error.problems)
             else:
                 problems.extend(_wrong(found))
                 row = _row(found, specs, cohort, entry)
+                row = replace(row, labelled=row.labelled or masked)
                 rows.append(row)
+                seen.add(found.record)
+                for name, value in found.record.modalities.items():
+                    for warning in value.warnings if value.observed_fields is not None else ():
+                        said[name, warning].append(entry.record_id)
                 if not found.problems:
                     readable.append(row)
                 files.add(entry, found)
@@ -444,7 +457,13 @@ def _check_cohort(
         )
         for (name, finding_check), ids in warned.items()
     ]
-    notes += _loose_ends(cohort, path)
+    notes += [
+        Problem(f"Cohort {cohort.name}: {name}", warning.rstrip("."), got=_some(ids))
+        for (name, warning), ids in said.items()
+    ]
+    notes += seen.notes()
+    notes += _loose_ends(cohort, path, [row.record_id for row in rows if not row.labelled])
+    notes += _strangers_of_tables(cohort)
     notes += files.notes(cohort)
     exit_code = 0
     if problems:
@@ -673,10 +692,46 @@ def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
         folders[:] = sorted(n for n in folders if here / n in within)
 
 
-def _loose_ends(cohort: Cohort, path: Path) -> list[Problem]:
-    """Return records without label, and patients and folders without record."""
+def _strangers_of_tables(cohort: Cohort) -> list[Problem]:
+    """Return rows of shared tables whose ids match no record."""
+    notes = []
+    for spec in cohort.specs:
+        rules = spec.rules
+        if rules is None or not rules.shared:
+            continue
+        whose = [Whose(entry.record_id, entry.patient_id, entry.root) for entry in cohort.records]
+        strangers = ids_of_nobody(cohort.root / rules.shared, rules, whose)
+        if strangers:
+            notes.append(
+                Problem(
+                    f"Cohort {cohort.name}: {rules.shared}",
+                    "rows that belong to no record",
+                    got=_some(strangers),
+                    remedy="Compare how ids are written there and in the labels",
+                )
+            )
+    return list(dict.fromkeys(notes))
+
+
+def _loose_ends(cohort: Cohort, path: Path, without: Sequence[str]) -> list[Problem]:
+    """Return records without label, and patients and folders without record.
+
+    Args:
+        cohort: The cohort.
+        path: Its folder or description.
+        without: Records that could be read and have no label or mask.
+    """
     where = f"Cohort {cohort.name}"
     notes = []
+    if cohort.task.mask is not None and without:
+        notes.append(
+            Problem(
+                where,
+                "records without mask: they are not learned from and not evaluated",
+                expected=cohort.task.mask.file,
+                got=_some(without),
+            )
+        )
     if cohort.task.mask is None:
         unlabelled = [r.record_id for r in cohort.records if r.label is None]
         if unlabelled:
@@ -698,15 +753,8 @@ def _loose_ends(cohort: Cohort, path: Path) -> list[Problem]:
                 remedy="Add their rows to the labels, or take them out of the splits",
             )
         )
-    folders = {record.folder for record in cohort.records}
-    roots = {folder.parent for folder in folders if folder.parent.is_dir()}
-    listed = sorted(
-        p.name
-        for root in roots
-        for p in root.iterdir()
-        if p.is_dir() and p not in folders and not p.name.startswith(".")
-    )
-    if listed and roots != {path}:
+    listed = _unlisted(cohort, path)
+    if listed:
         notes.append(
             Problem(
                 where,
@@ -717,6 +765,41 @@ def _loose_ends(cohort: Cohort, path: Path) -> list[Problem]:
         )
     problems = _untrainable(cohort)
     return [*notes, *problems]
+
+
+def _unlisted(cohort: Cohort, path: Path) -> list[str]:
+    """Return folders of patients, or of sessions of a BIDS dataset, that are no record."""
+    folders = {record.folder for record in cohort.records}
+    if folders and all(bids.SUBJECT.fullmatch(_first(f, cohort.root)) for f in folders):
+        # Of a BIDS dataset (1.10, Common principles) sub-LABEL alone is a subject.
+        subjects = {cohort.root / _first(folder, cohort.root) for folder in folders}
+        unlisted = [
+            p.name
+            for p in cohort.root.iterdir()
+            if p.is_dir() and bids.SUBJECT.fullmatch(p.name) and p not in subjects
+        ]
+        unlisted += [
+            f"{subject.name}/{session.name}"
+            for subject in subjects
+            if subject.is_dir()
+            for session in bids.sessions(subject)
+            if session != subject and session not in folders
+        ]
+        return sorted(unlisted)
+    roots = {folder.parent for folder in folders if folder.parent.is_dir()}
+    if roots == {path}:
+        return []
+    return sorted(
+        p.name
+        for root in roots
+        for p in root.iterdir()
+        if p.is_dir() and p not in folders and not p.name.startswith(".")
+    )
+
+
+def _first(folder: Path, root: Path) -> str:
+    """Return the first part of a folder's path below the cohort's."""
+    return folder.relative_to(root).parts[0] if folder != root else ""
 
 
 def _some(names: Sequence[str], between: str = ", ") -> str:

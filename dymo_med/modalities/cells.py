@@ -20,7 +20,7 @@ from dymo_med.types import CellRules, Column
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMMA_NUMBER = re.compile(r"[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?", re.ASCII)
 _GROUPED = re.compile(r"[+-]?\d{1,3}([., '’\u00a0\u202f]\d{3})+([.,]\d+)?", re.ASCII)
-_CENSORED = re.compile(r"(?:[<>]=?|[≤≥])\s*(.+)")
+_CENSORED = re.compile(r"(?:[<>]=?|[≤≥])\s*(.+)|(\d.*?)\s*\+")  # <5, and 89+ as BIDS has it
 _NOT_A_NUMBER = frozenset({"nan", "inf", "-inf", "+inf", "infinity", "-infinity"})
 _DATE = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ]\d\d:\d\d\S*)?", re.ASCII)
 # Dates and times of FHIR R4, known to the year, the month, the day or more closely.
@@ -152,7 +152,7 @@ def parse(
     if censored is not None and rules.censored != "error":
         if rules.censored == "missing":
             return None
-        text = censored[1]
+        text = censored[1] or censored[2]
     sign = "." if cell.typed else decimal
     if not (_NUMBER if sign == "." else _COMMA_NUMBER).fullmatch(text):
         return _no_number(text, column, sign, where, censored is not None)

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
@@ -111,11 +111,7 @@ def read_row(
     Raises:
         PatientDataError: If the file cannot be read, or holds not one row of the record.
     """
-    keys = {}
-    if rules.record_column:
-        keys[comparable(rules.record_column)] = comparable(whose.record_id)
-    if rules.patient_column:
-        keys[comparable(rules.patient_column)] = comparable(whose.patient_id or whose.record_id)
+    keys = _keys(rules, whose)
     if not keys:
         return _only_row(_grid(path, rules, wanted, where), wanted, where)
     wanted |= frozenset(keys)
@@ -160,6 +156,40 @@ def read_row(
             )
         )
     return _row(grid, found[0], wanted, where, whole=one)
+
+
+def _keys(rules: FileRules, whose: Whose) -> dict[str, str]:
+    """Return what the key columns hold in the row of a record, by their headers."""
+    keys = {}
+    if rules.record_column:
+        keys[comparable(rules.record_column)] = comparable(whose.record_id)
+    if rules.patient_column:
+        keys[comparable(rules.patient_column)] = comparable(whose.patient_id or whose.record_id)
+    return keys
+
+
+def ids_of_nobody(path: Path, rules: FileRules, records: Iterable[Whose]) -> list[str]:
+    """Return ids in the key columns of a shared table that are no record's, in file order.
+
+    A table that cannot be read has none: readers of its rows say what is wrong with it.
+
+    Args:
+        path: The table.
+        rules: How it is written.
+        records: All that there are.
+    """
+    known = [_keys(rules, whose) for whose in records]
+    headers = tuple(known[0]) if known else ()
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    stamp = (stat.st_mtime_ns, stat.st_size)
+    grid = _indexed(path, stamp, rules, frozenset(headers), headers) if headers else ()
+    if not isinstance(grid, _Grid):
+        return []
+    own = {tuple(keys.values()) for keys in known}
+    return [" ".join(key) for key in grid.index if key not in own]
 
 
 @lru_cache(maxsize=8)

@@ -23,8 +23,9 @@ from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
 from dymo_med.config import Named, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
-from dymo_med.data.gate import fit_norms
+from dymo_med.data.gate import WITHOUT_IT, fit_norms
 from dymo_med.data.masks import read_known
+from dymo_med.data.survey import survey
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.files import write_text
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
@@ -145,6 +146,8 @@ def train(
                 remedy="Remove it from cohort.yaml, or move a patient who has it into train",
             )
         )
+    for note in survey(described, [r for split in _FITTED_ON for r in records[split]]):
+        say(f"note: {note}")
     data = {
         split: _with_shares(collate(records[split], described.specs), records[split], scale)
         for split in _FITTED_ON
@@ -558,7 +561,10 @@ def _read(
         if reading is not None:
             reading(done, len(listed))
     if problems:
-        raise PatientDataError(*problems)
+        # Other commands go on without what is refused; this one has no such option.
+        raise PatientDataError(
+            *(replace(p, remedy=p.remedy.replace(f"; {WITHOUT_IT}", "")) for p in problems)
+        )
     return records
 
 

@@ -124,6 +124,28 @@ def test_check_reads_a_dataset_and_tells_of_a_shared_table_once(dataset, tmp_pat
     assert sum(report.patterns.values()) == 24 and "demographics, labs" in report.patterns
 
 
+def test_check_notes_subjects_and_sessions_that_are_not_listed(dataset, tmp_path):
+    root = shutil.copytree(dataset, tmp_path / "ds")
+
+    def unlisted():
+        notes = [n for n in check(root).notes if "do not list" in n.what]
+        return [n.got for n in notes]
+
+    for name in ("derivatives/fp/sub-77", "code", "sourcedata/sub-78", "stimuli", ".git/sub-79"):
+        (root / name).mkdir(parents=True)
+    assert unlisted() == []
+    (root / "sub-99" / "anat").mkdir(parents=True)
+    assert unlisted() == ["1: sub-99"]
+    (root / "labels.tsv").write_text(
+        "participant_id\tsession_id\tgrade\n"
+        + "".join(f"{e.patient_id}\t{e.folder.name}\tlow\n" for e in read_cohort(root).records[1:])
+    )
+    with (root / "cohort.yaml").open("a") as stream:
+        stream.write("\nlabels: labels.tsv\n")
+    left = read_cohort(dataset).records[0]
+    assert unlisted() == [f"2: sub-99, {left.patient_id}/{left.folder.name}"]
+
+
 def test_scans_are_known_to_check_and_others_are_listed(dataset):
     cohort = read_cohort(dataset)
     folder = cohort.records[0].folder

@@ -25,6 +25,7 @@ from dymo_med.data.masks import (
 from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import ConfigError, PatientDataError
+from dymo_med.inference.check import check
 from dymo_med.types import MaskSpec, Task
 from tests.segmentation import masked_cohort, masked_dir  # noqa: F401
 
@@ -227,3 +228,16 @@ def test_a_file_may_be_named_after_its_folder(copied):
     (dotted / f"{dotted.name}_T1.nii.gz").rename(dotted / f"{dotted.name}_t1.mgz")
     with pytest.raises(PatientDataError, match="format is not read"):
         read_patient(dotted, cohort.specs)
+
+
+def test_check_counts_masks(masked_dir, tmp_path):  # noqa: F811
+    root = shutil.copytree(masked_dir, tmp_path / "cohort")
+    whole = check(root / SEGMENTATION)
+    assert all(row.labelled for row in whole.rows)
+    assert not any("without mask" in note.what for note in whole.notes)
+    entry = read_cohort(root / SEGMENTATION).records[0]
+    (entry.folder / "seg.nii.gz").unlink()
+    report = check(root / SEGMENTATION)
+    assert [row.record_id for row in report.rows if not row.labelled] == [entry.record_id]
+    [note] = [note for note in report.notes if "without mask" in note.what]
+    assert note.got == f"1: {entry.record_id}"
