@@ -1140,6 +1140,72 @@ class Performance:
 
 
 @dataclass(frozen=True)
+class UseRow:
+    """What happens when a modality's content is exchanged between patients of the same pattern.
+
+    Attributes:
+        part: A modality, or a group of them.
+        patients: Held-back patients who could exchange it.
+        change: Mean change of probability (half the sum over classes); None for too few patients.
+            Likewise `p`.
+        auroc_loss: How much AUROC is lost; not defined for a regression.
+        loss: How much log-loss is added; of a regression, mean absolute error.
+        p: Of the permutation test that the content does not matter to `loss`, one-sided.
+        alone: AUROC of the bundle's answers from it alone.
+        reference: AUROC of a plain reference from it alone.
+    """
+
+    part: str
+    patients: int
+    change: float | None
+    auroc_loss: Interval
+    loss: Interval
+    p: float | None
+    alone: Interval
+    reference: Interval
+
+    @property
+    def verdict(self) -> Literal["used", "unused", "unproven", "untested"]:
+        """Whether answers rest on its content.
+
+        `unused`: they change by less than 0.02, and from it alone they are no better than chance.
+        `used`: without it they are worse beyond chance (p at most 0.05). `unproven`: neither.
+        """
+        if self.change is None or self.p is None:
+            return "untested"
+        tells = self.alone.low is not None and self.alone.low > 0.5
+        if self.change < 0.02 and not tells:
+            return "unused"
+        return "used" if self.p <= 0.05 else "unproven"
+
+    @property
+    def neglected(self) -> bool:
+        """Whether a plain reference finds in it what the bundle does not."""
+        tells = self.reference.low is not None and self.reference.low > 0.5
+        known = self.alone.low is not None and self.alone.low > 0.5
+        return self.verdict in ("unused", "unproven") and tells and not known
+
+
+@dataclass(frozen=True)
+class Use:
+    """Which modalities a bundle uses (`training.use`).
+
+    Attributes:
+        rows: Modalities in canonical order, then groups of them.
+        patients: Held-back patients.
+        permutations: How often contents were exchanged.
+    """
+
+    rows: tuple[UseRow, ...]
+    patients: int
+    permutations: int
+
+    def of(self, part: str) -> UseRow | None:
+        """Return the row of a modality or group."""
+        return next((row for row in self.rows if row.part == part), None)
+
+
+@dataclass(frozen=True)
 class Attribution:
     """How much one input moved the answer.
 

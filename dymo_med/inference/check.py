@@ -265,6 +265,7 @@ def _about(bundle: ModelBundle | SegmentationBundle) -> dict[str, str]:
             "imputer": str(bundle.imputer_entry["name"]),
             "backbone": str(bundle.backbone_entry["name"]),
             "selector": bundle.choice.name,
+            **_plain(bundle),
         }
     known = list(bundle.norms.ranges) if bundle.norms is not None else []
     parts["quality gate"] = (
@@ -287,6 +288,19 @@ def _about(bundle: ModelBundle | SegmentationBundle) -> dict[str, str]:
         **parts,
         "versions": "as installed here" if not differing else "made with " + ", ".join(differing),
     }
+
+
+def _plain(bundle: ModelBundle) -> dict[str, str]:
+    """Return what part a reference has in a bundle's answers, and which modalities they use."""
+    parts = {}
+    if bundle.references is not None:
+        parts["references"] = f"{', '.join(bundle.references.fitted)}. {bundle.references.why}"
+    if bundle.use is not None:
+        verdicts: dict[str, list[str]] = {}
+        for row in bundle.use.rows:
+            verdicts.setdefault(row.verdict, []).append(row.part)
+        parts["use of modalities"] = "; ".join(f"{v}: {', '.join(n)}" for v, n in verdicts.items())
+    return parts
 
 
 def _check_recipe(path: Path, against: Path | None) -> CheckReport:

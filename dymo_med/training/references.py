@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dymo_med.backbones import EncodedVersions
 from dymo_med.references import (
     REFERENCES,
     FittedReference,
@@ -25,7 +26,7 @@ from dymo_med.training.loop import stream
 from dymo_med.training.losses import within
 from dymo_med.training.objectives import sampled_subsets
 from dymo_med.training.selectors import hide
-from dymo_med.types import Batch, Fuse, ModalitySpec, Scale, Split
+from dymo_med.types import Batch, ModalitySpec, Scale, Split
 
 # Shares of the network that are tried.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,7 +50,7 @@ class Held:
 
     batch: Batch
     features: Tensor
-    fuse: Fuse
+    fuse: EncodedVersions
     temperature: float
 
 

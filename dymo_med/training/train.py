@@ -56,6 +56,7 @@ from dymo_med.training.selectors import (
     fit_all,
     held_out,
 )
+from dymo_med.training.use import audit_use, warnings_of
 from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Scale, Split
 
 BUDGET_S = 1200.0
@@ -334,20 +335,17 @@ def _fit(
         references = train_references(
             specs, classes, scale, data["train"], labelled, weights, plan.seed
         )
-        references = weigh(
-            references,
-            [
-                Held(
-                    labelled[split],
-                    features_of(labelled[split], specs),
-                    encode_all(backbone, labelled[split], fabric.device),
-                    temperature,
-                )
-                for split in _WEIGHED_ON
-            ],
-            scale,
-            plan.seed,
-        )
+        held = [
+            Held(
+                labelled[split],
+                features_of(labelled[split], specs),
+                encode_all(backbone, labelled[split], fabric.device),
+                temperature,
+            )
+            for split in _WEIGHED_ON
+        ]
+        references = weigh(references, held, scale, plan.seed)
+        use = audit_use(held, references, scale, plan.seed)
         cases, patients = calibration_cases(
             imputer,
             backbone,
@@ -384,14 +382,16 @@ def _fit(
         base_rates=tuple(float(s) for s in shares),
         comparators=comparators,
         references=references,
+        use=use,
         conformal=prediction_sets,
         performance=tested,
         provenance=_provenance(plan, described, data, labelled, log),
         norms=fit_norms(specs, records["train"], described.quality),
     )
     bundle.save(out / "bundle")
-    if warn is not None and (text := warning_of(references)):
-        warn(text)
+    if warn is not None:
+        for text in filter(None, [warning_of(references), *warnings_of(use)]):
+            warn(text)
     return out / "bundle"
 
 
