@@ -58,8 +58,8 @@ class Training:
             np.array([self.labels[patients == p][0].item() for p in np.unique(patients)]),
             return_counts=True,
         )
-        # Bands of a regression may be rare: they do not decide how many folds there are.
-        least = int(counts.min()) if self.values is None else len(np.unique(patients))
+        # Bands of a regression may be rare: the commonest decides how many folds there are.
+        least = int(counts.min() if self.values is None else counts.max())
         number = min(most, least)
         if number < 2 or len(classes) < 2:
             return []
