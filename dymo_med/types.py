@@ -656,6 +656,9 @@ class ModalityValue:
         native: The scan as it was stored; None for tables.
         descriptors: Float32 `(P,)`, of a scan's intensities as stored (`modalities.descriptors`);
             None for other kinds.
+        fingerprint: By which the same scan is known in another file (`modalities.native`); None
+            for other kinds.
+        same_as: Name of another modality that has the same voxels; empty if none has.
     """
 
     values: Tensor
@@ -666,6 +669,8 @@ class ModalityValue:
     field_of_view: FieldOfView | None = None
     native: Native | None = None
     descriptors: Tensor | None = None
+    fingerprint: Tensor | None = field(default=None, repr=False)
+    same_as: str = ""
 
 
 @dataclass(frozen=True)

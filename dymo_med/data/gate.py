@@ -46,6 +46,7 @@ CHECKS: Mapping[str, str] = {
     "contrast": "the range of intensities is another than in any scan the model has seen",
     "offset": "the intensities begin elsewhere than in any scan the model has seen",
     "balance": "dark and bright are distributed as in no scan that the model has seen",
+    "copy": "it is the same scan as that of another modality",
     "filled": "far fewer cells are filled than in tables the model has seen",
     "outside": "values lie far outside those of training patients",
 }
@@ -135,7 +136,7 @@ def judge(spec: ModalitySpec, value: ModalityValue, norms: Norms | None = None) 
     usual = norms.ranges.get(spec.name, {}) if norms is not None else {}
     found: Iterable[GateFinding | None]
     if value.native is not None:
-        found = _scan(spec, value.native, usual, limits)
+        found = (*_scan(spec, value.native, usual, limits), _copy(value))
     elif value.observed_fields is not None:
         found = _table(spec, value, usual, limits)
     else:
@@ -200,6 +201,15 @@ def fit_norms(
                 low, high = np.quantile(column, [0.01, 0.99]).tolist()
                 ranges[spec.name][name] = (low, high)
     return Norms(dict(limits or {}), ranges, counts)
+
+
+def _copy(value: ModalityValue) -> GateFinding | None:
+    """Return the finding of a scan that is there under another modality's name too."""
+    if not value.same_as:
+        return None
+    return GateFinding(
+        "copy", "warn", f"the same voxels as {value.same_as}", "a scan of its own; check the names"
+    )
 
 
 # --- Scans ----------------------------------------------------------------------------------------

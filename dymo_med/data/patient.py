@@ -14,6 +14,7 @@ from dymo_med.data.gate import CHECKS, WITHOUT_IT, judge
 from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.modalities import Modality, Whose, modality
 from dymo_med.modalities.image import file_in
+from dymo_med.modalities.native import same_scan
 from dymo_med.types import (
     CohortRecord,
     GateFinding,
@@ -267,6 +268,7 @@ def examine(
             continue
         if value is None:
             continue
+        value = replace(value, same_as=_twin(kind.spec, value, readable))
         result = results[name] = judge(kind.spec, value, norms)
         if result.state == "refuse":
             refused[name] = result
@@ -356,6 +358,20 @@ def _root_above(folder: Path) -> Path | None:
 def _modalities(specs: tuple[ModalitySpec, ...]) -> tuple[Modality, ...]:
     """Return the handlers of a cohort's modalities; they compose their transforms once."""
     return tuple(modality(spec) for spec in specs)
+
+
+def _twin(
+    spec: ModalitySpec, value: ModalityValue, others: Mapping[ModalitySpec, ModalityValue]
+) -> str:
+    """Return the modality that has the same voxels in a file of its own, or nothing."""
+    if value.fingerprint is None:
+        return ""
+    for other, its in others.items():
+        if (other.file, other.dicom) == (spec.file, spec.dicom) or its.fingerprint is None:
+            continue
+        if same_scan(value.fingerprint.numpy(), its.fingerprint.numpy()):
+            return other.name
+    return ""
 
 
 def _same_scan_twice(found: Mapping[ModalitySpec, ModalityValue], where: str) -> list[Problem]:

@@ -308,6 +308,11 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
         return tuple(n for n, a in zip(names, available[0].tolist(), strict=True) if a)
 
     warnings = [w for v in record.modalities.values() for w in v.warnings]
+    warnings += [
+        f"{name} has the same voxels as {v.same_as}: one may be under the wrong name."
+        for name, v in record.modalities.items()
+        if v.same_as
+    ]
     for name, result in gate_results(bundle, record).items():
         for finding in result.findings:
             said = "refuses" if finding.level == "refuse" else "warns of"

@@ -308,6 +308,7 @@ class Image(Modality):
             identifiers=scan.identifiers,
             native=facts.native,
             descriptors=facts.descriptors,
+            fingerprint=facts.fingerprint,
         )
 
     def _extent(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from nibabel.orientations import apply_orientation, io_orientation
 
 from dymo_med.types import Native
 
@@ -14,6 +15,8 @@ from dymo_med.types import Native
 _MOST_LOOKED_AT = 500_000
 # Different numbers are counted up to here.
 MOST_LEVELS = 256
+# Of fingerprints: how much more the mean counts than a voxel, and how far the same may be apart.
+_MEAN, _ALIKE = 100.0, 1e-4
 # Outliers beyond these percentiles do not stretch the histogram behind the threshold.
 _TAIL = 0.001
 
@@ -47,6 +50,40 @@ def native(values: np.ndarray, affine: np.ndarray | None) -> Native:
         foreground=_foreground(looked_at),
         structure=_structure(values, step),
     )
+
+
+def fingerprint(values: np.ndarray, affine: np.ndarray | None) -> np.ndarray:
+    """Return numbers that are the same for the same scan, in whatever format and order of axes.
+
+    Values at points spread evenly over the scan, its axes turned towards RAS+, and the mean; all
+    as shares of the range of values, so that a copy on another scale is known too.
+
+    Args:
+        values: As for `native`.
+        affine: Likewise.
+
+    Returns:
+        Float32 `(K,)`; K goes by the size of the scan.
+    """
+    low, high = float(values.min()), float(values.max())
+    width = (high - low) or 1.0
+    array = np.moveaxis(values, 0, -1)
+    if affine is not None and array.ndim == 4:
+        array = apply_orientation(array, io_orientation(affine))
+    points = 8 if array.ndim == 4 else 16
+    places = [
+        np.unique(((np.arange(points) + 0.5) * n / points).astype(int)) for n in array.shape[:-1]
+    ]
+    at = array[np.ix_(*places)].mean(-1, dtype=np.float64).ravel()
+    mean = (values.mean(dtype=np.float64) - low) / width
+    # The mean tells small masks apart that are empty at all of the points.
+    told = np.concatenate([(at - low) / width, [_MEAN * mean], array.shape[:-1]])
+    return told.astype(np.float32)
+
+
+def same_scan(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether two fingerprints are of one scan."""
+    return len(first) == len(second) and bool(np.abs(first - second).max() < _ALIKE)
 
 
 def otsu(values: np.ndarray) -> float:

@@ -88,6 +88,7 @@ class ScanFacts:
         warnings: Sentences for the report.
         native: What the quality gate goes by.
         descriptors: Float32 `(P,)`, of its intensities (`modalities.descriptors`).
+        fingerprint: Float32 `(K,)`, by which the same scan is known in another file.
     """
 
     size: tuple[int, ...]
@@ -96,6 +97,7 @@ class ScanFacts:
     warnings: tuple[str, ...] = ()
     native: Native | None = None
     descriptors: Tensor | None = None
+    fingerprint: Tensor | None = None
 
     def shown(self) -> dict[str, str]:
         """Return the facts as text by name."""

@@ -40,7 +40,7 @@ from dymo_med import limits
 from dymo_med.modalities import dicom, nifti, packed, volumes
 from dymo_med.modalities.alignment import Reference, beside
 from dymo_med.modalities.descriptors import describe
-from dymo_med.modalities.native import native
+from dymo_med.modalities.native import fingerprint, native
 from dymo_med.modalities.resample import Resampler, Volume, centred, standardised
 from dymo_med.modalities.scan import (
     ScanError,
@@ -342,7 +342,7 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                 "the scan holds voxels that are not numbers",
                 expected="finite voxel values",
                 got=f"{int((~torch.isfinite(values)).sum())} voxels that are NaN or infinite",
-                remedy="Export the scan again",
+                remedy=_without_nan(array),
                 refused="finite",
             )
         if lowest == highest:
@@ -364,6 +364,20 @@ class CheckScand(MapTransform):  # type: ignore[misc]
                     refused="constant",
                 )
         return dict(data)
+
+
+def _without_nan(array: np.ndarray) -> str:
+    """Return what to do about voxels that are not numbers, by where they are.
+
+    Programs that mask a scan write NaN around what they keep; then every corner is NaN.
+    """
+    corners = array[(slice(None), *(slice(None, None, max(1, n - 1)) for n in array.shape[1:]))]
+    if np.isnan(corners).all():
+        return (
+            "The background is NaN, as some programs write a masked scan: set it to 0 and save the"
+            " scan again (fslmaths IN -nan OUT, or numpy.nan_to_num)"
+        )
+    return "Find out where they come from, and make the scan anew from its source"
 
 
 class MeasureNatived(MapTransform):  # type: ignore[misc]
@@ -388,6 +402,7 @@ class MeasureNatived(MapTransform):  # type: ignore[misc]
             data[FACTS],
             native=native(values, affine),
             descriptors=describe(values, relative=self.relative),
+            fingerprint=torch.from_numpy(fingerprint(values, affine)),
         )
         return {**data, FACTS: facts}
 

@@ -419,3 +419,21 @@ def test_a_fourth_axis_in_nrrd_is_named(tmp_path):
     with pytest.raises(ScanError, match="more than one volume") as caught:
         read(tmp_path / "a.nrrd")
     assert "4 axes" in caught.value.got
+
+
+@pytest.mark.parametrize(
+    ("inside", "remedy"), [(False, "fslmaths IN -nan OUT"), (True, "Find out where they come from")]
+)
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.mha"])
+def test_a_background_of_nan_has_a_remedy_of_its_own(tmp_path, name, inside, remedy):
+    values = VALUES.astype(np.float32)
+    if inside:
+        values[4, 4, 4] = np.nan
+    else:
+        values[VALUES < 300] = np.nan
+        values[:: VALUES.shape[0] - 1, :: VALUES.shape[1] - 1, :: VALUES.shape[2] - 1] = np.nan
+    sitk.WriteImage(sitk.GetImageFromArray(values.T), tmp_path / name)
+    spec = ModalitySpec("a", "image", name, (1, 12, 12, 12), (1.0, 1.0, 1.0), "zscore")
+    with pytest.raises(PatientDataError, match="voxels that are not numbers") as caught:
+        modality(spec).read(tmp_path, "Patient p")
+    assert remedy in caught.value.problems[0].remedy

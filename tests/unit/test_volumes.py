@@ -1,6 +1,7 @@
 """NRRD, MetaImage and NIfTI: detached data, units, orientation, two geometries in one header."""
 
 import gzip
+import os
 
 import nibabel as nib
 import numpy as np
@@ -9,6 +10,7 @@ import SimpleITK as sitk
 
 from dymo_med.errors import PatientDataError
 from dymo_med.modalities import modality, volumes
+from dymo_med.modalities.complaints import complaints
 from dymo_med.modalities.scan import ScanError
 from dymo_med.types import ModalitySpec
 
@@ -186,3 +188,20 @@ def test_two_geometries_in_a_nifti_header(tmp_path):
     assert "qform is no rotation" in read(tmp_path, "Patient p").warnings[0]
     write_both(path, moved(5), moved(9), codes=(0, 1))
     assert read(tmp_path, "Patient p").field_of_view.affine[0][3] == 9
+
+
+def test_what_a_library_prints_is_heard_and_the_rest_passed_on(capfd):
+    with complaints() as heard:
+        os.write(2, b"MetaImage: M_Read: data not read completely\n\x1b[2K 3 of 9 records\r")
+        os.write(2, b"\nwarning: of our own\n")
+    assert heard == ["MetaImage: M_Read: data not read completely"]
+    assert capfd.readouterr().err == "\x1b[2K 3 of 9 records\r\nwarning: of our own\n"
+
+
+def test_a_complaint_is_an_error_and_not_shown(tmp_path, capfd):
+    text = mhd("t1.raw", DimSize="2 2 2 2 2 2 2 2 2", NDims="9", ElementSpacing="2 2 2")
+    (tmp_path / "t1.mhd").write_text(text)
+    (tmp_path / "t1.raw").write_bytes(RAW)
+    with pytest.raises(ScanError):
+        volumes.read(tmp_path / "t1.mhd")
+    assert capfd.readouterr().err == ""
