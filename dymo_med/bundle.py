@@ -419,10 +419,7 @@ class ModelBundle:
                 "patients": self.choice.patients,
                 "results": {k: dict(v) for k, v in self.choice.results.items()},
             },
-            "entries": {
-                name: {"options": selector.options.model_dump(), "state": selector.state()}
-                for name, selector in self.selectors.items()
-            },
+            "entries": selector_entries(self.selectors),
         }
 
     def _comparators(self) -> dict[str, Any]:
@@ -592,11 +589,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         imputer_class, imputer_options = table_entry("imputer", inference["imputer"])
         backbone_class, backbone_options = table_entry("backbone", inference["backbone"])
         stored = read_part(path, "configs/selectors.json")
-        selectors = {}
-        for name, entry in stored["entries"].items():
-            found = SELECTORS[name]
-            selectors[name] = found(found.Options.model_validate(entry["options"]))
-            selectors[name].load_state(entry["state"])
+        selectors = restored(stored["entries"])
         choice = Choice(
             inference["selector"],
             stored["why"],
@@ -629,7 +622,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         load_weights(imputer, path, "models/imputer.safetensors")
         load_weights(backbone, path, "models/backbone.safetensors")
         comparators = _load_comparators(path, specs, len(task.classes))
-        statistics = _load_statistics(path, inference["distance"], len(specs), len(task.classes))
+        statistics, _ = load_statistics(path, inference["distance"], len(specs), len(task.classes))
         temperature, base_rates = float(inference["temperature"]), tuple(inference["base_rates"])
         check_temperature(f"{path}: configs/inference.json", temperature)
         if not _shares(base_rates, len(task.classes)):
@@ -683,6 +676,34 @@ def table_entry(part: str, entry: Mapping[str, Any]) -> tuple[Any, Any]:
         before = {"image_encoders": ["strided"], "table_encoder": "columns", "tails": False}
         options = {k: v for k, v in before.items() if k in found.Options.model_fields} | options
     return found, found.Options.model_validate(options)
+
+
+def selector_entries(selectors: Mapping[str, Selector]) -> dict[str, Any]:
+    """Return selectors, by name, ready for JSON: options and what was fitted."""
+    return {
+        name: {"options": selector.options.model_dump(), "state": selector.state()}
+        for name, selector in selectors.items()
+    }
+
+
+def restored(entries: Mapping[str, Any] | Sequence[str]) -> dict[str, Selector]:
+    """Return the selectors that `selector_entries` described.
+
+    Args:
+        entries: By name; the names alone in segmentation bundles made before options were stored.
+
+    Raises:
+        KeyError: If there is no such selector, or something is absent.
+        ValueError: If options or state cannot be right.
+    """
+    if not isinstance(entries, Mapping):
+        entries = {name: {"options": {}, "state": {}} for name in entries}
+    selectors: dict[str, Selector] = {}
+    for name, entry in entries.items():
+        found = SELECTORS[name]
+        selectors[name] = found(found.Options.model_validate(entry["options"]))
+        selectors[name].load_state(entry["state"])
+    return selectors
 
 
 def read_part(path: Path, name: str) -> Any:
@@ -786,8 +807,22 @@ def _wrong_tensors(path: Path, name: str, wrong: Sequence[str]) -> BundleError:
     )
 
 
-def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -> SubsetStatistics:
-    """Return the subset statistics of a bundle.
+def load_statistics(
+    path: Path,
+    distance: Any,
+    modalities: int,
+    classes: int | None = None,
+    others: Mapping[str, tuple[int | None, ...]] | None = None,
+) -> tuple[SubsetStatistics, dict[str, Tensor]]:
+    """Return the subset statistics of a bundle, and what else is in their file.
+
+    Args:
+        path: The bundle.
+        distance: Of its embedding.
+        modalities: M.
+        classes: K; None = as many as the file has.
+        others: Shape of each other float32 tensor that has to be there; None in the place of a
+            size is K.
 
     Raises:
         BundleError: If their shapes or types do not belong together, or a number is not finite.
@@ -798,6 +833,7 @@ def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -
     name = "models/statistics.safetensors"
     stored = load_file(path / name)
     overall = stored.get("overall", torch.empty(0, 0))
+    classes = len(overall) if classes is None else classes
     count, dim = len(stored.get("subsets", ())), overall.shape[-1]
     forms = {
         "subsets": f"bool {(count, modalities)}",
@@ -807,6 +843,8 @@ def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -
         "counts": f"int64 {(count, classes)}",
         "borrowed_from": f"int64 {(count, classes)}",
     }
+    for key, shape in (others or {}).items():
+        forms[key] = f"float32 {tuple(classes if n is None else n for n in shape)}"
     wrong = [
         f"{key} is {_form(stored.get(key))} and not {forms.get(key, 'absent')}"
         for key in sorted({*stored, *forms})
@@ -822,7 +860,8 @@ def _load_statistics(path: Path, distance: Any, modalities: int, classes: int) -
             wrong.append("borrowed_from leads nowhere")
     if wrong:
         raise _wrong_tensors(path, name, wrong)
-    return SubsetStatistics(distance=distance, **stored)
+    rest = {key: stored.pop(key) for key in others or {}}
+    return SubsetStatistics(distance=distance, **stored), rest
 
 
 def _shares(numbers: Sequence[Any], classes: int) -> bool:

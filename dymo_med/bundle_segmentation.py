@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import save
 
 from dymo_med.backbones import SEGMENTERS, Readout, SharedUNet, Windows
 from dymo_med.bundle import (
@@ -28,6 +27,7 @@ from dymo_med.bundle import (
     checksums_of,
     identity,
     load_norms,
+    load_statistics,
     load_weights,
     metadata_of,
     misfit,
@@ -36,6 +36,8 @@ from dymo_med.bundle import (
     read_part,
     require_task,
     resolve_device,
+    restored,
+    selector_entries,
     table_entry,
     verified,
 )
@@ -50,7 +52,7 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import Imputer
 from dymo_med.registry import nearest
-from dymo_med.selection import SELECTORS, Selector
+from dymo_med.selection import Selector
 from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics, Task
 
 _READOUT = tuple(f.name for f in fields(Readout))
@@ -183,7 +185,7 @@ class SegmentationBundle:
                             "patients": choice.patients,
                             "results": {k: dict(v) for k, v in choice.results.items()},
                         },
-                        "entries": list(self.trust.selectors),
+                        "entries": selector_entries(self.trust.selectors),
                     },
                 )
                 tensors["imputer"] = self.trust.imputer.state_dict()
@@ -317,7 +319,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             network=network,
             backbone_entry=inference["backbone"],
             windows=Windows(tuple(inference["window"]), float(inference["overlap"])),
-            trust=_load_trust(path, inference, specs),
+            trust=_load_trust(path, inference, network),
             provenance=metadata["provenance"],
             norms=load_norms(path),
             bundle_id=identity(sums),
@@ -330,20 +332,25 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
     return replace(bundle, trust=None if trust is None else trust.to(where), device=where)
 
 
-def _load_trust(
-    path: Path, inference: Mapping[str, Any], specs: tuple[ModalitySpec, ...]
-) -> Trust | None:
+def _load_trust(path: Path, inference: Mapping[str, Any], network: SharedUNet) -> Trust | None:
     """Return imputer and selectors; None where there are none."""
     if inference["imputer"] is None:
         return None
     kind, options = table_entry("imputer", inference["imputer"])
     weights = "models/imputer.safetensors"
     with torch.random.fork_rng(devices=[]), within_weights(path, weights):
-        imputer = kind(specs, options)
+        imputer = kind(network.specs, options)
     load_weights(imputer, path, "models/imputer.safetensors")
-    tensors: dict[str, Tensor] = load_file(path / "models" / "statistics.safetensors")
+    size = (network.embedding_size,)
+    shapes = {"centres": (None,), "spread": (), "mean": size, "std": size, "voxel_ml": ()}
+    statistics, rest = load_statistics(
+        path, "cosine", len(network.specs), others={f"readout.{k}": shapes[k] for k in _READOUT}
+    )
+    readout = Readout(**{k: rest[f"readout.{k}"] for k in _READOUT})
+    if len(readout.centres) < 2 or not (readout.spread > 0 and readout.voxel_ml > 0):
+        raise ValueError("the readout cannot be right")
     stored = read_part(path, "configs/selectors.json")
-    selectors = {name: SELECTORS[name]() for name in stored["entries"]}
+    selectors = restored(stored["entries"])
     choice = Choice(
         inference["selector"],
         stored["why"],
@@ -355,8 +362,8 @@ def _load_trust(
     return Trust(
         imputer,
         inference["imputer"],
-        Readout(**{k: tensors[f"readout.{k}"] for k in _READOUT}),
-        SubsetStatistics("cosine", **{k: tensors[k] for k in STATISTICS}),
+        readout,
+        statistics,
         selectors,
         choice,
     )

@@ -54,7 +54,8 @@ from dymo_med.inference.segmentation_file import (
     SegmentationFile,
 )
 from dymo_med.modalities import modality
-from dymo_med.selection import SELECTORS
+from dymo_med.selection import Selector
+from dymo_med.selection.fixed import ObservedOnly
 from dymo_med.types import (
     Batch,
     PatientRecord,
@@ -172,8 +173,13 @@ def segment_record(
             None if trust is None else trust.readout,
         )
         statistics = _NOTHING if trust is None else trust.statistics
+        # Those of the bundle, with the options it was made with.
+        known: dict[str, Selector] = {
+            _DISCARD: ObservedOnly(),
+            **({} if trust is None else trust.selectors),
+        }
         traces = {
-            name: SELECTORS[name]().select(looked, batch.observed, candidates, statistics)
+            name: known[name].select(looked, batch.observed, candidates, statistics)
             for name in asked
         }
     return Segmented(
