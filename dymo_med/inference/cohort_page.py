@@ -156,10 +156,34 @@ def view(
             ],
             _scenario,
         ),
+        "use": [_use(row) for row in facts.get("use", ())],
         "shown": _SHOWN,
         "patients": _patients(out, facts, listed),
         "compared": _compared(own),
         "failures": failures,
+    }
+
+
+def _use(row: Row) -> dict[str, Any]:
+    """Return a row of the use audit as text."""
+
+    def known(one: Row) -> tuple[str, str]:
+        return ("–", "") if one["value"] is None else _estimate(one)
+
+    def number(value: float | None) -> tuple[str, str]:
+        return ("–", "") if value is None else (f"{value:.3f}", "")
+
+    return {
+        "part": row["part"],
+        "verdict": row["verdict"],
+        "patients": row["patients"],
+        "values": [
+            number(row["change"]),
+            known(row["auroc_loss"]),
+            number(row["p"]),
+            known(row["alone"]),
+            known(row["reference"]),
+        ],
     }
 
 

@@ -290,6 +290,8 @@ def evaluate(
         "device": str(bundle.device),
         "versions": versions(),
     }
+    if bundle.use is not None:
+        facts["use"] = [{**asdict(r), "verdict": r.verdict} for r in bundle.use.rows]
     notes = scenario_notes(rules, len(specs))
     if notes:
         facts["scenario_notes"] = list(notes)

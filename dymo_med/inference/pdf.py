@@ -381,6 +381,8 @@ def _drove(shown: Words) -> Flow:
     rows.append((text["end"], _track(0, drove["end"], _MEASURED), percent(drove["end"])))
     flow.append(_bars(rows, bold=[len(rows) - 1]))
     flow.append(_p(f"{drove['sum']} {text['sampled'] if drove['sampled'] else ''}", _SMALL))
+    if drove["unused"]:
+        flow.append(_p(drove["unused"], _BOLD_CAUTION))
     if drove["cells"]:
         cells = []
         for row in drove["cells"]:

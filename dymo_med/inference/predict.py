@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from math import isfinite, isnan
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ from dymo_med.inference.prediction_file import (
 )
 from dymo_med.inference.report import percentile, reason_sentence, words, write_report
 from dymo_med.privacy import shown
-from dymo_med.references import Mixed, summary
+from dymo_med.references import Mixed, features_of, summary
 from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.fixed import TrustAll
 from dymo_med.selection.gate import Gate
@@ -787,8 +787,30 @@ def prediction_file(
             "versions": versions(),
             "command": command,
             "exhibits": exhibits_of(bundle, record, answers, row, explanation).model_dump(),
+            "plain": _plain(bundle, answers, row),
         }
     )
+
+
+def _plain(bundle: ModelBundle, answers: Answers, row: int) -> dict[str, Any] | None:
+    """Return what references say of one record, and which modalities the model uses."""
+    if bundle.references is None:
+        return None
+    alone = answers.batch.rows(torch.tensor([row], device=answers.own.observed.device))
+    with torch.inference_mode():
+        features = features_of(alone, bundle.specs)
+        said = {
+            n: r.probabilities(features)[0].clamp(0, 1).tolist()
+            for n, r in bundle.references.fitted.items()
+        }
+    rows = () if bundle.use is None else bundle.use.rows
+    return {
+        "references": said,
+        "weight": bundle.references.weight,
+        "partner": bundle.references.partner if bundle.references.mixed is not None else "",
+        "use": {r.part: r.verdict for r in rows},
+        "change": {r.part: r.change for r in rows},
+    }
 
 
 def draw_answers(

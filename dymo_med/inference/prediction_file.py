@@ -379,8 +379,26 @@ class ValuePart(Part):
     alternatives: dict[str, float]
 
 
+class PlainPart(Part):
+    """What plain references say, and which modalities the model is known to use.
+
+    `references`: their answers from what was measured. `weight`: the network's share of the
+    answer, the rest is that of `partner`. `change`: how much answers change when a modality's
+    content is exchanged between patients; null = too few could; `use`: what follows from that.
+    """
+
+    references: dict[str, Probabilities]
+    weight: Probability
+    partner: str
+    use: dict[str, Literal["used", "unused", "unproven", "untested"]]
+    change: dict[str, float | None]
+
+
 class PredictionFile(Part):
-    """`prediction.json`, version 4; `value` is there if the task is a regression."""
+    """`prediction.json`, version 4; `value` is there if the task is a regression.
+
+    `plain` is there if the bundle has references.
+    """
 
     schema_version: Literal[4]
     record_id: str
@@ -425,6 +443,7 @@ class PredictionFile(Part):
     command: str | None
     exhibits: ExhibitsPart
     value: ValuePart | None = None
+    plain: PlainPart | None = None
     content_sha256: Sha256
 
     @property
@@ -460,10 +479,11 @@ class PredictionFile(Part):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's content; a classification has no key `value`."""
+        """Return the file's content; what does not apply (`value`, `plain`) has no key."""
         data = self.model_dump(mode="json")
-        if self.value is None:
-            del data["value"]
+        for name in ("value", "plain"):
+            if data[name] is None:
+                del data[name]
         return data
 
 

@@ -435,6 +435,7 @@ def _change(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         notes.append(text["draws"].format(n=prediction.draws.n))
     elif prediction.recovered and prediction.draws is None:
         notes.append(text["none_drawn"])
+    notes += _plain(prediction)
     return {
         "rows": rows,
         "sentence": sentence,
@@ -623,6 +624,7 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         "sampled": any(a.method == "shapley_sampled" for a in whole),
         "viewers": _viewers(exhibits.scans),
         "cells": [_top_cell(a, known[a.modality, a.name], largest) for a in cells],
+        "unused": _unused(prediction),
         "maps": _maps(exhibits.scans, bool(prediction.subsets)),
         "sigma": f"{exhibits.smoothed_voxels:g}",
         "convergence": None if exhibits.convergence is None else points(exhibits.convergence.error),
@@ -633,6 +635,40 @@ def _drove(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
             for c in exhibits.contrast
         ],
     }
+
+
+def _unused(prediction: PredictionFile) -> str:
+    """Return which modalities of this patient the model is known not to use."""
+    use = {} if prediction.plain is None else prediction.plain.use
+    names = [n for n in prediction.observed if use.get(n) == "unused"]
+    if not names:
+        return ""
+    return str(words()["drove"]["unused"].format(modalities=", ".join(names)))
+
+
+def _share(weight: float) -> str:
+    """Return a weight, which may be nothing or all, in percent."""
+    return f"{100 * weight:.0f} %"
+
+
+def _plain(prediction: PredictionFile) -> list[str]:
+    """Return what a plain reference says: the one in the answer, or else the last."""
+    plain = prediction.plain
+    if plain is None or not plain.references:
+        return []
+    text, name = words()["change"], plain.partner or list(plain.references)[-1]
+    p = plain.references[name]
+    chosen = int(np.argmax(p))
+    says = f"{percent(p[chosen])} {prediction.classes[chosen]}"
+    if prediction.value is not None:
+        number = sum(q * c for q, c in zip(p, prediction.value.centers, strict=True))
+        says = f"{_decimal(number, prediction.value)} {prediction.value.unit}".rstrip()
+    called = words()["cohort"]["methods"].get(name, name).removeprefix("plain: ")
+    found = [text["plain"].format(name=called, says=says)]
+    if plain.partner:
+        rest = _share(1 - plain.weight)
+        found.append(text["plain_share"].format(own=_share(plain.weight), rest=rest))
+    return found
 
 
 def _top_cell(attribution: AttributionPart, cell: CellPart, largest: float) -> dict[str, Any]:

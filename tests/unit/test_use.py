@@ -13,6 +13,9 @@ from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
 from dymo_med.inference.check import check
+from dymo_med.inference.evaluate import evaluate
+from dymo_med.inference.pdf import write_pdf
+from dymo_med.inference.prediction_file import read_prediction
 from dymo_med.references import features_of
 from dymo_med.training.objectives import encode_all
 from dymo_med.training.references import Held
@@ -122,6 +125,33 @@ def test_a_network_that_does_not_see_is_caught(trained):
     assert row.verdict == "unused" and row.neglected
     assert row.change < 1e-6 and row.p == 1
     assert [w for w in warnings_of(use) if "does not use scan" in w]
+
+
+def test_pages_say_what_is_not_used_and_what_a_plain_reference_says(trained, tmp_path):
+    _, root, folder, _ = trained
+    bundle = load_bundle(folder, "cpu")
+    rows = tuple(replace(r, change=0.001, p=0.5) for r in bundle.use.rows if r.part == "labs")
+    rows = tuple(replace(r, alone=Interval(0.5, 0.4, 0.6)) for r in rows)
+    references = replace(bundle.references, weight=0.25, partner="logistic")
+    bundle = replace(bundle, use=replace(bundle.use, rows=rows), references=references)
+    cohort = read_cohort(root)
+    evaluate(bundle, cohort, tmp_path / "o", split="calibration", allow_overlap=True, reports=1)
+    page = (tmp_path / "o" / "index.html").read_text(encoding="utf-8")
+    assert "Which modalities the model uses" in page and "plain: boosting" in page
+    (report,) = (tmp_path / "o" / "reports").iterdir()
+    text = (report / "report.html").read_text(encoding="utf-8")
+    assert "This model does not use labs" in text
+    assert "A plain reference without a network (logistic regression)" in text
+    assert "25 % that of the network and 75 % that of this reference" in text
+    file = read_prediction(report / "prediction.json")
+    assert file.plain.use == {"labs": "unused"} and file.plain.weight == 0.25
+    assert render_pdf(file, tmp_path) > 1000
+
+
+def render_pdf(file, folder):
+    """Return the size of a prediction's page as a PDF."""
+    write_pdf(file, folder / "r.pdf")
+    return (folder / "r.pdf").stat().st_size
 
 
 @pytest.mark.parametrize(
