@@ -268,6 +268,7 @@ class Cells(nn.Module):
     center: Tensor
     scale: Tensor
     is_category: Tensor
+    known: Tensor
     logarithm: Tensor
 
     def __init__(self, columns: Sequence[Column], dim: int) -> None:
@@ -280,6 +281,8 @@ class Cells(nn.Module):
         # The numbers below come with the spec, so they are not part of the weights.
         self.register_buffer("offset", torch.tensor(offsets), persistent=False)
         self.register_buffer("is_category", torch.tensor(categorical), persistent=False)
+        known = torch.tensor([c.known for c in columns])
+        self.register_buffer("known", known, persistent=False)
         logs = [c.logarithm for c in columns]
         center = [
             c.mean or 0.0 if g is None else g.mean for c, g in zip(columns, logs, strict=True)
@@ -294,6 +297,17 @@ class Cells(nn.Module):
         if self.categories is not None:  # as long as a usual number's vector
             nn.init.normal_(self.categories.weight, 0, dim**-0.5)
         self.slope = nn.Parameter(torch.randn(len(columns), dim) / dim**0.5)
+
+    def filled(self, values: Tensor, observed_fields: Tensor | None) -> Tensor:
+        """Return bool `(B, F)`: cells that count: none of a column that no training record had.
+
+        Args:
+            values: `(B, F)`.
+            observed_fields: Bool `(B, F)`, True = filled; None = all filled.
+        """
+        if observed_fields is None:
+            observed_fields = torch.ones_like(values, dtype=torch.bool)
+        return observed_fields & self.known
 
     def vectors(self, values: Tensor, observed_fields: Tensor) -> Tensor:
         """Return `(B, F, D)`; what stands for a blank cell means nothing.
@@ -349,8 +363,7 @@ class ColumnEncoder(Cells, Encoder):
             observed_fields: Bool `(B, F)`, True = filled; None = all filled.
             descriptors: Not used.
         """
-        if observed_fields is None:
-            observed_fields = torch.ones_like(values, dtype=torch.bool)
+        observed_fields = self.filled(values, observed_fields)
         x = self.vectors(values, observed_fields)
         x = torch.where(observed_fields[..., None], x, self.blank) + self.column
         x = self.norm(x)

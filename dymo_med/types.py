@@ -156,6 +156,13 @@ class Column:
     percentiles: tuple[float, ...] = ()
     importance: float | None = None
     rules: CellRules | None = None
+    known: bool = True
+
+    @property
+    def neutral(self) -> float:
+        """What stands for a cell of a column that is not known: the mean, or the first category."""
+        return 0.0 if self.values else self.mean or 0.0
+
     logarithm: Logarithm | None = None
 
 
@@ -267,6 +274,8 @@ class ModalitySpec:
         for column, own in zip(data["columns"], self.columns, strict=True):
             if own.importance is None:
                 del column["importance"]
+            if own.known:
+                del column["known"]
             if own.logarithm is None:
                 del column["logarithm"]
             parts.append((column, own.rules))

@@ -59,8 +59,7 @@ class Row(Encoder):
             observed_fields: Bool `(B, F)`, True = filled; None = all filled.
             descriptors: Not used.
         """
-        if observed_fields is None:
-            observed_fields = torch.ones_like(values, dtype=torch.bool)
+        observed_fields = self.cells.filled(values, observed_fields)
         x = self.cells.vectors(values, observed_fields) * observed_fields[..., None]
         token = x.sum(1, keepdim=True) * self.scale + self.bias
         return Tokens(token, observed_fields.any(1, keepdim=True))

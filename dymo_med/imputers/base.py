@@ -156,7 +156,7 @@ class Imputer(nn.Module, ABC):
             )
         can = self.recoverable(observed)
         recovered = ~observed & can
-        completed = batch.partly_filled() & can
+        completed = self._to_complete(batch) & can
         something = (recovered | completed).any(0).tolist()
         wanted = [n for n, want in zip(batch.observed.names, something, strict=True) if want]
         was_training = self.training
@@ -179,6 +179,19 @@ class Imputer(nn.Module, ABC):
             latents=latents,
         )
 
+    def _to_complete(self, batch: Batch) -> Tensor:
+        """Return bool `(B, M)`: an observed table with a blank cell that can be recovered.
+
+        That is one of a column that some training record had.
+        """
+        result = torch.zeros_like(batch.observed.available)
+        for m, spec in enumerate(self.specs):
+            if spec.name in batch.observed_fields:
+                known = torch.tensor([c.known for c in spec.columns], device=result.device)
+                blank = ~batch.observed_fields[spec.name] & known
+                result[:, m] = batch.observed.available[:, m] & blank.any(dim=1)
+        return result
+
     def _merge(
         self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
     ) -> dict[str, Tensor]:
@@ -188,6 +201,10 @@ class Imputer(nn.Module, ABC):
         for m, name in enumerate(batch.observed.names):
             if name not in proposals:
                 continue
+            for i, column in enumerate(self.specs[m].columns):
+                if not column.known:  # whatever was proposed, drawn or not, is made up
+                    proposals[name] = proposals[name].clone()
+                    proposals[name][:, i] = column.neutral
             keep = batch.observed.available[:, m]
             keep = keep.view(-1, *(1,) * (values[name].ndim - 1))
             if name in batch.observed_fields:

@@ -659,7 +659,13 @@ def exhibits_of(
         if spec.columns:
             filled = batch.observed_fields[spec.name][row].tolist()
             cells += [
-                _cell(spec, column, value, measured=measured, known=measured or candidate)
+                _cell(
+                    spec,
+                    column,
+                    value,
+                    measured=measured,
+                    known=measured or (candidate and column.known),
+                )
                 for column, value, measured in zip(
                     spec.columns, values.tolist(), filled, strict=True
                 )

@@ -479,6 +479,7 @@ class Table(Modality):
         filled = torch.zeros(self.spec.shape, dtype=torch.bool)
         problems: list[Problem] = []
         remarks = [*row.remarks]
+        unlearned: list[str] = []
         alike = {header.lower(): header for header in row.names if header not in wanted}
         if self._rules.format != "fhir" and not any(
             header in row.cells or header.lower() in alike for header in headers
@@ -501,6 +502,8 @@ class Table(Modality):
             value = parse(cell, column, row.cells, place, self._rules.decimal, missing_values)
             if isinstance(value, Problem):
                 problems.append(value)
+            elif value is not None and not column.known:
+                unlearned.append(f"{column.name} is not used, since no training record had it")
             elif value is not None:
                 values[i] = value
                 filled[i] = True
@@ -528,7 +531,7 @@ class Table(Modality):
                 facts={"cells": f"{int(filled.sum())} of {len(filled)} filled"},
             ),
             observed_fields=filled,
-            warnings=tuple(filter(None, remarks)),
+            warnings=tuple(filter(None, [*remarks, *unlearned])),
             identifiers=row.identifiers,
         )
 
@@ -558,13 +561,19 @@ class Table(Modality):
         observed_fields: Tensor | None,
         affine: Sequence[Sequence[float]] | None,
     ) -> Path:
-        """Write `<name>_synthetic.csv`: column, value, unit, source. See `Modality.write`."""
+        """Write `<name>_synthetic.csv`: column, value, unit, source. See `Modality.write`.
+
+        A column that no training record had has no value: nothing is recovered of it.
+        """
         rows = []
         for i, column in enumerate(self.spec.columns):
             number = float(values[i])
             text = f"{number:.6g}" if column.type == "continuous" else column.values[round(number)]
             observed = observed_fields is not None and bool(observed_fields[i])
-            cells = (column.name, text, column.unit, "observed" if observed else "recovered")
+            source = "observed" if observed else "recovered" if column.known else "not known"
+            if source == "not known":
+                text = ""
+            cells = (column.name, text, column.unit, source)
             rows.append(dict(zip(RECOVERED_COLUMNS, cells, strict=True)))
         content = csv_text(RECOVERED_COLUMNS, rows).encode()
         return write_bytes(folder / f"{self.spec.name}_synthetic.csv", content)
@@ -595,11 +604,15 @@ class Table(Modality):
             if column.type == "categorical":
                 counts = torch.bincount(cells.round().long(), minlength=len(column.values)) + 1
                 shares = (counts / counts.sum()).tolist()
-                columns.append(replace(column, frequencies=tuple(shares)))
+                columns.append(
+                    replace(
+                        column, frequencies=tuple(shares), known=column.known and len(cells) > 0
+                    )
+                )
                 continue
             if len(cells) == 0:
                 middle = sum(column.range) / 2 if column.range is not None else 0.0
-                columns.append(replace(column, mean=middle, std=1.0))
+                columns.append(replace(column, mean=middle, std=1.0, known=False))
                 continue
             mean = float(cells.mean())
             std = float(cells.std(correction=0))

@@ -102,15 +102,25 @@ def noisy(batch, seed=1):
     return dataclasses.replace(batch, values=values)
 
 
-def build(table, name, seed=0):
+def build(table, name, seed=0, specs=SPECS):
     torch.manual_seed(seed)
     entry = table[name]
     options = entry.Options(**SMALL[name])
     if table is IMPUTERS:
-        imputer = entry(SPECS, options).double().eval()
+        imputer = entry(specs, options).double().eval()
         imputer.start_from(make_batch(30, seed=100 + seed))
         return imputer
-    return entry(SPECS, K, options).double().eval()
+    return entry(specs, K, options).double().eval()
+
+
+# The same, but that no training record had a stage.
+WITHOUT_STAGE = tuple(
+    dataclasses.replace(
+        spec,
+        columns=tuple(dataclasses.replace(c, known=c.name != "stage") for c in spec.columns),
+    )
+    for spec in SPECS
+)
 
 
 @pytest.mark.parametrize("name", IMPUTERS)
@@ -215,6 +225,32 @@ class TestImputer:
         loss.backward()
         without = [n for n, p in imputer.named_parameters() if p.grad is None]
         assert not without
+
+
+@pytest.mark.parametrize("name", IMPUTERS)
+def test_a_column_that_no_training_record_had_is_never_recovered(name):
+    batch = make_batch()
+    batch.observed_fields["labs"][:, 2] = False
+    recovery = build(IMPUTERS, name, specs=WITHOUT_STAGE).recover(batch, draws=3, seed=1)
+    labs = NAMES.index("labs")
+    assert bool((recovery.values["labs"][recovery.candidates[:, labs], 2] == 0).all())
+    whole = batch.observed_fields["labs"][:, :2].all(1) & batch.observed.available[:, labs]
+    assert bool(whole.any()) and not bool(recovery.completed[whole, labs].any())
+    if recovery.draws is not None and "labs" in recovery.draws:
+        assert bool((recovery.draws["labs"][:, recovery.candidates[:, labs], 2] == 0).all())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_column_that_no_training_record_had_changes_nothing(name):
+    batch = make_batch()
+    other = dataclasses.replace(
+        batch, values={**batch.values, "labs": batch.values["labs"].clone()}
+    )
+    other.values["labs"][:, 2] = 2 - other.values["labs"][:, 2]
+    backbone = build(BACKBONES, name, specs=WITHOUT_STAGE)
+    with torch.no_grad():
+        first, second = (backbone.encode("labs", b.values["labs"]) for b in (batch, other))
+    assert torch.equal(first.values, second.values)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -199,6 +199,23 @@ def test_fit_of_a_column_nobody_has():
     assert (spec.columns[0].mean, spec.columns[0].std) == (1025, 1)
     assert spec.columns[1].frequencies == (0.5, 0.5)
     assert spec.columns[0].percentiles == ()
+    assert not any(column.known for column in spec.columns)
+    assert ModalitySpec.from_dict(spec.to_dict()) == spec
+
+
+def test_a_column_nobody_had_is_not_read_and_not_written(tmp_path):
+    filled = torch.tensor([[True, True, False, False]] * 3)
+    spec = modality(SPEC).fit(torch.zeros(3, 4), filled)
+    kind = modality(spec)
+    (tmp_path / "ehr.csv").write_text("ldh,crp\n300,5\n")
+    value = kind.read(tmp_path, "Patient p1")
+    assert value.observed_fields.tolist() == [True, False, False, False]
+    assert value.warnings == ("crp is not used, since no training record had it",)
+    (tmp_path / "ehr.csv").write_text("ldh,crp\n,5\n")
+    assert kind.read(tmp_path, "Patient p1") is None
+    rows = list(csv.DictReader(kind.write(tmp_path, torch.ones(4), None, None).open()))
+    assert [row["value"] for row in rows] == ["1", "M", "", ""]
+    assert [row["source"] for row in rows] == ["recovered", "recovered", "not known", "not known"]
 
 
 def test_likelihood_counts_filled_cells_only():
