@@ -466,15 +466,15 @@ class ModelBundle:
         references = "" if self.references is None else _references_card(self.references, scale)
         references += "" if self.use is None else _use_card(self.use, scale)
         comparators = "".join(
-            f"| {name} | {c.validation['log_loss']:.3f} | {c.temperature:.3f} |\n"
+            f"| {name} | {c.validation[judged[1]]:.3f} | {c.temperature:.3f} |\n"
             for name, c in self.comparators.items()
         )
         if comparators:
             comparators = f"""
-Comparators, trained like the backbone and no part of this bundle's answers; log-loss on the
+Comparators, trained like the backbone and no part of this bundle's answers; {judged[0]} on the
 validation split over subsets of modalities, before calibration:
 
-| comparator | log-loss | temperature |
+| comparator | {judged[0]} | temperature |
 |---|---|---|
 {comparators}"""
         return f"""# {self.name}

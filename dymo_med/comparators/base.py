@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, ClassVar
@@ -13,14 +13,22 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.types import Batch, ModalityMask, ModalitySpec
+from dymo_med.types import Batch, ModalityMask, ModalitySpec, Scale
+
+# Logits `(R, K)` and what is true of the same rows (`Batch.truth`) to the loss of each `(R,)`.
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Return the cross entropy per row; 0 where the label is not known."""
+    return F.cross_entropy(logits, truth, reduction="none", ignore_index=-1)
 
 
 class Comparator(nn.Module, ABC):
     """A classifier that answers from whatever was observed and recovers nothing.
 
-    It is there to be compared with: trained on the same records, under the same schedule and
-    augmentation as the fusion backbone, with a temperature of its own.
+    It is there to be compared with: trained on the same records, for the same loss, under the same
+    schedule and augmentation as the fusion backbone, with a temperature of its own.
 
     Attributes:
         Options: Its part of a recipe.
@@ -46,14 +54,17 @@ class Comparator(nn.Module, ABC):
                 nothing was observed, NaN even, must not be looked at.
         """
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, batch: Batch, generator: torch.Generator, task_loss: TaskLoss = cross_entropy
+    ) -> Tensor:
         """Return the training loss per record `(B,)`; a record without a label has 0.
 
         Args:
             batch: B records.
             generator: CPU generator behind every random number.
+            task_loss: That of the fusion backbone, class weights and all.
         """
-        return F.cross_entropy(self(batch), batch.truth, reduction="none", ignore_index=-1)
+        return task_loss(self(batch), batch.truth)
 
     def under(self, batch: Batch, used: Tensor) -> Tensor:
         """Return the logits `(S, B, K)` that it would give with only some modalities left.
@@ -74,12 +85,13 @@ class Comparator(nn.Module, ABC):
         """
         return {"": self}
 
-    def finish(self, batch: Batch, weights: Tensor) -> None:
+    def finish(self, batch: Batch, weights: Tensor, scale: Scale | None = None) -> None:
         """Fit what is left to fit once all parts are trained; nothing unless overridden.
 
         Args:
             batch: Labelled validation records, on the CPU.
             weights: `(B,)`, by which every patient counts the same.
+            scale: Of a regression.
         """
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from dymo_med.comparators.base import only
+from dymo_med.comparators.base import TaskLoss, cross_entropy, only
 from dymo_med.comparators.concatenation import Concatenation
 from dymo_med.types import Batch, ModalitySpec
 
@@ -56,9 +56,12 @@ class ModDrop(Concatenation):
         super().__init__(specs, classes, options)
         self.rate = ModDrop.Options.model_validate(options.model_dump()).rate
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, batch: Batch, generator: torch.Generator, task_loss: TaskLoss = cross_entropy
+    ) -> Tensor:
         """See `Comparator.loss`; of what is left of each record."""
-        return super().loss(only(batch, self.kept(batch.observed.available, generator)), generator)
+        left = only(batch, self.kept(batch.observed.available, generator))
+        return super().loss(left, generator, task_loss)
 
     def kept(self, available: Tensor, generator: torch.Generator) -> Tensor:
         """Return bool `(B, M)`: what is left of each record in one training step.

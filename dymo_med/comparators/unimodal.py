@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dymo_med.comparators.base import Comparator, narrowed
 from dymo_med.comparators.embedding import Embedding, Sizes
-from dymo_med.types import Batch, ModalitySpec
+from dymo_med.types import Batch, ModalitySpec, Scale
 
 # Records that are answered at once while modalities are ranked.
 _CHUNK = 64
@@ -50,6 +50,8 @@ class Unimodal(Comparator):
     to its own best epoch. Afterwards modalities are ranked by the log-loss of their network among
     the validation records that have them, and a patient's answer is that of the network of the
     first in rank of what is observed.
+
+    Of a regression the mean absolute error takes the place of the log-loss.
 
     Equal log-losses rank in the cohort's order of modalities. A modality that no labelled
     validation record has ranks behind all that were measured, in the cohort's order too. So does
@@ -89,8 +91,8 @@ class Unimodal(Comparator):
         return self.log_loss.argsort(stable=True)
 
     @torch.no_grad()
-    def finish(self, batch: Batch, weights: Tensor) -> None:
-        """See `Comparator.finish`: ranks modalities by validation log-loss."""
+    def finish(self, batch: Batch, weights: Tensor, scale: Scale | None = None) -> None:
+        """See `Comparator.finish`: ranks modalities by validation log-loss, or absolute error."""
         where = self.log_loss.device
         for m, network in enumerate(self.parts().values()):
             found, rows = narrowed(batch, network.specs)
@@ -102,7 +104,11 @@ class Unimodal(Comparator):
             for chunk in known.split(_CHUNK):
                 part = found.rows(chunk)
                 logits = network(part.to(where)).double().cpu()
-                losses.append(F.cross_entropy(logits, part.labels, reduction="none"))
+                if scale is None:
+                    losses.append(F.cross_entropy(logits, part.labels, reduction="none"))
+                else:
+                    answers = scale.value(logits.softmax(-1))
+                    losses.append((answers - scale.value(part.truth.double())).abs())
             w = weights[rows[known]].double()
             self.log_loss[m] = float((torch.cat(losses) * w).sum() / w.sum())
 

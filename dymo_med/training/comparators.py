@@ -14,9 +14,14 @@ from dymo_med.comparators.base import narrowed
 from dymo_med.config import Augmentation, Recipe, Schedule
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.loop import Log, Objective, Step, new_weights
-from dymo_med.training.losses import within
-from dymo_med.training.objectives import augment, sampled_subsets, validation_figures
-from dymo_med.types import Batch, ModalitySpec, Split
+from dymo_med.training.losses import answer_loss, within
+from dymo_med.training.objectives import (
+    augment,
+    regression_figures,
+    sampled_subsets,
+    validation_figures,
+)
+from dymo_med.types import Batch, ModalitySpec, Scale, Split
 
 _CHUNK = 64
 
@@ -41,7 +46,8 @@ class RunStage(Protocol):
 class ComparatorObjective(Objective):
     """A comparator's own loss; its score is that of the fusion backbone.
 
-    The score is minus the mean log-loss over validation records and subsets of their modalities.
+    The loss of an answer is that of the backbone too. The score is minus the mean log-loss, or of
+    a regression the mean absolute error, over validation records and subsets of their modalities.
 
     Args:
         comparator: What is trained.
@@ -50,7 +56,11 @@ class ComparatorObjective(Objective):
         weights: `(n,)` their weights.
         device: Where to compute.
         seed: Seed of the sample of validation subsets.
+        scale: Of a regression.
+        class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -60,9 +70,13 @@ class ComparatorObjective(Objective):
         weights: Tensor,
         device: torch.device,
         seed: int,
+        scale: Scale | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.comparator = comparator
+        self._scale = scale
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self._augmentation = augmentation
         self._validation, self._weights = validation, weights
         self._device, self._seed = device, seed
@@ -70,11 +84,18 @@ class ComparatorObjective(Objective):
     def forward(self, step: Step) -> Tensor:
         """Return the weighted mean loss."""
         batch = augment(step.batch, self._augmentation, step.generator)
-        return (self.comparator.loss(batch, step.generator) * step.weights).mean()
+        loss = self.comparator.loss(batch, step.generator, self._task_loss)
+        return (loss * step.weights).mean()
+
+    def _task_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+        return answer_loss(logits, truth, self._scale, self.class_weights)
 
     def validate(self) -> dict[str, float]:
         """Return `score` and, for two classes, AUROC over subsets."""
-        return _figures(self.comparator, self._validation, self._weights, self._device, self._seed)
+        return _figures(
+            *(self.comparator, self._validation, self._weights, self._device, self._seed),
+            self._scale,
+        )
 
 
 def train_comparators(
@@ -87,6 +108,8 @@ def train_comparators(
     log: Log,
     checkpoints: Path,
     device: torch.device,
+    scale: Scale | None = None,
+    class_weights: Tensor | None = None,
 ) -> dict[str, FittedComparator]:
     """Train every comparator that a recipe names, on what the backbone is trained on.
 
@@ -100,6 +123,8 @@ def train_comparators(
         log: Where stages leave their figures.
         checkpoints: Folder of the checkpoints.
         device: Where to compute.
+        scale: Of a regression.
+        class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
 
     Returns:
         By name, in the recipe's order; in evaluation mode.
@@ -131,6 +156,8 @@ def train_comparators(
                     held_weights,
                     device,
                     plan.seed,
+                    scale,
+                    class_weights,
                 ),
                 data,
                 share / share.mean(),
@@ -139,10 +166,11 @@ def train_comparators(
             )
             best_epoch[stage] = log.best_epoch(stage)
         comparator.to(device).eval()
-        comparator.finish(labelled["validation"], weights["validation"])
+        comparator.finish(labelled["validation"], weights["validation"], scale)
         figures = _figures(
-            comparator, labelled["validation"], weights["validation"], device, plan.seed
+            comparator, labelled["validation"], weights["validation"], device, plan.seed, scale
         )
+        error = {"log_loss" if scale is None else "mae": -figures.pop("score")}
         logits, rows = _logits(comparator, labelled["calibration"], device, plan.seed)
         held_back = labelled["calibration"]
         temperature = 1.0  # of a regression: another would move the answers themselves
@@ -155,7 +183,7 @@ def train_comparators(
             options.model_dump(),
             temperature,
             best_epoch,
-            {"log_loss": -figures.pop("score"), **figures},
+            {**error, **figures},
         )
     return found
 
@@ -185,8 +213,15 @@ def _logits(
 
 
 def _figures(
-    comparator: Comparator, batch: Batch, weights: Tensor, device: torch.device, seed: int
+    comparator: Comparator,
+    batch: Batch,
+    weights: Tensor,
+    device: torch.device,
+    seed: int,
+    scale: Scale | None,
 ) -> dict[str, float]:
     """Return `score` and AUROC over the sampled subsets of labelled records."""
     logits, rows = _logits(comparator, batch, device, seed)
+    if scale is not None:
+        return regression_figures(logits, batch.truth[rows], weights[rows], scale)
     return validation_figures(logits, batch.labels[rows], weights[rows])

@@ -309,6 +309,8 @@ def _fit(
         log,
         checkpoints,
         fabric.device,
+        scale,
+        objective.class_weights,
     )
     draw_curves(log.stages, out / "curves.png")
 

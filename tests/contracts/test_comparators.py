@@ -23,9 +23,11 @@ from dymo_med.inference.compare import comparator_probabilities
 from dymo_med.selection import SELECTORS
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
-from dymo_med.training.loop import Log
-from dymo_med.training.losses import within
+from dymo_med.training.loop import Log, Step
+from dymo_med.training.losses import answer_loss, within
+from dymo_med.training.objectives import augment
 from dymo_med.training.train import train
+from dymo_med.types import Scale
 from tests.contracts.test_components import NAMES, SPECS, K, make_batch
 
 SIZES = {"dim": 8, "heads": 2, "width": 4, "grid": 2}
@@ -114,6 +116,20 @@ class TestComparator:
         loss = comparator.loss(batch, torch.Generator().manual_seed(0))
         assert loss.shape == (len(batch),)
         assert loss[2] == 0 and bool((loss[torch.arange(len(batch)) != 2] > 0).all())
+
+    def test_what_is_minimised_is_the_tasks_loss(self, name):
+        batch = make_batch()
+        for part in build(name).parts().values():
+            data, _ = narrowed(batch, part.specs)
+            asked = []
+
+            def squares(logits, truth, asked=asked):
+                asked.append(truth)
+                return logits.square().sum(1) + 3
+
+            loss = part.loss(data, torch.Generator().manual_seed(0), squares)
+            assert loss.shape == (len(data),) and bool((loss > 3).all())
+            assert torch.equal(asked[0], data.truth)
 
     def test_save_and_load_give_the_same_answer(self, name, tmp_path):
         comparator, batch = build(name), make_batch()
@@ -348,6 +364,58 @@ def test_comparators_of_another_form(tmp_path, text):
     assert "recipe.yaml:9 comparators" in problem
 
 
+COLLATED = ("train", "validation", "calibration")
+
+
+# --- The backbone's loss and score ---------------------------------------------------------------
+
+SCALE = Scale(0.0, 4.0, (0.0, 2.0, 4.0))
+
+
+@pytest.mark.parametrize("balance", [None, torch.tensor([0.2, 0.5, 2.3])])
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_loss_and_score_are_the_backbones(tmp_path, name, scale, balance):
+    """Of a regression the absolute error, with class weights a weighted loss."""
+    data = {s: make_batch(12, i, torch.float32) for i, s in enumerate(COLLATED)}
+    if scale is not None:
+        values = torch.arange(12) % 3 * 2 + 0.5 - torch.arange(12) % 3 / 2
+        shares = scale.shares(values)
+        data = {s: dataclasses.replace(b, shares=shares) for s, b in data.items()}
+    log, seen = Log(tmp_path / "log.csv"), []
+
+    def run_stage(stage, objective, batch, weights, schedule, *, checkpoint):
+        objective.eval()
+        step = Step(batch, torch.ones(len(batch)), torch.Generator().manual_seed(3))
+        part, again = objective.comparator, torch.Generator().manual_seed(3)
+        batch = augment(batch, plan.backbone_training.augmentation, again)
+        expected = part.loss(batch, again, lambda z, y: answer_loss(z, y, scale, balance)).mean()
+        plain = part.loss(batch, torch.Generator().manual_seed(3)).mean()
+        assert float(objective(step)) == pytest.approx(float(expected))
+        seen.append(float((expected - plain).abs().detach()))
+        with torch.no_grad():
+            log.stages[stage] = [{"epoch": 0, **objective.validate()}]
+
+    entry = {"name": name, **SMALL[name]}
+    plan = Recipe.model_validate({**yaml.safe_load(RECIPE), "comparators": [entry]})
+    ones, cpu = {s: torch.ones(12) for s in data}, torch.device("cpu")
+    (found,) = train_comparators(
+        *(plan, SPECS, K, data, ones, run_stage, log, tmp_path, cpu), scale, balance
+    ).values()
+    assert (max(seen) > 1e-3) == (scale is not None or balance is not None)
+    subsets = torch.tensor(list(itertools.product([False, True], repeat=M))[1:])
+    held = data["validation"]
+    used = within(held.observed.available, subsets)
+    with torch.no_grad():
+        p = found.network.under(held, used).double().softmax(-1)
+    if scale is None:
+        right = p[:, torch.arange(12), held.labels]
+        assert found.validation["log_loss"] == pytest.approx(float(-right.log().mean()), abs=1e-5)
+    else:
+        error = (scale.value(p) - scale.value(held.shares.double())).abs().mean()
+        assert found.validation == {"mae": pytest.approx(float(error), abs=1e-5)}
+
+
 # --- Training and bundle --------------------------------------------------------------------------
 
 COMPARED = f"""\
@@ -355,8 +423,6 @@ comparators:
   - {{name: unimodal, {str(SIZES)[1:-1].replace("'", "")}}}
   - {{name: moddrop, {str(SIZES)[1:-1].replace("'", "")}, hidden: 8}}
 """
-
-COLLATED = ("train", "validation", "calibration")
 
 
 class Interrupted(Exception):
