@@ -283,7 +283,7 @@ def backbone_facts(
     logits, rows = subset_logits(
         encode_all(backbone, held_back, cpu), held_back.observed.available, sampled_subsets(5, 0)
     )
-    return statistics, fit_temperature(logits, held_back.labels[rows], torch.ones(len(rows)))
+    return statistics, fit_temperature(logits, held_back.labels[rows], rows.tolist())
 
 
 def evaluate_seed(data: dict[str, Batch], distance: str, seed: int, work: Path) -> None:

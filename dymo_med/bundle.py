@@ -3,7 +3,8 @@
 BUNDLE/configs/metadata.json      who, what, versions, modalities, provenance
 BUNDLE/configs/inference.json     imputer, backbone, default selector, temperature, base rates
 BUNDLE/configs/selectors.json     every selector as fitted; why which one is the default
-BUNDLE/configs/conformal.json     what prediction sets are calibrated on
+BUNDLE/configs/calibration.json   how many patients probabilities rest on; how often they were right
+BUNDLE/configs/conformal.json     bounds that prediction sets go by
 BUNDLE/configs/performance.json   how good it is, by what patients have
 BUNDLE/configs/quality.json       what modalities of training records were like
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
@@ -49,10 +50,11 @@ from dymo_med.bundle_checks import (
     read_specs,
     within_weights,
 )
+from dymo_med.calibration import Calibration
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.config import MOST_MEMBERS, Recipe
 from dymo_med.config import read_recipe as _read_recipe
-from dymo_med.conformal import Conformal
+from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST, Bound, Conformal
 from dymo_med.data.gate import Limits
 from dymo_med.errors import BundleError, ConfigError, Problem, out_of_memory
 from dymo_med.files import complete_folder, read_json, write_bytes, write_json, write_text
@@ -245,9 +247,10 @@ class ModelBundle:
         selectors: Every selector of the table, fitted, by name.
         choice: Which of them is the default, and why.
         statistics: Of the backbone's embedding.
-        temperature: Probabilities are softmax(logits / temperature).
+        calibration: How logits become probabilities.
         base_rates: K class shares among training patients.
-        conformal: What prediction sets are calibrated on; None in bundles made before there were.
+        conformal: What prediction sets go by; None in bundles that cannot say how many patients
+            theirs rest on.
         performance: How good it is on held-back patients; None in bundles made before it was kept.
         norms: What training records were like, for the quality gate; None in bundles made before
             there was one.
@@ -272,7 +275,7 @@ class ModelBundle:
     selectors: Mapping[str, Selector]
     choice: Choice
     statistics: SubsetStatistics
-    temperature: float
+    calibration: Calibration
     base_rates: tuple[float, ...]
     provenance: Mapping[str, Any]
     conformal: Conformal | None = None
@@ -328,7 +331,7 @@ class ModelBundle:
             features_of(batch, self.specs),
             None if recovery is None else recovered_features(batch, recovery, self.specs),
             self.references.weight,
-            self.temperature,
+            self.calibration.temperature,
         )
 
     @property
@@ -366,11 +369,9 @@ class ModelBundle:
             write_json(work / "configs" / "metadata.json", metadata_of(self, about))
             write_json(work / "configs" / "inference.json", self._inference())
             write_json(work / "configs" / "selectors.json", self._selectors())
+            write_json(work / "configs" / "calibration.json", self._calibration())
             if self.conformal is not None:
-                kept = asdict(self.conformal)
-                if not kept["errors"]:  # of a classification
-                    del kept["errors"]
-                write_json(work / "configs" / "conformal.json", kept)
+                write_json(work / "configs" / "conformal.json", _stored(self.conformal))
             if self.performance is not None:
                 write_json(work / "configs" / "performance.json", asdict(self.performance))
             if self.use is not None:
@@ -407,9 +408,17 @@ class ModelBundle:
             "backbone": dict(self.backbone_entry),
             "selector": self.choice.name,
             "distance": self.statistics.distance,
-            "temperature": self.temperature,
+            "temperature": self.calibration.temperature,
             "base_rates": list(self.base_rates),
             **({"members": self.members} if self.members > 1 else {}),
+        }
+
+    def _calibration(self) -> dict[str, Any]:
+        return {
+            "fitted_on": self.calibration.fitted_on,
+            "patients": self.calibration.patients,
+            "confidence": {k: list(v) for k, v in self.calibration.confidence.items()},
+            "right": {k: list(v) for k, v in self.calibration.right.items()},
         }
 
     def _selectors(self) -> dict[str, Any]:
@@ -421,6 +430,19 @@ class ModelBundle:
             },
             "entries": selector_entries(self.selectors),
         }
+
+    def _rests_on(self) -> str:
+        """Return on how many patients sets and limits rest, as a sentence."""
+        bounds = {} if self.conformal is None else self.conformal.scores.get(self.choice.name, {})
+        n = bounds[AS_THEY_CAME].patients if AS_THEY_CAME in bounds else 0
+        sets = f"Prediction sets ({COVERAGE:.0%}) rest on {n} other patients"
+        if n < FEWEST:
+            sets += f", fewer than the {FEWEST} that could rule a class out"
+        if self.calibration.patients is None:
+            return f"{sets}."
+        classes = len(self.task.classes)
+        most = (self.calibration.patients + 1) / (self.calibration.patients + classes)
+        return f"{sets}; no probability is stated above {most:.3f}, which is what so many support."
 
     def _comparators(self) -> dict[str, Any]:
         return {
@@ -486,7 +508,8 @@ Decision support for research. Not a medical device, not for diagnosis.
 - Predicts `{self.task.target}`: {predicts}.
 - Trained on cohort `{p["cohort"]}`; class shares among training patients: {rates}.
 - Imputer `{self.imputer_entry["name"]}`, backbone `{self.backbone_entry["name"]}`, temperature
-  {self.temperature:.3f}.
+  {self.calibration.temperature:.3f}, fitted on {self.calibration.fitted_on} patients.
+- {self._rests_on()}
 - Default selector: `{self.choice.name}`. {self.choice.why}
 
 | split | records | labelled | patients |
@@ -497,7 +520,7 @@ Decision support for research. Not a medical device, not for diagnosis.
 |---|---|---|---|
 {modalities}
 
-Selectors on the calibration split ({self.choice.patients} patients, modalities hidden at random,
+Selectors on {self.choice.patients} patients who were not trained on (modalities hidden at random,
 each selector fitted on other patients than it is scored on; spoilt and put right: against
 measurements alone):
 
@@ -598,16 +621,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         )
         if choice.name not in selectors:
             raise KeyError(choice.name)
-        conformal = None
-        if (path / "configs" / "conformal.json").is_file():
-            kept = read_part(path, "configs/conformal.json")
-            conformal = Conformal(
-                tuple(kept["patterns"]),
-                *(
-                    {k: tuple(v) for k, v in kept.get(part, {}).items()}
-                    for part in ("scores", "errors")
-                ),
-            )
+        conformal = _load_conformal(path)
         # Random initial weights are overwritten at once; the caller's random state stays.
         weights = ("models/imputer.safetensors", "models/backbone.safetensors")
         with torch.random.fork_rng(devices=[]), within_weights(path, *weights):
@@ -623,8 +637,10 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         load_weights(backbone, path, "models/backbone.safetensors")
         comparators = _load_comparators(path, specs, len(task.classes))
         statistics, _ = load_statistics(path, inference["distance"], len(specs), len(task.classes))
-        temperature, base_rates = float(inference["temperature"]), tuple(inference["base_rates"])
+        temperature = float(inference["temperature"])
         check_temperature(f"{path}: configs/inference.json", temperature)
+        calibration = _load_calibration(path, temperature, task, choice)
+        base_rates = tuple(inference["base_rates"])
         if not _shares(base_rates, len(task.classes)):
             raise ValueError("the class shares cannot be right")
         bundle = ModelBundle(
@@ -640,7 +656,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             selectors=selectors,
             choice=choice,
             statistics=statistics,
-            temperature=temperature,
+            calibration=calibration,
             base_rates=base_rates,
             provenance=metadata["provenance"],
             conformal=conformal,
@@ -871,6 +887,57 @@ def _shares(numbers: Sequence[Any], classes: int) -> bool:
         and all(isinstance(n, float | int) and 0 <= n <= 1 for n in numbers)
         and math.isclose(sum(numbers), 1, abs_tol=1e-3)
     )
+
+
+def _load_calibration(path: Path, temperature: float, task: Task, choice: Choice) -> Calibration:
+    """Return how a bundle turns logits into probabilities.
+
+    One made before patients were counted fitted everything on its calibration patients: their
+    number limits its probabilities, and none are left to count.
+    """
+    if not (path / "configs" / "calibration.json").is_file():
+        n = choice.patients
+        return Calibration(temperature, n, n if task.scale is None else None)
+    stored = read_part(path, "configs/calibration.json")
+    return Calibration(
+        temperature,
+        stored["fitted_on"],
+        stored["patients"],
+        {k: tuple(v) for k, v in stored["confidence"].items()},
+        {k: tuple(v) for k, v in stored["right"].items()},
+    )
+
+
+def _stored(conformal: Conformal) -> dict[str, Any]:
+    """Return bounds ready for JSON; those of errors of a regression alone."""
+    kept = asdict(conformal)
+    return {"coverage": COVERAGE, **{k: v for k, v in kept.items() if v}}
+
+
+def _load_conformal(path: Path) -> Conformal | None:
+    """Return what a bundle's prediction sets go by; None where it does not say.
+
+    A bundle made before patients were counted lists cases, several of each patient: nothing is
+    known of whose they are, so no coverage can be promised from them.
+
+    Raises:
+        ValueError: If the bounds are for another coverage than this version's, or are none.
+    """
+    if not (path / "configs" / "conformal.json").is_file():
+        return None
+    kept = read_part(path, "configs/conformal.json")
+    if "patterns" in kept:
+        return None
+    if kept["coverage"] != COVERAGE:
+        raise ValueError("the bounds are for another coverage")
+    scores, errors = (
+        {
+            method: {group: Bound(**bound) for group, bound in groups.items()}
+            for method, groups in kept.get(part, {}).items()
+        }
+        for part in ("scores", "errors")
+    )
+    return Conformal(scores, errors)
 
 
 def _load_performance(path: Path) -> Performance | None:

@@ -1,19 +1,42 @@
 """Prediction sets: which classes cannot be ruled out, at a stated coverage.
 
-A set is right if it holds the true class. If the patients it was calibrated on and the new one are
-exchangeable, at least `coverage` of the sets are right, whatever the model is like.
+A set is right if it holds the true class. Sets are calibrated on patients on whom nothing else was
+fitted: networks, temperature, selectors and the choice among them come from others. Of each of
+these patients one record is drawn for each combination of modalities that the record has, and is
+looked at with these alone; one more is drawn and looked at as it came. So every score stands for
+another patient, and the number of scores is the number of patients.
 
-Coverage over everybody could hide that patients who lack most are wrong too often and the others
-hardly ever. So a patient is compared with calibration patients of the same missing pattern; where
-these are too few, with those who lack as many modalities; where these are too few, with all.
+Two bounds on the score (1 - the probability of the true class) hold for a new patient, and the
+set goes by the larger one:
+
+- *pattern*: of calibration patients who have at least the new one's modalities, each looked at
+  with exactly these. If the new patient is exchangeable with them, so whenever what a patient
+  lacks has nothing to do with the rest, the set is right with probability `COVERAGE` or more,
+  for every combination of modalities by itself and so for any mix of them.
+- *all*: of all calibration patients as they came. If patients are exchangeable, sets of new
+  patients as they come are right with probability `COVERAGE` or more on average over them, also
+  where what is missing tells something.
+
+Both are split conformal prediction on one draw from each of exchangeable groups of records
+("subsampling once" of Dunn et al.; the groups are patients): the probability is
+over calibration and new patients together, for any model, with any number of patients. Neither
+covers a change of what is *in* a modality (blank cells hidden at random, another scanner).
+
+Fewer than nine patients can rule nothing out at 90 %: the set then holds every class.
+
+References:
+    Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005 (chapter 4: Mondrian
+    conformal predictors). Papadopoulos et al., Inductive Confidence Machines for Regression, ECML
+    2002. Dunn, Wasserman, Ramdas: Distribution-Free Prediction Sets for Two-Layer Hierarchical
+    Models, JASA 118, 2023.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
+from math import ceil, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +44,14 @@ from numpy.typing import NDArray
 from dymo_med.types import Scale
 
 COVERAGE = 0.9
-# With fewer scores than this no class could ever be ruled out; with twice as many a set leaves out
-# a class for a reason that is not the single worst score.
-_FEWEST = 2 * math.ceil(COVERAGE / (1 - COVERAGE)) + 1
+# Ranks are worked out in fractions: 0.9 / (1 - 0.9) is a little more than 9 in floating point.
+_LEVEL = Fraction(str(COVERAGE))
+FEWEST = ceil(_LEVEL / (1 - _LEVEL))
+# The group of records as they came, whatever they have.
+AS_THEY_CAME = ""
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-Positions = NDArray[np.intp]
-Bins = NDArray[Any] | None
 
 
 @dataclass(frozen=True)
@@ -37,8 +60,8 @@ class Sets:
 
     Attributes:
         members: Bool `(n, K)`: classes in the set; never empty (the answer is always in).
-        group: With whom each was compared: `pattern`, `count` or `all`.
-        calibrated_on: `(n,)` how many calibration cases those are.
+        group: Whose scores set the bound: `pattern` or `all`.
+        calibrated_on: `(n,)` how many patients those are; below `FEWEST` every class is in.
     """
 
     members: Bools
@@ -53,8 +76,8 @@ class Intervals:
     Attributes:
         low: `(n,)`.
         high: `(n,)`.
-        group: With whom each was compared: `pattern`, `count` or `all`.
-        calibrated_on: `(n,)` how many calibration cases those are.
+        group: Whose errors set the bound: `pattern` or `all`.
+        calibrated_on: `(n,)` how many patients those are; below `FEWEST` it is the whole scale.
     """
 
     low: Floats
@@ -64,23 +87,62 @@ class Intervals:
 
 
 @dataclass(frozen=True)
-class Conformal:
-    """What calibration patients say of how sure is sure enough.
+class Bound:
+    """What a group of calibration patients says.
 
     Attributes:
-        patterns: Per calibration case the observed modalities, joined by `+`.
-        scores: By selector, per case: 1 - the probability of the true class, answered by a
-            selector that was fitted on other patients.
-        errors: Of a regression likewise: how far its number was from the truth.
-
-    References:
-        Vovk, Gammerman, Shafer: Algorithmic Learning in a Random World, 2005 (Mondrian conformal
-        predictors). Computed by crepes (Boström, COPA 2022).
+        patients: How many there are.
+        bound: The largest score that cannot be ruled out; None = all of them are too few.
     """
 
-    patterns: tuple[str, ...]
-    scores: Mapping[str, tuple[float, ...]]
-    errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    patients: int
+    bound: float | None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: If fewer patients than can have a bound have one, or the reverse.
+        """
+        known = type(self.patients) is int and self.patients >= 0
+        if not known or (self.bound is None) != (self.patients < FEWEST):
+            raise ValueError(f"a bound needs {FEWEST} patients")
+        if self.bound is not None and not isfinite(self.bound):
+            raise ValueError("a bound must be finite")
+
+
+def bound_of(scores: Sequence[float]) -> Bound:
+    """Return the bound that a new score keeps with probability `COVERAGE` or more.
+
+    It is the score of rank ceil((n + 1) 9/10), counted from the smallest. If the n and the new
+    one are exchangeable, the new one exceeds it with a probability of 1/10 at most.
+
+    Args:
+        scores: n, each of another patient.
+
+    Example:
+        >>> bound_of([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]).bound
+        0.9
+        >>> bound_of([0.5] * 8).bound is None
+        True
+    """
+    n = len(scores)
+    rank = ceil((n + 1) * _LEVEL)
+    return Bound(n, None if rank > n else float(sorted(scores)[rank - 1]))
+
+
+@dataclass(frozen=True)
+class Conformal:
+    """Bounds by what patients have.
+
+    Attributes:
+        scores: By selector and group: of 1 - the probability of the true class. A group is the
+            observed modalities, joined by `+`, or `AS_THEY_CAME`.
+        errors: Of a regression likewise: of how far its number was from the truth.
+    """
+
+    scores: Mapping[str, Mapping[str, Bound]]
+    errors: Mapping[str, Mapping[str, Bound]] = field(default_factory=dict)
 
     def sets(self, method: str, probabilities: Floats, patterns: Sequence[str]) -> Sets:
         """Return prediction sets at `COVERAGE`.
@@ -89,101 +151,80 @@ class Conformal:
         which is no answer for a patient. Coverage only grows by that.
 
         Args:
-            method: A selector with scores.
+            method: A selector with bounds.
             probabilities: `(n, K)`, calibrated as the scores were.
-            patterns: n patterns, spelt as `self.patterns`.
+            patterns: n patterns: observed modalities joined by `+`, in canonical order.
 
         Raises:
-            KeyError: If there are no scores of that selector.
+            KeyError: If there are no bounds of that selector.
         """
-        from crepes import ConformalClassifier
-
-        scores = np.array(self.scores[method])
-        alphas = 1 - probabilities
-        members = np.ones(probabilities.shape, dtype=bool)
-        groups = _Groups(self.patterns, patterns)
-        for rows, alike, theirs, own in groups:
-            fitted = ConformalClassifier().fit(scores[alike], bins=theirs)
-            members[rows] = fitted.predict_set(
-                alphas[rows], bins=own, confidence=COVERAGE, smoothing=False
-            )
+        found = [_larger(self.scores[method], pattern) for pattern in patterns]
+        bounds = np.array([np.inf if b.bound is None else b.bound for _, b in found])
+        members = 1 - probabilities <= bounds.reshape(-1, 1)
         members[np.arange(len(patterns)), probabilities.argmax(1)] = True
-        return Sets(members, tuple(groups.group), groups.size)
+        return Sets(members, *_groups(found))
 
     def intervals(
         self, method: str, values: Floats, patterns: Sequence[str], scale: Scale
     ) -> Intervals:
-        """Return intervals at `COVERAGE` around a regression's numbers.
-
-        An interval is as wide as errors of patients with the same missing pattern were, or of
-        those that stand in for them; it ends where the scale does.
+        """Return intervals at `COVERAGE` around a regression's numbers; they end where it does.
 
         Args:
-            method: A selector with errors.
+            method: A selector with bounds.
             values: `(n,)`, its answers.
-            patterns: n patterns, spelt as `self.patterns`.
+            patterns: n patterns, as for `sets`.
             scale: Of the regression.
 
         Raises:
-            KeyError: If there are no errors of that selector.
-
-        References:
-            Papadopoulos et al., Inductive Confidence Machines for Regression, ECML 2002.
+            KeyError: If there are no bounds of that selector.
         """
-        from crepes import ConformalRegressor
-
-        errors = np.array(self.errors[method])
-        ends = np.tile([scale.low, scale.high], (len(patterns), 1))
-        groups = _Groups(self.patterns, patterns)
-        for rows, alike, theirs, own in groups:
-            fitted = ConformalRegressor().fit(errors[alike], bins=theirs)
-            ends[rows] = fitted.predict_int(
-                values[rows], bins=own, confidence=COVERAGE, y_min=scale.low, y_max=scale.high
-            )
-        return Intervals(ends[:, 0], ends[:, 1], tuple(groups.group), groups.size)
+        found = [_larger(self.errors[method], pattern) for pattern in patterns]
+        bounds = np.array([np.inf if b.bound is None else b.bound for _, b in found])
+        low, high = (np.clip(values + side * bounds, scale.low, scale.high) for side in (-1, 1))
+        return Intervals(low, high, *_groups(found))
 
 
-class _Groups:
-    """With which calibration cases each patient is compared: pattern, else count, else all.
+def _larger(bounds: Mapping[str, Bound], pattern: str) -> tuple[str, Bound]:
+    """Return the bound to go by for a pattern, and whose it is; one that rules nothing out wins."""
+    own = bounds.get(pattern, Bound(0, None))
+    everybody = bounds.get(AS_THEY_CAME, Bound(0, None))
+    if own.bound is None or (everybody.bound is not None and own.bound >= everybody.bound):
+        return "pattern", own
+    return "all", everybody
+
+
+def _groups(found: Sequence[tuple[str, Bound]]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return whose bounds those are, and on how many patients they rest."""
+    return tuple(g for g, _ in found), np.array([b.patients for _, b in found], dtype=np.int64)
+
+
+def calibrate(
+    groups: Sequence[str],
+    patients: Sequence[Hashable],
+    scores: Mapping[str, Sequence[float]],
+    errors: Mapping[str, Sequence[float]] | None = None,
+) -> Conformal:
+    """Return the bounds of calibration cases.
 
     Args:
-        calibration: Patterns of the calibration cases.
-        patterns: n patterns.
-
-    Attributes:
-        group: With whom each was compared, once iterated over.
-        size: `(n,)` how many calibration cases those are.
+        groups: Per case what was looked at: a pattern, or `AS_THEY_CAME`.
+        patients: Whose case each is. Of several of one patient in one group the first counts:
+            copies of a patient tell nothing new, and records of one patient are not exchangeable
+            with those of others.
+        scores: By selector, per case.
+        errors: Of a regression likewise.
     """
+    members: dict[str, dict[Hashable, int]] = {}
+    for i, (group, patient) in enumerate(zip(groups, patients, strict=True)):
+        members.setdefault(group, {}).setdefault(patient, i)
 
-    def __init__(self, calibration: Sequence[str], patterns: Sequence[str]) -> None:
-        self._calibration, self._patterns = calibration, patterns
-        self.group = ["all"] * len(patterns)
-        self.size = np.full(len(patterns), len(calibration), dtype=np.int64)
+    def bounds(by_method: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Bound]]:
+        return {
+            method: {
+                group: bound_of([values[i] for i in first.values()])
+                for group, first in members.items()
+            }
+            for method, values in by_method.items()
+        }
 
-    def __iter__(self) -> Iterator[tuple[Positions, Bools, Bins, Bins]]:
-        """Yield positions of patients, bool: the cases like them, and the bins of both."""
-        open_ = np.ones(len(self._patterns), dtype=bool)
-        for name, level in (("pattern", str), ("count", _count)):
-            theirs, own = (
-                np.array([level(p) for p in ps]) for ps in (self._calibration, self._patterns)
-            )
-            names, counts = np.unique(theirs, return_counts=True)
-            known = dict(zip(names.tolist(), counts.tolist(), strict=True))
-            many = np.array([known.get(x, 0) for x in own.tolist()], dtype=np.int64)
-            rows = (open_ & (many >= _FEWEST)).nonzero()[0]
-            if len(rows):
-                enough = np.isin(theirs, own[rows])
-                yield rows, enough, theirs[enough], own[rows]
-            for i in rows:
-                self.group[i] = name
-            self.size[rows] = many[rows]
-            open_[rows] = False
-        rows = open_.nonzero()[0]
-        if len(rows) and len(self._calibration):
-            everybody = np.ones(len(self._calibration), dtype=bool)
-            yield rows, everybody, None, None
-
-
-def _count(pattern: str) -> int:
-    """Return how many modalities a pattern has."""
-    return len([name for name in pattern.split("+") if name])
+    return Conformal(bounds(scores), bounds(errors or {}))

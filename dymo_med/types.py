@@ -1103,11 +1103,11 @@ class PerformanceRow:
 
     Attributes:
         method: The selector.
-        level: `pattern`: cases with the same observed modalities; `count`: with as many of them;
-            `all`: every case.
+        level: `pattern`: patients looked at with these modalities and no others; `count`: with as
+            many of them; `all`: as they came.
         group: The observed modalities joined by `+`, their number, or nothing.
         patients: How many patients these cases are of.
-        cases: How many cases; a patient is several, with other modalities hidden.
+        cases: How many cases; of `count` a patient is several, with other modalities hidden.
         auroc: Area under the ROC curve.
         brier: Brier score.
         ece: Expected calibration error.
@@ -1260,8 +1260,9 @@ class Value:
         low: Lower end of the interval; None where the bundle cannot tell.
         high: Upper end likewise.
         coverage: Share of patients whose true value such intervals hold.
-        compared_with: Whose errors the interval rests on: `pattern`, `count` or `all`.
-        calibrated_on: How many cases these are.
+        compared_with: Whose errors the interval rests on: `pattern` or `all`.
+        calibrated_on: How many patients these are.
+        least: Of fewer the interval is the whole scale.
         unit: For people; empty if none.
         centers: Of the K bands.
         alternatives: Answers of the other methods by name.
@@ -1271,8 +1272,9 @@ class Value:
     low: float | None
     high: float | None
     coverage: float
-    compared_with: Literal["pattern", "count", "all"]
+    compared_with: Literal["pattern", "all"]
     calibrated_on: int
+    least: int
     unit: str
     centers: tuple[float, ...]
     alternatives: Mapping[str, float]

@@ -280,12 +280,18 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
     if broken or len(set(file.classes)) != k:
         return
     chosen = file.chosen
-    if file.frequency != frequency(file.classes[chosen], file.probabilities[chosen]):
+    counted = (file.frequency.patients, file.frequency.right)
+    if file.frequency != frequency(file.classes[chosen], file.probabilities[chosen], *counted):
         yield "frequency", "it does not follow from the probability"
+    if counted[1] > counted[0]:
+        yield "frequency", "more answers were right than were counted"
     if file.prediction_set is not None:
         inside = file.prediction_set.classes
         if file.classes[chosen] not in inside or not set(inside) <= set(file.classes):
             yield "prediction_set", "it does not hold the answer, or holds an unknown class"
+        few = file.prediction_set.calibrated_on < file.prediction_set.least
+        if few and len(inside) < k:
+            yield "prediction_set", "too few patients to rule out what it leaves out"
     yield from _number(file)
     if file.performance is not None:
         few = file.performance.pattern_patients < 30

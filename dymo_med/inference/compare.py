@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from dymo_med.bundle import ModelBundle
+from dymo_med.calibration import supported
 from dymo_med.errors import PatientDataError, Problem
-from dymo_med.inference.predict import calibrated
 from dymo_med.references import features_of
 from dymo_med.types import Batch
 
@@ -42,7 +44,9 @@ def comparator_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Ten
     with torch.inference_mode():
         here = batch.to(bundle.device)
         found = {
-            name: calibrated(fitted.network(here), fitted.temperature)
+            name: replace(bundle.calibration, temperature=fitted.temperature).probabilities(
+                fitted.network(here).cpu()
+            )
             for name, fitted in bundle.comparators.items()
         }
         return {**found, **reference_probabilities(bundle, batch)}
@@ -61,4 +65,8 @@ def reference_probabilities(bundle: ModelBundle, batch: Batch) -> dict[str, Tens
     if bundle.references is None:
         return {}
     features = features_of(batch, bundle.specs)
-    return {n: r.probabilities(features) for n, r in bundle.references.fitted.items()}
+    n = bundle.calibration.patients
+    return {
+        name: supported(fitted.probabilities(features), n)
+        for name, fitted in bundle.references.fitted.items()
+    }

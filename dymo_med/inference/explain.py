@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dymo_med.backbones import FusionBackbone
+from dymo_med.calibration import Calibration
 from dymo_med.modalities import modality
 from dymo_med.references import Mixed
 from dymo_med.types import Attribution, Batch, Recovery, SelectionTrace, Tokens
@@ -85,7 +86,7 @@ class Subject:
         recovery: Of these.
         trace: Of these, by the selector whose answer is to be explained.
         row: Which record.
-        temperature: Probability calibration.
+        calibration: How logits become probabilities.
         base_rates: K class shares among training patients: the answer from nothing.
         mixed: Of the same batch, where a reference has a part in the answers.
 
@@ -112,13 +113,13 @@ class Subject:
         trace: SelectionTrace,
         row: int,
         *,
-        temperature: float,
+        calibration: Calibration,
         base_rates: tuple[float, ...],
         mixed: Mixed | None = None,
     ) -> None:
         self.backbone = backbone
         self.mixed = mixed
-        self.temperature = temperature
+        self.calibration = calibration
         self.chosen = int(trace.output.logits[row].argmax())
         self.base_rate = base_rates[self.chosen]
         admitted = trace.admitted[row : row + 1]
@@ -275,7 +276,7 @@ class Subject:
         if self.mixed is not None:
             logits = self.mixed.mix(logits, features[something.cpu()])
         # As the answer itself is calibrated: what is added up should not differ by rounding.
-        probability = torch.softmax(logits.double() / self.temperature, dim=-1)[:, self.chosen]
+        probability = self.calibration.probabilities(logits)[:, self.chosen]
         return worth.index_copy(0, something, probability)
 
 

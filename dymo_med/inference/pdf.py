@@ -205,9 +205,10 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
     left.append(_p(answer["rests"]))
     if answer["shares"]:
         left.append(_p(answer["shares"]))
+    counted = value is None and answer["count"] is not None
     dots = Drawing(100, 100)
     for i in range(100):
-        full = i < answer["count"]
+        full = i < (answer["count"] or 0)
         dots.add(
             Circle(
                 5 + 10 * (i % 10),
@@ -218,7 +219,7 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
                 strokeWidth=0.7,
             )
         )
-    side = [dots, Spacer(1, 3), _p(text["answer"]["caption"], _SMALL)] if value is None else []
+    side = [dots, Spacer(1, 3), _p(text["answer"]["caption"], _SMALL)] if counted else []
     grid = Table([[left, side]], colWidths=[_WIDTH - 115, 115])
     grid.setStyle(
         TableStyle(

@@ -23,7 +23,7 @@ from dymo_med import __version__
 from dymo_med.backbones import EncodedVersions, encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.bundle_segmentation import SegmentationBundle
-from dymo_med.conformal import COVERAGE
+from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
 from dymo_med.data.batch import collate
 from dymo_med.data.gate import judge
 from dymo_med.data.patient import read_patient
@@ -156,23 +156,10 @@ def answer(
             for name in dict.fromkeys((*COMPARED, *methods, bundle.choice.name))
         }
         probabilities = {
-            name: calibrated(trace.output.logits, bundle.temperature)
+            name: bundle.calibration.probabilities(trace.output.logits.cpu())
             for name, trace in traces.items()
         }
     return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse, network)
-
-
-def calibrated(logits: Tensor, temperature: float) -> Tensor:
-    """Return softmax(logits / temperature) in float64 on the CPU.
-
-    Args:
-        logits: `(B, K)`.
-        temperature: Of the probability calibration.
-
-    Returns:
-        `(B, K)`.
-    """
-    return torch.softmax(logits.cpu().double() / temperature, dim=-1)
 
 
 def predict_batch(
@@ -378,7 +365,7 @@ def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int
         answers.recovery,
         answers.own,
         row,
-        temperature=bundle.temperature,
+        calibration=bundle.calibration,
         base_rates=bundle.base_rates,
         mixed=answers.fuse if isinstance(answers.fuse, Mixed) else None,
     )
@@ -473,10 +460,9 @@ def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
         low=None if found is None else float(found.low[0]),
         high=None if found is None else float(found.high[0]),
         coverage=COVERAGE,
-        compared_with=cast(
-            Literal["pattern", "count", "all"], "all" if found is None else found.group[0]
-        ),
+        compared_with=cast(Literal["pattern", "all"], "all" if found is None else found.group[0]),
         calibrated_on=0 if found is None else int(found.calibrated_on[0]),
+        least=FEWEST,
         unit=scale.unit,
         centers=scale.centers,
         alternatives=values,
@@ -764,7 +750,9 @@ def prediction_file(
             "status": status,
             "status_reasons": [r.model_dump() for r in why],
             "frequency": frequency(
-                prediction.classes[chosen], prediction.probabilities[chosen]
+                prediction.classes[chosen],
+                prediction.probabilities[chosen],
+                *bundle.calibration.count(answers.method, prediction.probabilities[chosen]),
             ).model_dump(),
             "prediction_set": found and found.model_dump(),
             "method_why": bundle.choice.why,
@@ -782,6 +770,8 @@ def prediction_file(
                 "cohort": provenance["cohort"],
                 "records": provenance["records"],
                 "patients": {s: len(p) for s, p in provenance["patients"].items()},
+                "fitted_on": bundle.calibration.fitted_on,
+                "held_back": _held_back(bundle),
                 "observed_share": provenance["observed_share"],
             },
             "recovered_files": {
@@ -854,7 +844,7 @@ def draw_answers(
             rows = torch.arange(draws, device=device).repeat(count)
             each = admitted.repeat_interleave(draws, 0)
             logits = fuse(rows, observed | each, each).logits
-            return calibrated(logits, bundle.temperature).view(count, draws, -1)
+            return bundle.calibration.probabilities(logits.cpu()).view(count, draws, -1)
 
         admitted, weight = trace.admitted[row : row + 1], None
         if trace.mixture is not None:
@@ -940,7 +930,7 @@ def _subset_answers(
     with torch.inference_mode():
         used = answers.own.observed[row] | admitted
         logits = answers.fuse(rows, used, admitted).logits
-    return calibrated(logits, bundle.temperature).tolist()
+    return bundle.calibration.probabilities(logits.cpu()).tolist()
 
 
 def _prediction_set(
@@ -956,9 +946,18 @@ def _prediction_set(
             c for c, inside in zip(bundle.task.classes, found.members[0], strict=True) if inside
         ),
         coverage=COVERAGE,
-        compared_with=cast(Literal["pattern", "count", "all"], found.group[0]),
+        compared_with=cast(Literal["pattern", "all"], found.group[0]),
         calibrated_on=int(found.calibrated_on[0]),
+        least=FEWEST,
     )
+
+
+def _held_back(bundle: ModelBundle) -> int:
+    """Return on how many patients, on whom nothing was fitted, prediction sets rest."""
+    if bundle.conformal is None:
+        return 0
+    bounds = bundle.conformal.scores.get(bundle.choice.name, {})
+    return bounds[AS_THEY_CAME].patients if AS_THEY_CAME in bounds else 0
 
 
 def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformancePart | None:

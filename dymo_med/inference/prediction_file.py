@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dymo_med.calibration import ENOUGH
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.types import GateResult, GateState
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # An answer that changes in this share of draws, or more, is given with caution.
 UNSTEADY = 0.1
 # Central share of the draws that `low` and `high` enclose.
@@ -36,6 +37,7 @@ Plane = Literal["axial", "coronal", "sagittal", "flat"]
 Status = Literal["answered", "caution", "abstained"]
 Code = Literal[
     "no_class_ruled_out",
+    "too_few_calibrated",
     "measurements_differ",
     "draws_differ",
     "refused",
@@ -148,12 +150,18 @@ class ReasonPart(Part):
 
 
 class PredictionSetPart(Part):
-    """The classes that cannot be ruled out, and whom the patient was compared with."""
+    """The classes that cannot be ruled out, and by whose scores.
+
+    `compared_with`: calibration patients who have at least these modalities, looked at with
+    exactly these (`pattern`), or all of them as they came (`all`); `calibrated_on`: how many
+    patients those are. Of fewer than `least` none can be ruled out.
+    """
 
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     coverage: Probability
-    compared_with: Literal["pattern", "count", "all"]
+    compared_with: Literal["pattern", "all"]
     calibrated_on: Annotated[int, Field(ge=0)]
+    least: Annotated[int, Field(ge=1)]
 
 
 class DrawnPart(Part):
@@ -255,22 +263,32 @@ class PerformancePart(Part):
 class FrequencyPart(Part):
     """The answer as a natural frequency: of `of` patients with this probability, `count` are.
 
-    `bound` says that the count is less than 1 (`under`) or more than 99 (`over`).
+    `patients` held-back patients got an answer as sure as this one (within 0.1), which was right
+    for `right` of them. Of fewer than ten there is no `count`. `bound` says that the count is
+    less than 1 (`under`) or more than 99 (`over`).
     """
 
     label: str
     of: Literal[100]
-    count: Annotated[int, Field(ge=0, le=100)]
+    count: Annotated[int, Field(ge=0, le=100)] | None
     bound: Literal["under", "over"] | None
+    patients: Annotated[int, Field(ge=0)]
+    right: Annotated[int, Field(ge=0)]
 
 
 class LimitsPart(Part):
-    """What the bundle was made from: what its model card says, in numbers."""
+    """What the bundle was made from: what its model card says, in numbers.
+
+    `fitted_on` patients fitted the temperature; `held_back` others, on whom nothing was fitted,
+    are behind prediction sets.
+    """
 
     task: str
     cohort: str
     records: dict[str, int]
     patients: dict[str, int]
+    fitted_on: int
+    held_back: int
     observed_share: dict[str, float]
 
 
@@ -365,15 +383,18 @@ class ValuePart(Part):
     """The number that a regression answers, of which `classes` are the bands.
 
     `value` is the mean of `centers` by `probabilities`. `low` to `high` hold the true value of
-    `coverage` of patients; null where the bundle cannot tell. `alternatives`: other methods.
+    `coverage` of patients; null where the bundle cannot tell. `compared_with`, `calibrated_on`
+    and `least` as of a prediction set: of fewer patients it is the whole scale. `alternatives`:
+    other methods.
     """
 
     value: float
     low: float | None
     high: float | None
     coverage: Probability
-    compared_with: Literal["pattern", "count", "all"]
+    compared_with: Literal["pattern", "all"]
     calibrated_on: Annotated[int, Field(ge=0)]
+    least: Annotated[int, Field(ge=1)]
     unit: str
     centers: tuple[float, ...]
     alternatives: dict[str, float]
@@ -395,12 +416,12 @@ class PlainPart(Part):
 
 
 class PredictionFile(Part):
-    """`prediction.json`, version 4; `value` is there if the task is a regression.
+    """`prediction.json`, version 5; `value` is there if the task is a regression.
 
     `plain` is there if the bundle has references.
     """
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     record_id: str
     patient_id: str
     target: str
@@ -556,22 +577,32 @@ def schema() -> str:
 # --- What follows from other parts; the audit computes it again -----------------------------------
 
 
-def frequency(label: str, probability: float) -> FrequencyPart:
-    """Return a probability as a natural frequency out of 100.
+def frequency(label: str, probability: float, patients: int, right: int) -> FrequencyPart:
+    """Return a probability as a natural frequency out of 100, if there were patients to count.
 
     Args:
         label: The class.
         probability: Of it.
+        patients: Held-back patients whose answer was as sure.
+        right: For how many of them it was right.
 
     Example:
-        >>> frequency("high", 0.774).count
+        >>> frequency("high", 0.774, 12, 9).count
         77
+        >>> frequency("high", 0.774, 9, 7).count is None
+        True
     """
+    if patients < ENOUGH:
+        return FrequencyPart(
+            label=label, of=100, count=None, bound=None, patients=patients, right=right
+        )
     count = round(100 * probability)
     bound: Literal["under", "over"] | None = (
         "under" if count < 1 else "over" if count > 99 else None
     )
-    return FrequencyPart(label=label, of=100, count=count, bound=bound)
+    return FrequencyPart(
+        label=label, of=100, count=count, bound=bound, patients=patients, right=right
+    )
 
 
 def summarise(probabilities: Sequence[Sequence[float]], chosen: int) -> DrawnPart:
@@ -666,7 +697,15 @@ def status_of(
         reasons.append(ReasonPart(code=code, values=values))
 
     if prediction_set is not None and len(prediction_set.classes) == len(classes):
-        because("no_class_ruled_out", coverage=prediction_set.coverage, classes=len(classes))
+        if prediction_set.calibrated_on < prediction_set.least:
+            because(
+                "too_few_calibrated",
+                patients=prediction_set.calibrated_on,
+                least=prediction_set.least,
+                coverage=prediction_set.coverage,
+            )
+        else:
+            because("no_class_ruled_out", coverage=prediction_set.coverage, classes=len(classes))
     other = int(np.argmax(alone))
     if other != int(np.argmax(probabilities)):
         because("measurements_differ", label=classes[other], probability=alone[other])
@@ -678,7 +717,7 @@ def status_of(
     borrowed = dict.fromkeys(s.modality for s in steps if s.borrowed and s.decision == "admitted")
     if borrowed:
         because("borrowed", modalities=", ".join(borrowed))
-    if reasons and reasons[0].code == "no_class_ruled_out":
+    if reasons and reasons[0].code in ("no_class_ruled_out", "too_few_calibrated"):
         return "abstained", tuple(reasons)
     return ("caution" if reasons else "answered"), tuple(reasons)
 

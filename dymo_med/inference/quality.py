@@ -31,7 +31,7 @@ from dymo_med.bundle import ModelBundle
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import write_csv
 from dymo_med.inference.pictures import png, slices, watermark
-from dymo_med.inference.predict import Answers, calibrated
+from dymo_med.inference.predict import Answers
 from dymo_med.inference.report import words
 from dymo_med.metrics import bootstrap_means
 from dymo_med.modalities.table import Table
@@ -462,7 +462,7 @@ def _fidelity(
                 real.observed[rows],
             )
             logits = backbone.fuse(tokens, real.observed_available[rows]).logits
-            after = calibrated(logits, bundle.temperature)
+            after = bundle.calibration.probabilities(logits.cpu())
             index = rows.cpu()
             same = after.argmax(1) == before[index].argmax(1)
             change = (after - before[index]).abs().sum(1) / 2

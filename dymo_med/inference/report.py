@@ -26,6 +26,7 @@ from dymo_med.inference.prediction_file import (
     IntervalPart,
     PicturePart,
     PredictionFile,
+    PredictionSetPart,
     QualityPart,
     ReasonPart,
     ScanPart,
@@ -199,11 +200,7 @@ def _number(file: PredictionFile) -> dict[str, Any] | None:
             high=_decimal(found.high, found),
             unit=unit,
         )
-        basis = text["basis"].format(
-            coverage=percent(found.coverage),
-            n=found.calibrated_on,
-            among=words()["level"][found.compared_with],
-        )
+        basis = _basis(text, found)
     return {
         "big": _decimal(found.value, found) + unit,
         "interval": sentence,
@@ -273,8 +270,9 @@ def _count(key: str, number: int) -> str:
 def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     text = words()["answer"]
     name, p = prediction.classes[chosen], prediction.probabilities[chosen]
-    count = round(100 * p)
-    key = "frequency_low" if count < 1 else "frequency_high" if count > 99 else "frequency"
+    counted = prediction.frequency
+    key = "uncounted" if counted.count is None else "frequency"
+    key = {"under": "frequency_low", "over": "frequency_high", None: key}[counted.bound]
     used = _count("observed", len(prediction.observed))
     # In an average nothing is wholly in or out: the shares are listed instead.
     averaged = bool(prediction.subsets)
@@ -294,8 +292,16 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         else text[form].format_map({"class": name, "other": other}),
         "set": _set(prediction),
         "possible": None if possible is None else possible.classes,
-        "frequency": text[key].format_map({"class": name, "count": count, "rest": 100 - count}),
-        "count": count,
+        "frequency": text[key].format_map(
+            {
+                "class": name,
+                "count": counted.count,
+                "rest": 100 - (counted.count or 0),
+                "n": counted.patients,
+                "right": counted.right,
+            }
+        ),
+        "count": counted.count,
         "base": text["base"].format_map(
             {"class": name, "percent": percent(prediction.base_rates[chosen])}
         )
@@ -328,12 +334,17 @@ def _set(prediction: PredictionFile) -> list[str]:
         return [text["set_none"]]
     every = len(found.classes) == len(prediction.classes)
     key = "cannot_tell_set" if every else "set_one" if len(found.classes) == 1 else "set_some"
-    basis = text["set_basis"].format(
+    return [text[key].format(classes=", ".join(found.classes)), _basis(text, found)]
+
+
+def _basis(text: dict[str, str], found: PredictionSetPart | ValuePart) -> str:
+    """Return how many patients a set or an interval rests on, and what follows if too few."""
+    return text["basis" if found.calibrated_on >= found.least else "too_few"].format(
         coverage=percent(found.coverage),
         n=found.calibrated_on,
+        least=found.least,
         among=words()["level"][found.compared_with],
     )
-    return [text[key].format(classes=", ".join(found.classes)), basis]
 
 
 def _had(prediction: PredictionFile) -> list[dict[str, Any]]:
@@ -694,7 +705,6 @@ def _performance(prediction: PredictionFile) -> dict[str, Any] | None:
     return {
         "sentence": text[f"level_{part.level}"].format(
             patients=part.patients,
-            cases=part.cases,
             group=part.group,
             pattern=part.pattern_patients,
         ),
@@ -781,7 +791,8 @@ def _limits(prediction: PredictionFile) -> list[str]:
     result = [
         text["made_from"].format(
             train=part.patients.get("train", 0),
-            calibration=part.patients.get("calibration", 0),
+            fitted_on=part.fitted_on,
+            held_back=part.held_back,
             cohort=part.cohort,
             task=part.task,
         ),

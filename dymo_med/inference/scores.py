@@ -99,7 +99,7 @@ class Scores:
         admitted: Bool `(n, M)`: by the bundle's selector.
         points_to: `(n, M)`: class that a recovery alone points to; -1 = no candidate.
         sets: Bool `(n, K)`: prediction sets; None where the bundle has no calibration for them.
-        calibrated_on: `(n,)` how many cases a set was calibrated on.
+        calibrated_on: `(n,)` how many patients a set was calibrated on.
         subgroups: Per subgroup n levels.
         numbers: Of a regression, whose bands `classes` are; else None.
     """

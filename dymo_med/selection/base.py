@@ -106,7 +106,7 @@ class Selector(ABC):
         """Fit whatever is fitted; nothing by default.
 
         Args:
-            cases: Of the calibration split, and of no other.
+            cases: Of patients whom neither networks nor prediction sets were fitted on.
             statistics: Of the backbone behind them.
         """
 

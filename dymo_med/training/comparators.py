@@ -117,7 +117,8 @@ def train_comparators(
         plan: The recipe.
         specs: Modalities in canonical order, fitted.
         classes: K.
-        labelled: Labelled records of `train`, `validation` and `calibration`, on the CPU.
+        labelled: Labelled records of `train`, `validation` and `calibration`, on the CPU; of the
+            last those that the temperature is fitted on.
         weights: Theirs `(n,)`, by which every patient counts the same.
         run_stage: Trains one stage.
         log: Where stages leave their figures.
@@ -171,12 +172,12 @@ def train_comparators(
             comparator, labelled["validation"], weights["validation"], device, plan.seed, scale
         )
         error = {"log_loss" if scale is None else "mae": -figures.pop("score")}
-        logits, rows = _logits(comparator, labelled["calibration"], device, plan.seed)
-        held_back = labelled["calibration"]
+        fitting = labelled["calibration"]
+        logits, rows = _logits(comparator, fitting, device, plan.seed)
         temperature = 1.0  # of a regression: another would move the answers themselves
-        if held_back.shares is None:
+        if fitting.shares is None:
             temperature = fit_temperature(
-                logits, held_back.labels[rows], weights["calibration"][rows]
+                logits, fitting.labels[rows], [fitting.patient_ids[i] for i in rows.tolist()]
             )
         found[entry.name] = FittedComparator(
             comparator,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
+from dymo_med.conformal import AS_THEY_CAME
 from dymo_med.metrics import Estimate, bootstrap
-from dymo_med.selection import Cases
+from dymo_med.training.held_back import TriedOut
 from dymo_med.types import Interval, Performance, PerformanceRow
 
 # On fewer patients an interval says nothing, and single patients would show.
@@ -21,36 +20,31 @@ _METRICS = ("auroc", "brier", "ece")
 Level = Literal["pattern", "count", "all"]
 
 
-def performance(
-    answers: Mapping[str, Tensor], cases: Cases, patients: Sequence[str], default: str
-) -> Performance:
-    """Return how good the default selector and measurements alone are, by what cases have.
+def performance(tested: TriedOut, default: str) -> Performance:
+    """Return how good the default selector and measurements alone are, by what patients have.
 
-    Answers are those of patients whom the selector was not fitted on. The temperature and the
-    choice of the default did see the calibration split, so the figures flatter a little: they are
-    there to tell well-tested combinations of modalities from others, not to replace a test set.
+    Nothing was fitted on these patients, so the figures are those of new patients like them; they
+    are no test set all the same, since a model may have been made again because of them.
 
     Args:
-        answers: What `training.selectors.held_out` returned: log-probabilities `(B, K)` by
-            selector.
-        cases: The same B cases.
-        patients: Whose case each is.
+        tested: Answers of the finished model.
         default: The default selector.
 
     Returns:
         Rows for each pattern and each number of observed modalities that at least `FEWEST`
-        patients have, and for all; with 95 % intervals from 1000 resamples of patients.
+        patients have at least, and for all as they came; with 95 % intervals from 1000 resamples
+        of patients.
     """
-    labels = cases.labels.cpu().numpy()
-    names = cases.observed.names
+    labels, patients = tested.labels.numpy(), tested.patients
     groups: dict[tuple[Level, str], list[int]] = defaultdict(list)
-    for i, row in enumerate(cases.observed.available.tolist()):
-        observed = [n for n, seen in zip(names, row, strict=True) if seen]
-        groups["pattern", "+".join(observed)].append(i)
-        groups["count", str(len(observed))].append(i)
-        groups["all", ""].append(i)
+    for i, group in enumerate(tested.groups):
+        if group == AS_THEY_CAME:
+            groups["all", ""].append(i)
+        else:
+            groups["pattern", group].append(i)
+            groups["count", str(group.count("+") + 1)].append(i)
     methods = tuple(dict.fromkeys((default, "observed_only")))
-    probabilities = {m: answers[m].exp().numpy() for m in methods}
+    probabilities = {m: tested.answers[m].numpy() for m in methods}
     order: dict[Level, int] = {"all": 0, "count": 1, "pattern": 2}
     rows = []
     for (level, group), index in sorted(groups.items(), key=lambda g: (order[g[0][0]], g[0][1])):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,7 +69,8 @@ def train_references(
         classes: K.
         scale: Of a regression.
         everybody: All training records, labelled or not, on the CPU.
-        labelled: Labelled records of `train` and `calibration`.
+        labelled: Labelled records of `train` and `calibration`; of the latter those that
+            temperatures are fitted on.
         weights: `(n,)` of those of `train`, by which every patient counts the same.
         seed: Of folds, draws and subsets.
     """
@@ -99,7 +99,9 @@ def train_references(
         temperature = 1.0  # of a regression: another would move the answers themselves
         if scale is None:
             temperature = fit_temperature(
-                model.logits(features), held_back.labels[rows], _shares(held_back)[rows]
+                model.logits(features),
+                held_back.labels[rows],
+                [held_back.patient_ids[i] for i in rows.tolist()],
             )
         fitted[name] = FittedReference(model, temperature, settings)
         models = {**models, name: model}
@@ -119,7 +121,7 @@ def weigh(
 
     Args:
         references: Fitted.
-        held: Validation and calibration records.
+        held: Validation and calibration records; none that prediction sets rest on.
         scale: Of a regression.
         seed: Of what is hidden and of the folds.
 
@@ -236,10 +238,3 @@ def _loss(probabilities: Tensor, batch: Batch, scale: Scale | None) -> Tensor:
     if scale is not None and batch.shares is not None:
         return (scale.value(probabilities) - scale.value(batch.shares.double())).abs()
     return F.nll_loss(probabilities.clamp_min(1e-6).log(), batch.labels, reduction="none")
-
-
-def _shares(batch: Batch) -> Tensor:
-    """Return weights by which every patient counts the same."""
-    names, counts = np.unique(np.array(batch.patient_ids), return_counts=True)
-    visits = dict(zip(names.tolist(), counts.tolist(), strict=True))
-    return torch.tensor([1 / visits[p] for p in batch.patient_ids])

@@ -1,4 +1,4 @@
-"""Fitting selectors on the calibration split, and picking the default among them."""
+"""Fitting selectors, and picking the default among them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
-from dymo_med.conformal import Conformal
 from dymo_med.imputers import Imputer
 from dymo_med.references import Mixed, References, features_of, recovered_features
 from dymo_med.selection import SELECTORS, Cases, Selector
@@ -84,7 +83,7 @@ def calibration_cases(
     Args:
         imputer: The bundle's own.
         backbone: In evaluation mode.
-        batch: n labelled calibration records, on the CPU.
+        batch: n labelled records to fit on, on the CPU.
         weights: `(n,)`, by which every patient counts the same.
         temperature: Of the probabilities.
         seed: Decides what is hidden.
@@ -202,7 +201,7 @@ def fit_all(
     """Return every selector of the table, fitted.
 
     Args:
-        cases: Of the calibration split.
+        cases: Of patients to fit on.
         statistics: Of the backbone.
         options: Options by selector, where they are not the default ones.
     """
@@ -278,7 +277,7 @@ def held_out(
 
     Args:
         selectors: By name.
-        cases: Of the calibration split.
+        cases: Of patients to fit on.
         statistics: Of the backbone.
         patients: Whose case each is.
     """
@@ -287,27 +286,6 @@ def held_out(
         with _convergence_heard(name):
             logits[name] = held_out_logits(selector, cases, statistics, patients)
     return {n: (z.double().cpu() / cases.temperature).log_softmax(-1) for n, z in logits.items()}
-
-
-def conformal(answers: Mapping[str, Tensor], cases: Cases, scale: Scale | None = None) -> Conformal:
-    """Return what prediction sets, and a regression's intervals, are calibrated on.
-
-    Args:
-        answers: What `held_out` returned.
-        cases: The same cases.
-        scale: Of a regression.
-    """
-    labels = cases.labels.cpu()
-    rows = torch.arange(len(labels))
-    names = cases.observed.names
-    return Conformal(
-        tuple(
-            "+".join(n for n, seen in zip(names, row, strict=True) if seen)
-            for row in cases.observed.available.tolist()
-        ),
-        {n: tuple((1 - p[rows, labels].exp()).tolist()) for n, p in answers.items()},
-        {n: tuple(e.tolist()) for n, e in absolute_errors(answers, cases, scale).items()},
-    )
 
 
 def absolute_errors(

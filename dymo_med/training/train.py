@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,11 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 import dymo_med
-from dymo_med.backbones import BACKBONES, as_one
+from dymo_med.backbones import BACKBONES, FusionBackbone, as_one
 from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
+from dymo_med.calibration import Calibration
 from dymo_med.config import Named, Recipe
+from dymo_med.conformal import Conformal
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import WITHOUT_IT, fit_norms
@@ -31,12 +33,13 @@ from dymo_med.files import write_text
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
 from dymo_med.logs import kept
 from dymo_med.modalities import modality
-from dymo_med.references import features_of
-from dymo_med.selection import fit_statistics
-from dymo_med.training.calibration import fit_temperature
+from dymo_med.references import References, features_of
+from dymo_med.selection import Selector, fit_statistics
+from dymo_med.training.calibration import FEWEST, fit_temperature
 from dymo_med.training.comparators import train_comparators
 from dymo_med.training.curves import draw_curves
-from dymo_med.training.loop import Log, Progress, new_weights, train_stage
+from dymo_med.training.held_back import try_out
+from dymo_med.training.loop import Log, Progress, new_weights, stream, train_stage
 from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
@@ -52,19 +55,27 @@ from dymo_med.training.segmentation import LEAST_MASKS, train_segmentation
 from dymo_med.training.selectors import (
     calibration_cases,
     choose,
-    conformal,
     fit_all,
     held_out,
 )
 from dymo_med.training.use import audit_use, warnings_of
-from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Scale, Split
+from dymo_med.types import (
+    Batch,
+    Choice,
+    Cohort,
+    ModalitySpec,
+    PatientRecord,
+    Performance,
+    Scale,
+    Split,
+    SubsetStatistics,
+    Use,
+)
 
 BUDGET_S = 1200.0
 """Seconds that a run without a recipe may take, about."""
 
 _FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
-# Where references are compared with the network.
-_WEIGHED_ON: tuple[Split, ...] = ("validation", "calibration")
 
 
 def train(
@@ -86,9 +97,11 @@ def train(
     Comparators that the recipe names are trained after the backbone. Plain references always are;
     where one is better than the network, the bundle's answers rest on it too.
 
-    Weights, statistics and table constants are fitted on the train split; epochs are chosen on
-    validation; temperature and selectors are fitted on calibration, where the default selector is
-    picked too unless the recipe names one; the test split is not read.
+    Weights, statistics and table constants are fitted on the train split. Epochs are chosen on
+    validation. Temperature and selectors are fitted, and the default selector is picked unless
+    the recipe names one, on one half of the calibration patients (of fewer than 60: on validation
+    patients); prediction sets, limits of the probabilities and the bundle's own figures rest on
+    the others. The test split is not read.
 
     Args:
         recipe: Recipe file; None = chosen from the cohort (`training.plan`) and written to
@@ -272,7 +285,8 @@ def _fit(
     if not tied:
         _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
     labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
-    fitting, held_back = labelled["train"], labelled["calibration"]
+    fitting = labelled["train"]
+    adjusting, held_back = part(labelled["validation"], labelled["calibration"], plan.seed)
     weights = record_weights(fitting)
     for stage, network in zip(stages, networks, strict=True):
         objective = FusionObjective(
@@ -303,7 +317,7 @@ def _fit(
         plan,
         specs,
         classes,
-        labelled,
+        {**labelled, "calibration": adjusting},
         {s: record_weights(b) for s, b in labelled.items()},
         run_stage,
         log,
@@ -323,49 +337,27 @@ def _fit(
             classes,
             backbone.distance,
         )
-        logits, rows = subset_logits(
-            encode_all(backbone, held_back, fabric.device),
-            held_back.observed.available.to(fabric.device),
-            sampled_subsets(len(specs), plan.seed),
-        )
-        rows = rows.cpu()
-        temperature = 1.0  # of a regression: another would move the answers themselves
-        if scale is None:
-            temperature = fit_temperature(
-                logits.cpu(), held_back.labels[rows], record_weights(held_back)[rows]
-            )
         references = train_references(
-            specs, classes, scale, data["train"], labelled, weights, plan.seed
-        )
-        held = [
-            Held(
-                labelled[split],
-                features_of(labelled[split], specs),
-                encode_all(backbone, labelled[split], fabric.device),
-                temperature,
-            )
-            for split in _WEIGHED_ON
-        ]
-        references = weigh(references, held, scale, plan.seed)
-        use = audit_use(held, references, scale, plan.seed)
-        cases, patients = calibration_cases(
-            imputer,
-            backbone,
-            held_back,
-            record_weights(held_back),
-            temperature,
+            specs,
+            classes,
+            scale,
+            data["train"],
+            {**labelled, "calibration": adjusting},
+            weights,
             plan.seed,
-            fabric.device,
-            references,
         )
-        asked = plan.selector
-        selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
-        answers = held_out(selectors, cases, statistics, patients)
-        choice = choose(answers, cases, patients, scale)
-        prediction_sets = conformal(answers, cases, scale)
-        if asked is not None:
-            choice = replace(choice, name=asked.name, why="The recipe asked for it.")
-        tested = performance(answers, cases, patients, choice.name)
+    answering = fit_answers(
+        plan,
+        imputer,
+        backbone,
+        statistics,
+        references,
+        labelled["validation"],
+        adjusting,
+        held_back,
+        fabric.device,
+        scale,
+    )
     shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
     bundle = ModelBundle(
         name=plan.name,
@@ -377,24 +369,166 @@ def _fit(
         imputer_entry=imputer_entry,
         backbone=backbone,
         backbone_entry={"name": plan.backbone.name, **backbone_options.model_dump()},
-        selectors=selectors,
-        choice=choice,
+        selectors=answering.selectors,
+        choice=answering.choice,
         statistics=statistics,
-        temperature=temperature,
+        calibration=answering.calibration,
         base_rates=tuple(float(s) for s in shares),
         comparators=comparators,
-        references=references,
-        use=use,
-        conformal=prediction_sets,
-        performance=tested,
+        references=answering.references,
+        use=answering.use,
+        conformal=answering.conformal,
+        performance=answering.performance,
         provenance=_provenance(plan, described, data, labelled, log),
         norms=fit_norms(specs, records["train"], described.quality),
     )
     bundle.save(out / "bundle")
     if warn is not None:
-        for text in filter(None, [warning_of(references), *warnings_of(use)]):
+        for text in filter(None, [warning_of(answering.references), *warnings_of(answering.use)]):
             warn(text)
     return out / "bundle"
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What turns networks into answers: fitted on some patients, tried out on others.
+
+    Attributes:
+        references: With what part of an answer is theirs.
+        use: Which modalities answers rest on, by the patients they are fitted on.
+        calibration: Of the probabilities: the temperature is fitted, the counts are tried out.
+        selectors: Every one of the table, fitted.
+        choice: Which is the default, and why; by the patients they are fitted on.
+        conformal: From the others.
+        performance: On the others.
+    """
+
+    references: References
+    use: Use
+    calibration: Calibration
+    selectors: Mapping[str, Selector]
+    choice: Choice
+    conformal: Conformal
+    performance: Performance
+
+
+def part(validation: Batch, calibration: Batch, seed: int) -> tuple[Batch, Batch]:
+    """Return who answers are fitted on and who they are tried out on; nobody is in both.
+
+    Of 60 calibration patients or more half, drawn by the seed, are fitted on, and the other half
+    tried out. Fewer are all tried out, and validation patients are fitted on. Those chose the
+    networks' epochs, which makes networks look surer of themselves than they should be; so they
+    are second choice.
+
+    Args:
+        validation: Labelled validation records.
+        calibration: Labelled calibration records.
+        seed: Of the draw; it looks at ids alone.
+    """
+    patients = sorted(set(calibration.patient_ids))
+    if len(patients) < 2 * FEWEST:
+        return validation, calibration
+    order = torch.randperm(len(patients), generator=stream(seed, "who answers are fitted on"))
+    chosen = {patients[i] for i in order[: len(patients) // 2].tolist()}
+    inside = torch.tensor([p in chosen for p in calibration.patient_ids])
+    return (
+        calibration.rows(inside.nonzero().squeeze(1)),
+        calibration.rows((~inside).nonzero().squeeze(1)),
+    )
+
+
+@torch.no_grad()
+def fit_answers(
+    plan: Recipe,
+    imputer: Imputer,
+    backbone: FusionBackbone,
+    statistics: SubsetStatistics,
+    references: References,
+    validation: Batch,
+    fitting: Batch,
+    held_back: Batch,
+    device: torch.device,
+    scale: Scale | None = None,
+) -> Answering:
+    """Fit temperature, selectors and the choice among them, then try the result out on others.
+
+    Args:
+        plan: The recipe: its selector and its seed.
+        imputer: Trained.
+        backbone: Trained, in evaluation mode.
+        statistics: Of the backbone, on training records.
+        references: Fitted; how much of an answer is theirs is decided here.
+        validation: Labelled validation records, on the CPU.
+        fitting: Labelled records, on the CPU: everything is fitted on these (`part`).
+        held_back: Labelled records of other patients, on the CPU: nothing is fitted on these, so
+            sets and figures that rest on them hold for new patients.
+        device: Where to compute.
+        scale: Of a regression.
+    """
+    temperature = 1.0  # of a regression: another would move the answers themselves
+    if scale is None:
+        logits, rows = subset_logits(
+            encode_all(backbone, fitting, device),
+            fitting.observed.available.to(device),
+            sampled_subsets(len(backbone.specs), plan.seed),
+        )
+        rows = rows.cpu()
+        temperature = fit_temperature(
+            logits.cpu(),
+            fitting.labels[rows],
+            [fitting.patient_ids[i] for i in rows.tolist()],
+        )
+    held = [
+        Held(
+            batch,
+            features_of(batch, backbone.specs),
+            encode_all(backbone, batch, device),
+            temperature,
+        )
+        for batch in ((fitting,) if fitting is validation else (validation, fitting))
+    ]
+    references = weigh(references, held, scale, plan.seed)
+    cases, patients = calibration_cases(
+        imputer,
+        backbone,
+        fitting,
+        record_weights(fitting),
+        temperature,
+        plan.seed,
+        device,
+        references,
+    )
+    asked = plan.selector
+    selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
+    choice = choose(held_out(selectors, cases, statistics, patients), cases, patients, scale)
+    if asked is not None:
+        choice = replace(choice, name=asked.name, why="The recipe asked for it.")
+    calibration = Calibration(
+        temperature,
+        len(set(fitting.patient_ids)),
+        len(set(held_back.patient_ids)) if scale is None else None,
+    )
+    tested = try_out(
+        imputer,
+        backbone,
+        selectors,
+        statistics,
+        calibration,
+        held_back,
+        plan.seed,
+        device,
+        scale,
+        references,
+    )
+    return Answering(
+        references,
+        audit_use(held, references, scale, plan.seed),
+        tested.counted(calibration),
+        selectors,
+        choice,
+        tested.conformal(),
+        performance(tested, choice.name),
+    )
 
 
 def _provenance(

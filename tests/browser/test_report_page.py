@@ -129,7 +129,9 @@ def test_the_page_says_what_the_prediction_says(pages, visit, case):
     assert words()["status"][file.status] in banner
     assert page.locator("#status li").count() >= len(file.status_reasons)
     assert percent(file.probabilities[file.chosen]) in answer
-    assert f"worked out on {file.prediction_set.calibrated_on} held-back cases" in answer
+    n = file.prediction_set.calibrated_on
+    few = n < file.prediction_set.least
+    assert f"{'It rests' if few else 'worked out'} on {n} held-back patients" in answer
     rows = page.locator("#had tbody tr").all_inner_texts()
     names = {*file.observed, *file.recovered, *file.absent}
     assert sorted(row.split()[0] for row in rows) == sorted(names)
@@ -274,6 +276,7 @@ def test_who_cannot_tell_says_so_before_any_number(made):
             "coverage": 0.9,
             "compared_with": "pattern",
             "calibrated_on": 41,
+            "least": 9,
         },
     )
     assert "the model cannot tell" in said(page, "#banner")
@@ -281,7 +284,7 @@ def test_who_cannot_tell_says_so_before_any_number(made):
     answer = said(page, "#answer")
     assert answer.index("The model cannot tell") < answer.index("77 %")
     assert "The set holds all of these: low, high." in answer
-    assert "41 held-back cases who had exactly the same modalities" in answer
+    assert "41 held-back patients who had these modalities, looked at with no others" in answer
     assert "more likely answer" not in answer
     sizes = [
         page.locator(part).evaluate("e => parseFloat(getComputedStyle(e).fontSize)")
@@ -291,7 +294,13 @@ def test_who_cannot_tell_says_so_before_any_number(made):
 
 
 def test_a_set_of_one_class_leaves_the_others_outside(made):
-    found = {"classes": ("high",), "coverage": 0.9, "compared_with": "all", "calibrated_on": 90}
+    found = {
+        "classes": ("high",),
+        "coverage": 0.9,
+        "compared_with": "all",
+        "calibrated_on": 90,
+        "least": 9,
+    }
     rows = made(prediction_set=found).locator(".classes li").all_inner_texts()
     assert "in the set" in rows[0] and "outside the 90 % set" in rows[1]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dymo_med.bundle import TABLES, checksums_of, load_bundle
+from dymo_med.calibration import supported
 from dymo_med.comparators import COMPARATORS
 from dymo_med.comparators.base import narrowed, only
 from dymo_med.config import Recipe, read_recipe
@@ -504,7 +505,9 @@ def test_probabilities_are_calibrated_and_each_records_own(compared, records):
         fitted = compared.comparators[name]
         assert p.dtype == torch.float64 and p.shape == (len(batch), 2)
         torch.testing.assert_close(p.sum(1), torch.ones(len(batch), dtype=torch.float64))
-        expected = torch.softmax(fitted.network(batch).double() / fitted.temperature, dim=1)
+        raw = torch.softmax(fitted.network(batch).double() / fitted.temperature, dim=1)
+        # As few patients limit them as the bundle's own answers.
+        expected = supported(raw, compared.calibration.patients)
         assert torch.equal(p, expected)
         alone = comparator_probabilities(compared, batch.rows(torch.tensor([3])))
         torch.testing.assert_close(alone[name][0], p[3], atol=1e-6, rtol=0)
@@ -537,16 +540,15 @@ def test_modalities_that_no_labelled_record_has(tmp_path):
     assert all(math.isfinite(f.temperature) for f in found.values())
 
 
-def test_temperatures_are_those_of_the_calibration_split(compared, records, cohort):
-    held_back = [r for r in records if cohort.splits[r.patient_id] == "calibration"]
+def test_temperatures_are_those_of_the_validation_split(compared, records, cohort):
+    held_back = [r for r in records if cohort.splits[r.patient_id] == "validation"]
     batch = collate([r for r in held_back if r.label is not None], compared.specs)
     subsets = torch.tensor(list(itertools.product([False, True], repeat=len(compared.specs)))[1:])
     used = within(batch.observed.available, subsets)
-    visits = [batch.patient_ids.count(p) for p in batch.patient_ids]
-    labels, weights = batch.labels.repeat(len(used)), (1 / torch.tensor(visits)).repeat(len(used))
+    labels, patients = batch.labels.repeat(len(used)), batch.patient_ids * len(used)
     for fitted in compared.comparators.values():
         logits = fitted.network.under(batch, used).flatten(0, 1)
-        expected = fit_temperature(logits, labels, weights)
+        expected = fit_temperature(logits, labels, patients)
         assert fitted.temperature == pytest.approx(expected, rel=1e-3)
 
 
@@ -559,6 +561,10 @@ def test_the_shipped_bundle_has_none_and_keeps_its_id():
 
 def spoil_temperature(stored):
     stored["unimodal"]["temperature"] = 0
+
+
+def spoil_temperature_beyond_reason(stored):
+    stored["unimodal"]["temperature"] = 1e6
 
 
 def spoil_sizes(stored):
@@ -574,7 +580,15 @@ def leave_one_out(stored):
 
 
 @pytest.mark.parametrize(
-    "spoil", [spoil_temperature, spoil_sizes, spoil_names, leave_one_out, None]
+    "spoil",
+    [
+        spoil_temperature,
+        spoil_temperature_beyond_reason,
+        spoil_sizes,
+        spoil_names,
+        leave_one_out,
+        None,
+    ],
 )
 def test_comparators_that_do_not_fit_are_a_bundle_error(trained, tmp_path, spoil):
     folder = shutil.copytree(trained[2], tmp_path / "bundle")

@@ -273,6 +273,7 @@ RECIPE_CASES = [
 
 QUALITY, SELECTORS = "configs/quality.json", "configs/selectors.json"
 CARD, META, INFERENCE = "docs/README.md", "configs/metadata.json", "configs/inference.json"
+CALIBRATION, CONFORMAL = "configs/calibration.json", "configs/conformal.json"
 WEIGHTS, SUMS = "models/backbone.safetensors", "checksums.json"
 
 BUNDLE = [
@@ -309,6 +310,19 @@ BUNDLE = [
         [INFERENCE, "finite"],
     ),
     ("temperature of 0", resummed(edit(INFERENCE, at("temperature", to=0))), ["temperature"]),
+    ("temperature of 1e6", resummed(edit(INFERENCE, at("temperature", to=1e6))), ["temperature"]),
+    ("temperature of 1e-9", resummed(edit(INFERENCE, at("temperature", to=1e-9))), ["temperature"]),
+    ("negative patients", resummed(edit(CALIBRATION, at("patients", to=-1))), ["version"]),
+    ("patients in words", resummed(edit(CALIBRATION, at("patients", to="many"))), ["version"]),
+    ("half a patient", resummed(edit(CALIBRATION, at("fitted_on", to=0.5))), ["version"]),
+    ("counts without answers", resummed(edit(CALIBRATION, at("right", to={}))), ["version"]),
+    ("sets at another level", resummed(edit(CONFORMAL, at("coverage", to=0.5))), ["version"]),
+    (
+        "a bound without patients",
+        resummed(edit(CONFORMAL, at("scores", "dymo", "", to={"patients": 3, "bound": 0.1}))),
+        ["version"],
+    ),
+    ("bounds that are a list", resummed(put(CONFORMAL, b"[]")), ["version"]),
     ("class shares beyond 1", resummed(edit(INFERENCE, at("base_rates", to=[1, 1]))), ["version"]),
     ("unknown imputer", resummed(edit(INFERENCE, at("imputer", "name", to="no"))), ["version"]),
     ("unknown option", resummed(edit(INFERENCE, at("imputer", "x", to=1))), ["version"]),

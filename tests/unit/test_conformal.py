@@ -1,82 +1,120 @@
+"""Prediction sets and intervals: ranks in closed form, who counts, what few can say."""
+
+from fractions import Fraction
+from math import ceil
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dymo_med.conformal import COVERAGE, Conformal
+from dymo_med.conformal import (
+    AS_THEY_CAME,
+    COVERAGE,
+    FEWEST,
+    Bound,
+    Conformal,
+    bound_of,
+    calibrate,
+)
+from dymo_med.types import Scale
 
-
-def simulated(n, seed, patterns=("a", "b", "a+b", "c")):
-    """Answers of a model that is right to a different degree in each pattern."""
-    rng = np.random.default_rng(seed)
-    pattern = rng.choice(patterns, n)
-    skill = np.array([{"a": 0.3, "b": 0.8, "a+b": 1.5}.get(p, 0.0) for p in pattern])
-    label = rng.integers(0, 3, n)
-    logits = rng.normal(size=(n, 3))
-    logits[np.arange(n), label] += skill
-    p = np.exp(2 * logits)  # far too sure of itself
-    return p / p.sum(1, keepdims=True), label, pattern
-
-
-def conformal(p, label, pattern):
-    return Conformal(tuple(pattern), {"m": tuple(1 - p[np.arange(len(p)), label])})
+SCALE = Scale(-3.0, 3.0, (-3.0, 0.0, 3.0))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_pattern_is_covered_at_the_stated_rate(seed):
-    fitted = conformal(*simulated(2000, seed))
-    p, label, pattern = simulated(20_000, seed + 10)
-    found = fitted.sets("m", p, list(pattern))
-    covered = found.members[np.arange(len(p)), label]
-    for name in ("a", "b", "a+b", "c"):
-        inside = pattern == name
-        calibrated = (np.array(fitted.patterns) == name).sum()
-        assert (found.calibrated_on[inside] == calibrated).all()
-        assert {g for g, i in zip(found.group, inside, strict=True) if i} == {"pattern"}
-        # The coverage of one calibration sample scatters as a beta distribution does.
-        error = 4 * (COVERAGE * (1 - COVERAGE) / calibrated) ** 0.5
-        assert abs(covered[inside].mean() - COVERAGE) < error + 0.02
-    # Sets are larger where the model knows less.
-    size = {n: found.members[pattern == n].sum(1).mean() for n in ("a", "b", "a+b")}
-    assert size["a"] > size["b"] + 0.1 > size["a+b"] + 0.2
+def both(pattern, scores):
+    """Bounds of patients of one pattern who came with nothing else."""
+    n = len(scores)
+    return calibrate(
+        (pattern,) * n + (AS_THEY_CAME,) * n, (*range(n), *range(n)), {"m": (*scores, *scores)}
+    )
 
 
-def test_few_of_a_pattern_are_compared_with_others_who_lack_as_much():
-    p, label, pattern = simulated(400, 1)
-    keep = (pattern != "c") | (np.cumsum(pattern == "c") <= 5)
-    fitted = conformal(p[keep], label[keep], pattern[keep])
-    found = fitted.sets("m", p[:4], ["c", "d", "a+b", "a+b+c+d"])
-    single = sum("+" not in x for x in fitted.patterns)
-    assert found.group == ("count", "count", "pattern", "all")
-    assert found.calibrated_on.tolist()[:2] == [single, single]
-    assert found.calibrated_on[3] == len(fitted.patterns)
+def test_nine_patients_are_needed_at_ninety_percent():
+    """0.9 / (1 - 0.9) is 9.000000000000002 in floating point, and its ceiling 10."""
+    assert FEWEST == 9 and COVERAGE == 0.9
+    assert bound_of([0.5] * 8) == Bound(8, None)
+    assert bound_of([0.5] * 8 + [0.7]) == Bound(9, 0.7)
 
 
-def test_a_set_follows_the_definition():
-    """With n scores a class stays unless fewer than 10 % of n + 1 are at least as strange."""
-    scores = np.arange(1, 40) / 40
-    fitted = Conformal(("a",) * 39, {"m": tuple(scores)})
-    p = np.array([[0.90, 0.06, 0.04], [0.55, 0.40, 0.05]])
-    found = fitted.sets("m", p, ["a", "a"])
-    expected = [[(1 + (scores >= 1 - x).sum()) / 40 >= 0.1 for x in row] for row in p]
-    expected[0][0] = expected[1][0] = True
-    assert found.members.tolist() == expected
+@pytest.mark.parametrize("n", [9, 10, 18, 19, 20, 29, 30, 59, 60, 99, 199])
+def test_the_rank_is_the_smallest_that_covers(n):
+    scores = np.random.default_rng(n).permutation(np.arange(1, n + 1) / n)
+    rank = round(bound_of(scores.tolist()).bound * n)
+    # Of n + 1 exchangeable scores the new one is among the `rank` smallest with this probability.
+    assert Fraction(rank, n + 1) >= Fraction(9, 10) > Fraction(rank - 1, n + 1)
 
 
-def test_a_row_does_not_depend_on_the_others():
-    fitted = conformal(*simulated(300, 2))
-    p, _, pattern = simulated(50, 3)
-    together = fitted.sets("m", p, list(pattern))
-    for i in range(50):
-        alone = fitted.sets("m", p[i : i + 1], [str(pattern[i])])
-        assert alone.members[0].tolist() == together.members[i].tolist()
-        assert alone.group[0] == together.group[i]
+@given(st.lists(st.floats(0, 1), min_size=9, max_size=60))
+def test_of_any_scores_nine_in_ten_are_within_the_bound(scores):
+    """Leaving each out in turn: the share of those within the bound of the others."""
+    n = len(scores)
+    inside = [
+        (found := bound_of(scores[:i] + scores[i + 1 :])).bound is None or scores[i] <= found.bound
+        for i in range(n)
+    ]
+    assert sum(inside) >= ceil(Fraction(9, 10) * n)
 
 
-def test_nothing_to_compare_with_rules_nothing_out():
-    found = Conformal((), {"m": ()}).sets("m", np.array([[0.99, 0.01]]), ["a"])
-    assert found.members.all() and found.calibrated_on.tolist() == [0]
+@pytest.mark.parametrize("copies", [1, 2, 6])
+@pytest.mark.parametrize("n", [2, 5, 8, 9, 19])
+def test_copies_of_a_patient_count_once(n, copies):
+    scores = np.random.default_rng(n).uniform(size=n).tolist()
+    patients = list(range(n)) * copies
+    found = calibrate(["a"] * n * copies, patients, {"m": scores * copies}).scores["m"]["a"]
+    assert found == bound_of(scores) and found.patients == n
+
+
+def test_of_several_records_of_a_patient_one_counts():
+    scores = [i / 20 for i in range(20)]
+    found = calibrate(["a"] * 20, [i // 2 for i in range(20)], {"m": scores}).scores["m"]["a"]
+    assert found == bound_of(scores[::2])
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 8])
+def test_too_few_rule_nothing_out(n):
+    found = both("a", [0.0] * n)
+    sets = found.sets("m", np.array([[1.0, 0.0, 0.0]]), ["a"])
+    assert sets.members.all() and sets.calibrated_on.tolist() == [n] and sets.group == ("pattern",)
+    errors = calibrate(("a",) * n, range(n), {}, {"m": [0.0] * n})
+    interval = errors.intervals("m", np.array([0.5]), ["a"], SCALE)
+    assert (interval.low[0], interval.high[0]) == (-3, 3)
+
+
+def test_a_pattern_that_nobody_had_rules_nothing_out():
+    found = both("a", [0.01] * 50).sets("m", np.array([[0.98, 0.01, 0.01]] * 2), ["b", "a"])
+    assert found.members.tolist() == [[True] * 3, [True, False, False]]
+    assert found.calibrated_on.tolist() == [0, 50]
+
+
+def test_the_larger_of_both_bounds_holds():
+    def of(own, everybody):
+        return Conformal({"m": {"a": Bound(20, own), AS_THEY_CAME: Bound(40, everybody)}})
+
+    p = np.array([[0.7, 0.2, 0.1]])
+    for own, everybody, group, n in ((0.85, 0.4, "pattern", 20), (0.4, 0.85, "all", 40)):
+        found = of(own, everybody).sets("m", p, ["a"])
+        assert found.members.tolist() == [[True, True, False]]
+        assert (found.group, found.calibrated_on.tolist()) == ((group,), [n])
 
 
 def test_the_answer_is_always_in():
-    fitted = Conformal(("a",) * 30, {"m": (0.01,) * 30})
-    found = fitted.sets("m", np.array([[0.5, 0.3, 0.2]]), ["a"])
+    found = both("a", [0.01] * 30).sets("m", np.array([[0.5, 0.3, 0.2]]), ["a"])
     assert found.members.tolist() == [[True, False, False]]
+
+
+def test_an_interval_is_as_wide_as_the_bound_and_ends_where_the_scale_does():
+    bounds = {"a": Bound(20, 0.5), AS_THEY_CAME: Bound(40, 0.25)}
+    found = Conformal({}, {"m": bounds}).intervals("m", np.array([0.0, 2.9]), ["a", "a"], SCALE)
+    assert found.low.tolist() == pytest.approx([-0.5, 2.4])
+    assert found.high.tolist() == pytest.approx([0.5, 3.0])
+    with pytest.raises(KeyError):
+        Conformal({}, {}).intervals("m", np.array([0.0]), ["a"], SCALE)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(8, 0.5), (9, None), (-1, None), (8.5, None), (20, float("nan")), (20, float("inf"))]
+)
+def test_a_bound_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="bound"):
+        Bound(*wrong)

@@ -140,7 +140,7 @@ def test_saliency_tells_places_and_intensities_apart(run, records):
         answers.recovery,
         answers.own,
         0,
-        temperature=bundle.temperature,
+        calibration=bundle.calibration,
         base_rates=bundle.base_rates,
     )
     centers = {s.name: s.descriptors.center for s in bundle.specs if s.descriptors}

@@ -25,7 +25,7 @@ def subject_of(bundle, answers, row=0):
         answers.recovery,
         answers.own,
         row,
-        temperature=bundle.temperature,
+        calibration=bundle.calibration,
         base_rates=bundle.base_rates,
     )
 
@@ -74,7 +74,7 @@ def test_captum_finds_the_same_values(bundle, records):
         if not used.any():
             return torch.full((len(present),), subject.base_rate)
         output = fuse(torch.zeros(len(present), dtype=torch.int64), used, torch.zeros_like(used))
-        return torch.softmax(output.logits / bundle.temperature, 1)[:, subject.chosen]
+        return bundle.calibration.probabilities(output.logits)[:, subject.chosen].float()
 
     expected = ShapleyValues(forward).attribute(torch.ones(1, 4))
     values = [a.value for a in modality_shapley(subject)]
@@ -271,7 +271,7 @@ def test_shapley_values_agree_with_brute_force(bundle, records, name):
                 total += w * subject.base_rate
                 continue
             logits = answers.fuse(torch.zeros(1, dtype=torch.int64), used[None], admitted[None])
-            p = torch.softmax(logits.logits.double() / asked.temperature, -1)
+            p = asked.calibration.probabilities(logits.logits)
             total += w * float(p[0, subject.chosen])
         return total
 

@@ -59,8 +59,9 @@ def full(**changes):
         "prediction_set": {
             "classes": ("high",),
             "coverage": 0.9,
-            "compared_with": "count",
+            "compared_with": "all",
             "calibrated_on": 64,
+            "least": 9,
         },
         "draws": {"n": 2, "seed": 7, "central": 0.9, "own": drawn, "trust_all": drawn},
         "acquire": {

@@ -14,7 +14,6 @@ from dymo_med.files import complete_folder, write_csv, write_json
 from dymo_med.inference import predict as module
 from dymo_med.inference.predict import (
     answer,
-    calibrated,
     impute_patient,
     predict_batch,
     predict_patient,
@@ -60,12 +59,6 @@ def test_steps_say_what_became_of_every_candidate():
         (1, "c", "recovered", "not yet"),
         (2, "c", "recovered", "stopped"),
     ]
-
-
-def test_calibrated_probabilities_are_softmax_of_scaled_logits():
-    p = calibrated(torch.tensor([[0.0, 2.0]]), 2.0)
-    assert p.dtype == torch.float64
-    assert p[0, 1].item() == pytest.approx(1 / (1 + math.exp(-1)))
 
 
 def test_alone_and_in_a_batch_the_answers_agree(bundle, records):

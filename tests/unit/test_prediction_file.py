@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dymo_med.bundle import checksums_of, load_bundle
 from dymo_med.cli import main
 from dymo_med.errors import PatientDataError
 from dymo_med.inference import predict as module
@@ -182,13 +183,23 @@ def test_the_summary_of_draws():
 
 
 def test_frequencies_are_never_certain():
-    assert frequency("a", 0.001).model_dump() == {
+    assert frequency("a", 0.001, 10, 1).model_dump() == {
         "label": "a",
         "of": 100,
         "count": 0,
         "bound": "under",
+        "patients": 10,
+        "right": 1,
     }
-    assert frequency("a", 0.999).bound == "over" and frequency("a", 0.5).bound is None
+    assert frequency("a", 0.999, 50, 49).bound == "over"
+    assert frequency("a", 0.5, 50, 20).bound is None
+
+
+def test_a_frequency_needs_patients_to_count():
+    for n in range(10):
+        found = frequency("a", 0.999, n, n)
+        assert (found.count, found.bound, found.patients) == (None, None, n)
+    assert frequency("a", 0.999, 10, 10).count == 100
 
 
 def test_every_reason_for_caution_and_the_one_for_none(file):
@@ -209,9 +220,12 @@ def test_every_reason_for_caution_and_the_one_for_none(file):
 
     assert status() == ("answered", [])
     assert status(alone=(0.6, 0.4)) == ("caution", ["measurements_differ"])
-    both = file.prediction_set.model_copy(update={"classes": ("low", "high")})
-    one = file.prediction_set.model_copy(update={"classes": ("high",)})
+    enough = {"calibrated_on": 9, "least": 9}
+    both = file.prediction_set.model_copy(update={"classes": ("low", "high"), **enough})
+    one = both.model_copy(update={"classes": ("high",)})
+    few = both.model_copy(update={"calibrated_on": 8})
     assert status(prediction_set=both) == ("abstained", ["no_class_ruled_out"])
+    assert status(prediction_set=few) == ("abstained", ["too_few_calibrated"])
     assert status(prediction_set=one) == ("answered", [])
     for changes, expected in ((0.09, "answered"), (0.1, "caution")):
         own = file.draws.own.model_copy(update={"changes": changes})
@@ -285,3 +299,41 @@ def test_sliders_show_the_body_and_marks_of_what_is_made_up(file):
         *file.observed,
         *file.trusted,
     }
+
+
+def test_a_bundle_with_three_calibration_patients_rules_nothing_out(bundle, records):
+    """Sets hold every class and say why; nothing is stated that three patients cannot support."""
+    assert bundle.calibration.patients == 3
+    for record in records[:4]:
+        answers, file = file_for(bundle, record)
+        assert file.prediction_set.classes == file.classes
+        assert file.prediction_set.calibrated_on <= 3 < file.prediction_set.least == 9
+        assert file.status == "abstained" and file.status_reasons[0].code == "too_few_calibrated"
+        assert file.frequency.count is None and file.frequency.patients <= 3
+        for p in answers.probabilities.values():
+            assert float(p.max()) <= 4 / 5 + 1e-12
+    assert file.limits.held_back == 3 and file.limits.fitted_on == 3
+
+
+def test_a_bundle_from_before_patients_were_counted_promises_no_sets(bundle, records, tmp_path):
+    folder = tmp_path / "old"
+    bundle.save(folder)
+    (folder / "configs" / "calibration.json").unlink()
+    cases = {"patterns": ["t1"] * 30, "scores": {"dymo": [0.1] * 30}}
+    (folder / "configs" / "conformal.json").write_text(json.dumps(cases))
+    (folder / "checksums.json").write_text(json.dumps(checksums_of(folder)))
+    old = load_bundle(folder, "cpu")
+    assert old.conformal is None
+    # All it fitted was fitted on the patients whom it chose the selector by.
+    assert old.calibration.patients == old.calibration.fitted_on == bundle.choice.patients
+    _, file = file_for(old, records[0])
+    assert file.prediction_set is None and file.frequency.count is None
+
+
+def test_a_saved_bundle_keeps_what_its_answers_rest_on(bundle, tmp_path):
+    bundle.save(tmp_path / "again")
+    again = load_bundle(tmp_path / "again", "cpu")
+    assert again.calibration == bundle.calibration and again.conformal == bundle.conformal
+    card = (tmp_path / "again" / "docs" / "README.md").read_text(encoding="utf-8")
+    assert "rest on 3 other patients, fewer than the 9" in card
+    assert "no probability is stated above 0.800" in card

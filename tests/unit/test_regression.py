@@ -10,7 +10,7 @@ import yaml
 
 from dymo_med.bundle import load_bundle
 from dymo_med.config import Document, TaskEntry
-from dymo_med.conformal import Conformal
+from dymo_med.conformal import AS_THEY_CAME, calibrate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import ConfigError
 from dymo_med.training.losses import answer_loss
@@ -192,7 +192,8 @@ def test_a_band_without_a_training_record_is_refused(speeches, tmp_path):
 
 
 def test_a_bundle_keeps_the_scale(trained):
-    assert trained.task.scale == SCALE and trained.temperature == 1.0
+    assert trained.task.scale == SCALE and trained.calibration.temperature == 1.0
+    assert trained.calibration.patients is None  # limits would move the mean over the bands
     assert set(trained.conformal.errors) == set(trained.selectors)
     assert all(r["mae"] < 1.5 for r in trained.choice.results.values())
     assert "mean absolute error" in trained.choice.why or "too few" in trained.choice.why
@@ -202,16 +203,18 @@ def test_intervals_cover_and_end_where_the_scale_does():
     rng = np.random.default_rng(0)
     errors = tuple(np.abs(rng.normal(0, 0.5, 400)).tolist())
     wide = tuple((3 * np.array(errors[:100])).tolist())
-    conformal = Conformal(("a",) * 400 + ("b",) * 100, {}, {"m": (*errors, *wide)})
+    groups = ("a",) * 400 + ("b",) * 100 + (AS_THEY_CAME,) * 400
+    owners = [*range(400), *range(100), *range(400)]
+    conformal = calibrate(groups, owners, {}, {"m": (*errors, *wide, *errors)})
     values = rng.uniform(-1, 1, 3000)
     truth = values + rng.normal(0, 0.5, 3000)
     found = conformal.intervals("m", values, ["a"] * 3000, SCALE)
     assert np.mean((found.low <= truth) & (truth <= found.high)) == pytest.approx(0.9, abs=0.03)
-    assert set(found.group) == {"pattern"} and set(found.calibrated_on.tolist()) == {400}
+    assert set(found.calibrated_on.tolist()) == {400}
     both = conformal.intervals("m", np.array([0.0, 0.0, 2.9]), ["a", "b", "c"], SCALE)
     width = both.high - both.low
     assert width[1] == pytest.approx(3 * width[0], rel=0.3)
-    assert both.group == ("pattern", "pattern", "count") and both.high[2] == 3.0
+    assert both.calibrated_on.tolist() == [400, 100, 0] and width[2] == 6.0
     with pytest.raises(KeyError):
         conformal.intervals("other", values, ["a"] * 3000, SCALE)
 

@@ -99,7 +99,7 @@ def source(file, sha256, facts):
 
 def prediction(**changes):
     given = {
-        "schema_version": 4,
+        "schema_version": 5,
         "record_id": "sub-0042",
         "patient_id": "hidden-patient-key",
         "target": "grade",
@@ -111,7 +111,14 @@ def prediction(**changes):
             {"code": "few_held_back", "values": {"patients": 4, "least": 30}},
             {"code": "borrowed", "values": {"modalities": "labs"}},
         ),
-        "frequency": {"label": "high", "of": 100, "count": 77, "bound": None},
+        "frequency": {
+            "label": "high",
+            "of": 100,
+            "count": 77,
+            "bound": None,
+            "patients": 12,
+            "right": 9,
+        },
         "prediction_set": None,
         "alternatives": {"observed_only": (0.32, 0.68), "trust_all": (0.56, 0.44)},
         "base_rates": (0.56, 0.44),
@@ -153,6 +160,8 @@ def prediction(**changes):
             "cohort": "glioma",
             "records": {"train": 10},
             "patients": {"train": 9},
+            "fitted_on": 3,
+            "held_back": 4,
             "observed_share": {"t1": 0.9},
         },
         "sources": {"t1": source("t1.nii.gz", "ab" * 32, {"size": "240 x 240 x 155"})},
@@ -488,3 +497,37 @@ def test_an_answer_that_hangs_on_the_draw_is_not_called_steady():
     change = view(file_of(p, exhibits()))["change"]
     assert change["flip"] and "in 1 of 2" in change["sentence"]  # unsteady
     assert not change["sentence"].startswith("No")
+
+
+@pytest.mark.parametrize(("n", "group"), [(0, "pattern"), (5, "pattern"), (8, "all")])
+def test_too_few_patients_for_a_set_is_said(tmp_path, n, group):
+    found = {
+        "classes": ("low", "high"),
+        "coverage": 0.9,
+        "compared_with": group,
+        "calibrated_on": n,
+        "least": 9,
+    }
+    values = {"patients": n, "least": 9, "coverage": 0.9}
+    reason = {"code": "too_few_calibrated", "values": values}
+    few = prediction(prediction_set=found, status="abstained", status_reasons=(reason,))
+    _, page = page_of(tmp_path, few, exhibits())
+    said = page.words()
+    assert "The set holds all of these: low, high." in said
+    assert f"It rests on {n} held-back patients" in said and "for which 9 are needed" in said
+    assert f"take 9 held-back patients with these modalities at 90 %, and there were {n}" in said
+    assert "hold the true class" not in said
+
+
+@pytest.mark.parametrize("n", [0, 9])
+def test_a_hundred_patients_are_only_spoken_of_where_some_were_counted(tmp_path, n):
+    counted = {"label": "high", "of": 100, "count": None, "bound": None, "patients": n, "right": n}
+    _, page = page_of(tmp_path, prediction(frequency=counted), exhibits())
+    said = page.words()
+    assert "of 100" not in said and f"{n} held-back patients got one" in said
+    assert not [a for t, a in page.tags if t == "svg" and a.get("class") == "dots"]
+    _, page = page_of(tmp_path, prediction(), exhibits())
+    assert [a for t, a in page.tags if t == "svg" and a.get("class") == "dots"]
+    assert (
+        "of 12 held-back patients with an answer about as sure, it was right for 9" in page.words()
+    )

@@ -12,7 +12,6 @@ from dymo_med.selection.evidence import Scale
 from dymo_med.selection.greedy import best_margin
 from dymo_med.training.selectors import (
     choose,
-    conformal,
     fit_all,
     held_out,
     held_out_logits,
@@ -343,22 +342,3 @@ def test_remembered_answers_are_the_answers():
             assert torch.equal(got.embedding, expected.embedding)
     assert len(asked) <= 4 and sum(asked) < 200
     assert remember(fuse, 30, 20) is fuse  # too many combinations to keep a table of
-
-
-def test_prediction_sets_are_calibrated_on_answers_by_selectors_fitted_on_others():
-    world = World(60, 0.7, 5)
-    cases, statistics = world.cases(), world.statistics()
-    patients = names(60)
-    selectors = fit_all(cases, statistics, {})
-    answers = held_out(selectors, cases, statistics, patients)
-    found = conformal(answers, cases)
-    assert set(found.scores) == set(SELECTORS)
-    assert len(found.patterns) == 60 and set(found.patterns) == {"+".join(cases.observed.of(0))}
-    for name, scores in found.scores.items():
-        logits = held_out_logits(selectors[name], cases, statistics, patients)
-        p = (logits / cases.temperature).softmax(-1)[torch.arange(60), cases.labels]
-        assert scores == pytest.approx((1 - p.double()).tolist(), abs=1e-6)
-    other = answers["gate"].exp().gather(1, cases.labels[:, None])
-    again = selectors["gate"].select(cases.fuse, cases.observed, cases.candidates, statistics)
-    seen = again.output.logits.softmax(-1).gather(1, cases.labels[:, None])
-    assert float((other - seen).abs().max()) > 1e-4  # not the fit that saw them
