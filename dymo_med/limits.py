@@ -24,6 +24,20 @@ those of multi-frame DICOM, are a few megabytes."""
 MAX_TEXT_BYTES = 2**28
 """Bytes of a text that is parsed row by row: CSV, JSON, FHIR, XML; unpacked, if it is packed."""
 
+MAX_TABLE_BYTES = 2**27
+"""Bytes of a table's file, or of one file of a FHIR record."""
+
+MAX_CELLS = 10_000_000
+"""Cells of a table that are read: rows times columns; in text all of its columns, in Parquet those
+that are declared. A million patients have ten."""
+
+MAX_CELL_CHARACTERS = 131_072
+"""Characters of one cell (the bound of Python's reader of CSV)."""
+
+MAX_JSON_PARTS = 5_000_000
+"""Values of a JSON file, as many as it has commas and opening brackets: about 120,000 observations
+of FHIR."""
+
 MAX_YAML_BYTES = 2**20
 """Bytes of a text that people write by hand: a cohort's description, a recipe."""
 

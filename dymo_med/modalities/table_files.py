@@ -8,7 +8,6 @@ the declared columns. Nothing in a file is evaluated: no pickle, no schema metad
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from dymo_med import limits
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.modalities.base import Whose
 from dymo_med.modalities.cells import Cell, Row
@@ -33,8 +33,7 @@ ENCODINGS = (
 )
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
-# Bounds of what is read into memory: a table of a million patients fits, a bomb does not.
-LARGEST_BYTES = 256 * 2**20
+_KEEP = "Keep the rows and columns that are needed"
 MOST_ROWS = 2_000_000
 MOST_HEADERS = 20_000
 
@@ -45,6 +44,9 @@ _WITH_UNIT = re.compile(
 _BRACKETS = str.maketrans("（）［］", "()[]")
 # What spreadsheets write before the header to say what separates the cells.
 _STATED = re.compile(r'"?sep=([^\w"])"?', re.IGNORECASE)
+# Lines with their ends, of any system; one by one, since a copy in memory would take four bytes
+# for each character.
+_LINE = re.compile(r"[^\r\n]+(?:\r\n|\r|\n)?|\r\n|\r|\n")
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -362,14 +364,10 @@ def content(path: Path, where: str) -> bytes:
                     remedy="Put the table's file in its place",
                 )
             )
-        if path.stat().st_size > LARGEST_BYTES:
+        size = path.stat().st_size
+        if size > limits.MAX_TABLE_BYTES:
             raise PatientDataError(
-                Problem(
-                    where,
-                    "the file is too large for a table",
-                    expected=f"at most {LARGEST_BYTES >> 20} MB",
-                    remedy="Keep the rows and columns that are needed",
-                )
+                limits.too_large(where, "the file", size, limits.MAX_TABLE_BYTES, _KEEP)
             )
         return path.read_bytes()
     except OSError as error:
@@ -503,12 +501,12 @@ def _lines(text: str, separator: str, where: str) -> Iterator[tuple[int, list[st
     Raises:
         PatientDataError: If its quotes do not match, or a cell is longer than 131072 characters.
     """
-    stream = io.StringIO(text, newline="")
+    lines = (found[0] for found in _LINE.finditer(text))
     skipped = 0
     if stated_separator(text):
-        stream.readline()
+        next(lines, "")
         skipped = 1
-    reader = csv.reader(stream, strict=True, delimiter=separator)
+    reader = csv.reader(lines, strict=True, delimiter=separator)
     width = 0
     try:
         for cells in reader:
@@ -592,6 +590,7 @@ def _csv(text: str, digest: str, separator: str, wanted: frozenset[str], where: 
         PatientDataError: If it is none.
     """
     sign = _separator(text, separator, wanted, where)
+    _refuse_many(text.count(sign) + text.count("\n") + text.count("\r"), where)
     lines = _lines(text, sign, where)
     first, raw = next(lines, (1, []))
     header, units = _named(raw, wanted)
@@ -625,6 +624,23 @@ def _has_blank_row(text: str, separator: str, where: str) -> bool:
     )
 
 
+def _refuse_many(cells: int, where: str) -> None:
+    """Refuse a table of more cells than are read.
+
+    Raises:
+        PatientDataError: If it has.
+    """
+    if cells > limits.MAX_CELLS:
+        raise PatientDataError(
+            Problem(
+                where,
+                "the table has too many cells",
+                expected=f"at most {limits.MAX_CELLS:,}",
+                remedy=_KEEP,
+            )
+        )
+
+
 def _too_many(where: str) -> Problem:
     return Problem(
         where,
@@ -643,6 +659,15 @@ def load_json(text: str, where: str) -> Any:
     Raises:
         PatientDataError: If it is not JSON, or an object has a name twice.
     """
+    if sum(map(text.count, ",[{")) > limits.MAX_JSON_PARTS:
+        raise PatientDataError(
+            Problem(
+                where,
+                "the file holds too many values",
+                expected=f"at most {limits.MAX_JSON_PARTS:,}",
+                remedy="Keep what is needed, or divide it between the patients",
+            )
+        )
     repeated: list[str] = []
     names = _Names()
 
@@ -719,7 +744,10 @@ def _json(text: str, digest: str, wanted: frozenset[str], where: str) -> _Grid:
                 remedy="Keep the row of this visit",
             )
         )
+    if len(records) > MOST_ROWS:
+        raise PatientDataError(_too_many(where))
     raw = tuple(dict.fromkeys(name for record in records for name in record))
+    _refuse_many(len(records) * len(raw), where)  # every record gets a cell of every name
     header, units = _named(raw, wanted)
     problems = _repeated(header, where) if len(header) > len(set(header)) else []
     if problems:
@@ -760,7 +788,7 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
     try:
         file = parquet.ParquetFile(
             pa.BufferReader(data),
-            thrift_string_size_limit=LARGEST_BYTES,
+            thrift_string_size_limit=limits.MAX_TABLE_BYTES,
             thrift_container_size_limit=10 * MOST_HEADERS,
         )
         schema, metadata = file.schema_arrow, file.metadata
@@ -784,19 +812,23 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
             for i in keep
             if not _plain(pa, schema.types[i])
         ]
-        sizes = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
-        if sizes > 4 * LARGEST_BYTES:
+        _refuse_many(metadata.num_rows * len(keep), where)
+        size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+        if size > limits.MAX_UNPACKED_BYTES:
             problems.append(
-                Problem(
-                    where,
-                    "the file is too large for a table when unpacked",
-                    expected=f"at most {4 * LARGEST_BYTES >> 20} MB",
-                    remedy="Keep the rows and columns that are needed",
+                limits.too_large(
+                    where, "the unpacked table", size, limits.MAX_UNPACKED_BYTES, _KEEP
                 )
             )
         if problems:
             raise PatientDataError(*problems)
-        table = file.read(columns=[raw[i] for i in keep], use_threads=False)
+        table = parquet.ParquetFile(
+            pa.BufferReader(data),
+            thrift_string_size_limit=limits.MAX_TABLE_BYTES,
+            thrift_container_size_limit=10 * MOST_HEADERS,
+            read_dictionary=[raw[i] for i in keep if _is_text(pa, schema.types[i])],
+        ).read(columns=[raw[i] for i in keep], use_threads=False)
+        _refuse_long(table, where)
         if table.num_columns != len(keep) or table.num_rows != metadata.num_rows:
             raise PatientDataError(broken)
         columns = [[_plain_text(v) for v in column.to_pylist()] for column in table.columns]
@@ -811,6 +843,39 @@ def _parquet(path: Path, wanted: frozenset[str], where: str) -> _Grid:
         rows = _filled(rows)
     digest = sha256(data).hexdigest()
     return _Grid(tuple(header[i] for i in keep), rows, digest, "row", units, names=header)
+
+
+def _is_text(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _refuse_long(table: Any, where: str) -> None:
+    """Refuse texts that are too long, or too many once they are written out.
+
+    Few bytes of a file may stand for one text in a million rows; it is read as a dictionary, so
+    that each text lies in memory once until it is known how much they come to.
+
+    Raises:
+        PatientDataError: If they are.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    total = 0
+    for column in table.columns:
+        for chunk in column.chunks if pa.types.is_dictionary(column.type) else ():
+            if not _is_text(pa, chunk.dictionary.type):
+                continue
+            lengths = pc.binary_length(chunk.dictionary)
+            longest = pc.max(lengths).as_py() or 0
+            total += pc.sum(pc.take(lengths, chunk.indices)).as_py() or 0
+            if longest > limits.MAX_CELL_CHARACTERS or total > limits.MAX_UNPACKED_BYTES // 4:
+                size, most = longest, limits.MAX_CELL_CHARACTERS
+                if longest <= most:
+                    size, most = total, limits.MAX_UNPACKED_BYTES // 4
+                raise PatientDataError(
+                    limits.too_large(where, "the text in the table", size, most, _KEEP)
+                )
 
 
 def _plain(pa: Any, kind: Any) -> bool:

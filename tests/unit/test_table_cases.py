@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from dymo_med import limits
 from dymo_med.errors import PatientDataError
 from dymo_med.modalities import Whose, modality
 from dymo_med.modalities.table import Table, TableEntry
@@ -527,3 +528,31 @@ def test_wrong_files_are_refused(keys, words):
 
 def test_names_of_columns_are_those_of_the_cohort():
     assert [column.name for column in PLAIN.spec.columns] == NAMES
+
+
+# Case: limit and what it is set to, name of the file, what it holds.
+LARGE = {
+    "bytes": ("MAX_TABLE_BYTES", 20, "ehr.csv", "ldh\n" + "1" * 30),
+    "cells": ("MAX_CELLS", 20, "ehr.csv", "ldh,sex\n" + "300,F\n" * 11),
+    "cells of one line": ("MAX_CELLS", 20, "ehr.csv", "ldh" + "," * 30 + "\n1"),
+    "values": ("MAX_JSON_PARTS", 20, "ehr.json", "[" + "[]," * 15 + "1]"),
+    "names of their own": (
+        "MAX_CELLS",
+        20,
+        "ehr.json",
+        json.dumps([{f"a{k}": 1} for k in range(6)]),
+    ),
+    "rows of Parquet": ("MAX_CELLS", 20, "ehr.parquet", {"ldh": [300.0] * 30}),
+    "one text of Parquet": ("MAX_CELL_CHARACTERS", 20, "ehr.parquet", {"sex": ["F" * 30]}),
+    "a text many times": ("MAX_UNPACKED_BYTES", 4000, "ehr.parquet", {"sex": ["F" * 99] * 30}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_too_large_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, name):
+    limit, value, file, content = LARGE[name]
+    if isinstance(content, dict):
+        content = as_parquet(tmp_path, content)
+    monkeypatch.setattr(limits, limit, value)
+    message = refused(PLAIN, tmp_path, content, file)
+    assert "too many" in message or "larger than what is read" in message
