@@ -8,7 +8,6 @@ own address, and whatever writes must come from a page that this very run has se
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import json
@@ -31,7 +30,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.files import write_json
-from dymo_med.inference.report import environment, percent, words
+from dymo_med.inference.report import (
+    environment,
+    guarded,
+    percent,
+    policy,
+    scripts_of,
+    words,
+)
 
 SCHEMA_VERSION: Literal[1] = 1
 HOST = "127.0.0.1"
@@ -47,7 +53,6 @@ _TYPES = {
 }
 # As `reader.html.j2` writes it; a name cannot forge it, since quotes in names are escaped.
 _BLANK = b'<section id="reader" data-token="" data-report=""'
-_SCRIPT = re.compile(rb"<script\b[^>]*>(.*?)</script", re.IGNORECASE | re.DOTALL)
 _LOCK = threading.Lock()
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -371,6 +376,8 @@ class ReviewServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # Browsers open several connections at once; the base class lets five wait.
+    request_queue_size = 128
 
     def __init__(self, out: Path, port: int = 8000) -> None:
         self.pages = Pages(out)
@@ -540,7 +547,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _index(self) -> bytes:
         template = environment().get_template("review.html.j2")
         pages = self.server.pages
-        text = template.render(rows=pages.rows(), cohort_page=pages.cohort_page)
+        text = guarded(template.render(rows=pages.rows(), cohort_page=pages.cohort_page))
         # Names of files need not be text.
         return text.encode("utf-8", "backslashreplace")
 
@@ -557,10 +564,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _html(self, content: bytes) -> None:
         """Answer with a page whose own scripts may run, and no other."""
-        found = (s.replace(b"\r\n", b"\n") for s in _SCRIPT.findall(content))
-        hashes = [base64.b64encode(hashlib.sha256(s).digest()).decode() for s in found]
-        scripts = " ".join(f"'sha256-{h}'" for h in dict.fromkeys(hashes)) or "'none'"
-        self._reply(HTTPStatus.OK, _TYPES[".html"], content, scripts)
+        self._reply(HTTPStatus.OK, _TYPES[".html"], content, scripts_of(content))
 
     def _reviews(self, status: HTTPStatus, reviews: Sequence[Review]) -> None:
         self._json(status, {"reviews": [r.model_dump() for r in reviews]})
@@ -580,12 +584,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(content)))
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
-        self.send_header(
-            "Content-Security-Policy",
-            f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
-            "img-src 'self' data: blob:; connect-src 'self'; form-action 'none'; "
-            "frame-ancestors 'none'; base-uri 'none'",
-        )
+        self.send_header("Content-Security-Policy", f"{policy(scripts)}; frame-ancestors 'none'")
         for name, value in (
             ("X-Content-Type-Options", "nosniff"),
             ("X-Frame-Options", "DENY"),

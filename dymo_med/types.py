@@ -696,6 +696,7 @@ class PatientRecord:
             not known or not read.
         refused: Modalities that were brought, that the quality gate refused and that therefore
             count as missing.
+        unused: Files and folders of the patient directory that no modality looks at.
     """
 
     record_id: str
@@ -705,6 +706,7 @@ class PatientRecord:
     value: float | None = None
     mask: Tensor | None = None
     refused: Mapping[str, GateResult] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
     def identifier(self) -> str | None:

@@ -34,6 +34,7 @@ CHECKS: Mapping[str, str] = {
     "finite": "voxels are not numbers",
     "constant": "all voxels have the same value",
     "off_grid": "nothing of the scan is where the model looks",
+    "made_up": "it was not measured: this program made it in an earlier run",
     "empty": "nothing stands out from the background",
     "noise": "neighbouring voxels have nothing in common: noise, not a picture",
     "mask": "there are no grey values: a mask, not a scan",

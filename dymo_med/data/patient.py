@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -48,6 +50,8 @@ class Intake:
 # A cohort's folder holds one of these, and patient directories at most so many levels below.
 _ROOT_FILES = ("cohort.yaml", bids.DESCRIPTION)
 _DEEPEST = 3
+_SIDECARS = (".json", ".txt", ".bval", ".bvec")
+_RESULTS = ("prediction.json", "recovered/recovered.json")
 
 
 def read_record(
@@ -297,6 +301,7 @@ def examine(
             modalities={spec.name: found[spec] for spec in specs if spec in found},
             label=label,
             refused={name: refused[name] for name in names if name in refused},
+            unused=tuple(unused_files(folder, [spec.file for spec in specs])),
         ),
         {name: results[name] for name in names if name in results},
         # Tables that share a file report the same trouble with it; say it once.
@@ -393,3 +398,42 @@ def _same_scan_twice(found: Mapping[ModalitySpec, ModalityValue], where: str) ->
                 )
             )
     return problems
+
+
+def unused_files(folder: Path, files: Sequence[str]) -> Iterator[str]:
+    """Yield what is in a patient directory and not among the files declared, in order.
+
+    A folder that no declared file is in is one entry, with a slash at its end. Not among them are
+    hidden files, sidecars (`.json`, `.txt`, `.bval`, `.bvec`) of another file, whatever is in a
+    modality's folder, and folders that hold results of this program.
+
+    Args:
+        folder: The patient directory.
+        files: As modalities and masks declare them.
+    """
+    paths = [PurePosixPath(file_in(folder, file)) for file in files]
+    declared = {path.with_name(path.name.split(".")[0].lower()) for path in paths}
+    # In names of BIDS `*` stands for anything.
+    open_names = [str(path) for path in declared if "*" in path.name]
+    within = {parent for path in paths for parent in path.parents}
+
+    def known(path: PurePosixPath) -> bool:
+        return path in declared or any(fnmatchcase(str(path), name) for name in open_names)
+
+    for root, folders, names in os.walk(folder):
+        here = PurePosixPath(Path(root).relative_to(folder).as_posix())
+        stems = Counter(n.split(".")[0] for n in names)
+        others = [
+            n
+            for n in names
+            if not known(here / n.split(".")[0].lower())
+            and not (n.lower().endswith(_SIDECARS) and stems[n.split(".")[0]] > 1)
+        ]
+        others += [
+            f"{n}/"
+            for n in folders
+            if not {here / n, here / n.lower()} & (within | declared)
+            and not any((Path(root) / n / result).exists() for result in _RESULTS)
+        ]
+        yield from (f"{here}/{n}".removeprefix("./") for n in sorted(others) if n[0] != ".")
+        folders[:] = sorted(n for n in folders if here / n in within)

@@ -416,6 +416,17 @@ def _files(folder: Path, file: PredictionFile) -> Iterator[Problem]:
             tuple(StepPart.model_fields), [s.model_dump() for s in file.steps]
         ),
     }
+    pdf = folder / "report.pdf"
+    if pdf.is_file():
+        from dymo_med.inference.pdf import audit_pdf
+
+        if not audit_pdf(file, pdf.read_bytes()):
+            yield Problem(
+                str(pdf),
+                "the file is not what prediction.json says",
+                expected="the same bytes that the command would write",
+                remedy="`dymo-med report --pdf` makes it again",
+            )
     for name, text in expected.items():
         path = folder / name
         if not path.is_file():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from dymo_med import __version__
@@ -21,15 +19,15 @@ from dymo_med.data import bids
 from dymo_med.data.cohort import read_cohort, survey_cohort
 from dymo_med.data.gate import CHECKS
 from dymo_med.data.masks import with_mask
-from dymo_med.data.patient import Intake, examine, examine_record
+from dymo_med.data.patient import Intake, examine, examine_record, unused_files
 from dymo_med.data.survey import Survey
 from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
 from dymo_med.inference.evaluate import matched_specs
+from dymo_med.inference.segment import audit_pages
 from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
 from dymo_med.modalities import Whose
-from dymo_med.modalities.image import file_in
 from dymo_med.modalities.table_files import ids_of_nobody
 from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Norms
 
@@ -227,7 +225,7 @@ def _kind(path: Path) -> Kind:
 def _check_prediction(path: Path) -> CheckReport:
     """Audit the folder of a prediction."""
     if is_segmentation(path / "prediction.json"):
-        wrong = audit_segmentation(path)
+        wrong = (*audit_segmentation(path), *audit_pages(path))
         code = PatientDataError.exit_code if wrong else 0
         return CheckReport(path, "prediction", wrong, code)
     found = audit(path)
@@ -436,7 +434,7 @@ def _check_cohort(
     readable: list[RecordRow] = []
     for done, entry in enumerate(cohort.records, start=1):
         if entry.folder.is_dir():
-            files.unused.update(_unused(entry.folder, files.files))
+            files.unused.update(unused_files(entry.folder, files.files))
             try:
                 found = examine_record(entry, specs, cohort.missing_values, norms=norms)
                 masked = False
@@ -561,7 +559,7 @@ def _check_patient(path: Path, against: Path | None) -> CheckReport:
         PatientDataError.exit_code if problems else 0,
         _patterns(whole),
         _observed(whole, specs) if whole else {},
-        dict.fromkeys(_unused(path, [spec.file for spec in specs]), 1),
+        dict.fromkeys(unused_files(path, [spec.file for spec in specs]), 1),
         tuple(notes),
         (row,),
     )
@@ -677,33 +675,6 @@ class _Files:
                 )
             )
         return notes
-
-
-def _unused(folder: Path, files: Sequence[str]) -> Iterator[str]:
-    """Yield what is in a patient directory and not among the files declared, in order.
-
-    A folder that no declared file is in is one entry, with a slash at its end.
-
-    Hidden files, sidecars of the same name and whatever is in a modality's folder are not among
-    them.
-    """
-    paths = [PurePosixPath(file_in(folder, file)) for file in files]
-    declared = {path.with_name(path.name.split(".")[0].lower()) for path in paths}
-    # In names of BIDS `*` stands for anything.
-    open_names = [str(path) for path in declared if "*" in path.name]
-    within = {parent for path in paths for parent in path.parents}
-
-    def known(path: PurePosixPath) -> bool:
-        return path in declared or any(fnmatchcase(str(path), name) for name in open_names)
-
-    for root, folders, names in os.walk(folder):
-        here = PurePosixPath(Path(root).relative_to(folder).as_posix())
-        others = [n for n in names if not known(here / n.split(".")[0].lower())]
-        others += [
-            f"{n}/" for n in folders if not {here / n, here / n.lower()} & (within | declared)
-        ]
-        yield from (f"{here}/{n}".removeprefix("./") for n in sorted(others) if n[0] != ".")
-        folders[:] = sorted(n for n in folders if here / n in within)
 
 
 def _strangers_of_tables(cohort: Cohort) -> list[Problem]:

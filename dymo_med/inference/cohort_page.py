@@ -24,7 +24,7 @@ from dymo_med.inference.cohort_plots import (
     rates,
 )
 from dymo_med.inference.predict import COMPARED
-from dymo_med.inference.report import environment, words
+from dymo_med.inference.report import environment, guarded, words
 from dymo_med.inference.scores import Scores
 
 Row = Mapping[str, Any]
@@ -95,7 +95,7 @@ def write_pages(
         ):  # their rows name the scenario first
             tables[name] = _grouped(recovery[name]["rows"], lambda row: str(row["names"][0]))
     html = page.render(shown, drawn=drawn, recovery=recovery, recovery_rows=tables)
-    write_text(out / "index.html", html)
+    write_text(out / "index.html", guarded(html))
 
 
 def view(

@@ -13,7 +13,7 @@ import numpy as np
 from dymo_med.conformal import COVERAGE
 from dymo_med.files import write_text
 from dymo_med.inference.predict import COMPARED
-from dymo_med.inference.report import environment, percent, words
+from dymo_med.inference.report import environment, guarded, percent, words
 from dymo_med.inference.scores import Scores
 
 Row = Mapping[str, Any]
@@ -50,7 +50,7 @@ def write_number_page(
         _plot(picture, facts, some[0])
     page = environment().get_template("numbers.html.j2")
     shown = _view(out, facts, metrics, listed, failures)
-    write_text(out / "index.html", page.render(shown, drawn=bool(some)))
+    write_text(out / "index.html", guarded(page.render(shown, drawn=bool(some))))
 
 
 def _view(

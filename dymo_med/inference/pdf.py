@@ -13,12 +13,14 @@ from __future__ import annotations
 import base64
 import io
 import unicodedata
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+import reportlab
 from reportlab.graphics.shapes import Circle, Drawing, Line, Rect
 from reportlab.lib.colors import Color, HexColor
 from reportlab.lib.enums import TA_RIGHT
@@ -37,6 +39,7 @@ from reportlab.platypus import (
     TableStyle,
 )
 
+from dymo_med import __version__
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.inference.prediction_file import PredictionFile
@@ -97,6 +100,28 @@ def render_pdf(file: PredictionFile) -> bytes:
     return _build(shown, sheets)[1]
 
 
+def maker() -> str:
+    """Return what decides, besides the prediction, which bytes a PDF has."""
+    return (
+        f"dymo-med {__version__}, reportlab {reportlab.Version}, zlib {zlib.ZLIB_RUNTIME_VERSION}"
+    )
+
+
+def audit_pdf(file: PredictionFile, content: bytes) -> bool:
+    """Return whether a PDF is that of a prediction.
+
+    One that the same software made has the same bytes. Of another's, the number of the prediction
+    in its properties is compared.
+
+    Args:
+        file: The prediction.
+        content: Of the PDF.
+    """
+    if maker().encode() in content:
+        return content == render_pdf(file)
+    return f"/Keywords ({file.content_sha256})".encode() in content
+
+
 def _build(file: PredictionFile, sheets: int) -> tuple[int, bytes]:
     """Return how many sheets it takes, and the PDF."""
     text = words()
@@ -114,7 +139,8 @@ def _build(file: PredictionFile, sheets: int) -> tuple[int, bytes]:
         title=f"{text['banner']['report']}: {file.record_id}",
         author=f"{file.bundle_name} {file.bundle_version}",
         subject=text["banner"]["use"],
-        creator="dymo-med",
+        keywords=file.content_sha256,
+        creator=maker(),
     )
 
     def frame(canvas: Any, document: Any) -> None:

@@ -6,6 +6,7 @@ Cohort evaluation takes the same steps (`answer`, `explain_record`, `assemble`) 
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -82,10 +83,12 @@ from dymo_med.types import (
     WeightedSubset,
 )
 
+_LOG = logging.getLogger(__name__)
 DRAWS = 20
 RECOVERED_VERSION = 3  # of recovered.json
 # Voxels (or cells) that are encoded at once.
 _MOST_VOXELS = 8_000_000
+_MOST_FILES = 10  # that are named in a sentence
 
 # Always answered side by side: discard, trust everything, the published rule.
 COMPARED = ("observed_only", "trust_all", "dymo")
@@ -329,6 +332,8 @@ def impute_patient(
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
     record = read_for(bundle, patient_dir, treat_refused_as_missing)
+    for sentence in unused_sentences(record, bundle.specs):
+        _LOG.warning("%s", sentence)
     sources = _sources(record, identify)
     answers = answer(bundle, [record], seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
@@ -343,6 +348,7 @@ def impute_patient(
                 "bundle": {"name": bundle.name, "id": bundle.bundle_id},
                 "seed": seed,
                 "refused": list(record.refused),
+                "unused": list(record.unused),
                 "sources": {n: asdict(s) for n, s in sources.items()},
                 "versions": versions(),
             },
@@ -1092,6 +1098,24 @@ def _cell(
     )
 
 
+def unused_sentences(record: PatientRecord, specs: Sequence[ModalitySpec]) -> list[str]:
+    """Return what a reader must know of files in the patient's folder that nobody looked at.
+
+    Args:
+        record: The record.
+        specs: The modalities that were looked for.
+    """
+    if not record.unused:
+        return []
+    names = ["".join(c if c.isprintable() else "?" for c in f)[:100] for f in record.unused]
+    files = ", ".join(names[:_MOST_FILES])
+    if len(names) > _MOST_FILES:
+        files += f" and {len(names) - _MOST_FILES} more"
+    missing = [s.name for s in specs if s.name not in record.modalities]
+    text = words()["warnings"]["unused_missing" if missing else "unused"]
+    return [text.format(files=files, missing=", ".join(missing))]
+
+
 def _warnings(
     bundle: ModelBundle,
     record: PatientRecord,
@@ -1103,7 +1127,8 @@ def _warnings(
     """Return the sentences a reader must not miss."""
     text = words()["warnings"]
     classes = bundle.task.classes
-    result = [f"{n}: {w}" for n, value in record.modalities.items() for w in value.warnings]
+    result = unused_sentences(record, bundle.specs)
+    result += [f"{n}: {w}" for n, value in record.modalities.items() for w in value.warnings]
     predicted = int(np.argmax(own))
     for method, probabilities in others.items():
         other = int(np.argmax(probabilities))

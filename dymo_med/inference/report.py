@@ -6,10 +6,12 @@ numbers into what those two need.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Sequence
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 from math import exp, floor, log10
 from pathlib import Path
@@ -41,6 +43,7 @@ _LITTLE = 0.01  # bits: a smaller gain of certainty is called none
 _RARE = 0.1  # a modality of a smaller share of training records is called rare
 # Control characters but white space, and what turns the direction of whatever follows, beyond the
 # text that it is in.
+_SCRIPT = re.compile(rb"<script\b[^>]*>(.*?)</script", re.IGNORECASE | re.DOTALL)
 _ACTING = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
@@ -99,7 +102,39 @@ def render(file: PredictionFile) -> str:
     Args:
         file: All that the page shows.
     """
-    return environment().get_template("report.html.j2").render(view(file))
+    return guarded(environment().get_template("report.html.j2").render(view(file)))
+
+
+def guarded(page: str) -> str:
+    """Return a page that says itself what it may do, since a file has no server to say so.
+
+    Args:
+        page: HTML with its scripts in it.
+    """
+    head = '<meta charset="utf-8">\n'
+    own = policy(scripts_of(page.encode("utf-8", "backslashreplace")), "'self' file:")
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{own}">\n'
+    return page.replace(head, head + meta, 1)
+
+
+def scripts_of(page: bytes) -> str:
+    """Return the hashes of a page's own scripts, as a policy names them."""
+    found = (s.replace(b"\r\n", b"\n") for s in _SCRIPT.findall(page))
+    hashes = [base64.b64encode(sha256(s).digest()).decode() for s in found]
+    return " ".join(f"'sha256-{h}'" for h in dict.fromkeys(hashes)) or "'none'"
+
+
+def policy(scripts: str, images: str = "'self'") -> str:
+    """Return the Content Security Policy of a page: its own scripts and pictures, nothing else.
+
+    Args:
+        scripts: What `scripts_of` returned.
+        images: Where pictures may come from, besides the page itself.
+    """
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; "
+        f"img-src {images} data: blob:; connect-src 'self'; form-action 'none'; base-uri 'none'"
+    )
 
 
 def percent(probability: float) -> str:

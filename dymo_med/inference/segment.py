@@ -6,8 +6,9 @@ Cohort evaluation takes the same step (`segment_record`).
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dymo_med import __version__
 from dymo_med.backbones import DenseVersions, dense_versions
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.batch import collate
@@ -31,7 +33,14 @@ from dymo_med.data.masks import (
     write_volume,
 )
 from dymo_med.errors import ConfigError, Problem
-from dymo_med.files import check_replaceable, complete_folder, write_csv, write_json, write_text
+from dymo_med.files import (
+    check_replaceable,
+    complete_folder,
+    csv_text,
+    write_csv,
+    write_json,
+    write_text,
+)
 from dymo_med.inference.overlays import COLOURS, cut_place, outlined
 from dymo_med.inference.predict import (
     RECOVERED,
@@ -39,10 +48,11 @@ from dymo_med.inference.predict import (
     gate_results,
     read_for,
     selection_steps,
+    unused_sentences,
     versions,
 )
 from dymo_med.inference.prediction_file import SourcePart, StepPart
-from dymo_med.inference.report import environment
+from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.segmentation_file import (
     SCHEMA_VERSION,
     SEGMENTATION,
@@ -52,6 +62,7 @@ from dymo_med.inference.segmentation_file import (
     OutputPart,
     RegionPart,
     SegmentationFile,
+    read_segmentation,
 )
 from dymo_med.modalities import modality
 from dymo_med.selection import Selector
@@ -65,6 +76,7 @@ from dymo_med.types import (
     SubsetStatistics,
 )
 
+_LOG = logging.getLogger(__name__)
 _DISCARD = "observed_only"
 # Without an imputer there is nothing to judge.
 _NOTHING = SubsetStatistics("cosine", *(torch.zeros(0) for _ in range(6)))
@@ -297,11 +309,33 @@ def render_segmentation(file: SegmentationFile) -> str:
         *((name, "absent") for name in file.absent),
     ]
     content = hashlib.sha256(file.to_text().encode()).hexdigest()
-    return (
-        environment()
-        .get_template("segmentation.html.j2")
-        .render(p={**file.model_dump(), "content_sha256": content}, colours=colours, states=states)
-    )
+    page = environment().get_template("segmentation.html.j2")
+    shown = {**file.model_dump(), "content_sha256": content}
+    return guarded(page.render(p=shown, colours=colours, states=states))
+
+
+def audit_pages(folder: Path) -> Iterator[Problem]:
+    """Yield pages and tables of a segmentation that are not what `prediction.json` says.
+
+    Args:
+        folder: Holds `prediction.json`.
+
+    Raises:
+        PatientDataError: If `prediction.json` cannot be read.
+    """
+    file = read_segmentation(folder / "prediction.json")
+    expected = {"selection.csv": csv_text(STEP_COLUMNS, [step.model_dump() for step in file.steps])}
+    if file.versions.get("dymo_med") == __version__:  # others word and lay out pages differently
+        expected["report.html"] = render_segmentation(file)
+    for name, text in expected.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            yield Problem(
+                str(path),
+                "the file is not what prediction.json says" if path.is_file() else "it is absent",
+                expected="the same bytes that the command would write",
+                remedy="Predict again",
+            )
 
 
 def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Segmentation:
@@ -313,7 +347,8 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
     def pick(available: Tensor) -> tuple[str, ...]:
         return tuple(n for n, a in zip(names, available[0].tolist(), strict=True) if a)
 
-    warnings = [w for v in record.modalities.values() for w in v.warnings]
+    warnings = unused_sentences(_beside_mask(record, bundle), bundle.specs)
+    warnings += [w for v in record.modalities.values() for w in v.warnings]
     warnings += [
         f"{name} has the same voxels as {v.same_as}: one may be under the wrong name."
         for name, v in record.modalities.items()
@@ -354,6 +389,12 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
         steps=selection_steps(trace, 0),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _beside_mask(record: PatientRecord, bundle: SegmentationBundle) -> PatientRecord:
+    """Return the record without its own mask among what nobody looks at."""
+    stem = bundle.mask.file.split(".")[0]
+    return replace(record, unused=tuple(f for f in record.unused if f.split(".")[0] != stem))
 
 
 def _outside(segmented: Segmented) -> float:
@@ -510,6 +551,8 @@ def impute_segmented(
     marker = f"{RECOVERED}/recovered.json"
     check_replaceable(out, marker, (RECOVERED,))
     record = read_for(bundle, patient_dir, treat_refused_as_missing)
+    for sentence in unused_sentences(_beside_mask(record, bundle), bundle.specs):
+        _LOG.warning("%s", sentence)
     segmented = segment_record(bundle, record, seed=seed)
     with complete_folder(out, marker, (RECOVERED,)) as folder:
         files = _write_recovered(bundle, segmented, folder / RECOVERED)

@@ -44,7 +44,7 @@ from dymo_med.inference.evaluate import (
 from dymo_med.inference.failures import ALL, Failures
 from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.predict import versions
-from dymo_med.inference.report import environment
+from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.scores import ORACLE, Row
 from dymo_med.inference.segment import Segmented, finish, segment_record
 from dymo_med.metrics import Estimate, bootstrap_means
@@ -650,8 +650,10 @@ def _write_page(
     page = environment().get_template("segmentation_cohort.html.j2")
     write_text(
         out / "index.html",
-        page.render(
-            f=facts, regions=regions, scenarios=scenarios, failures=failures, pictures=pictures
+        guarded(
+            page.render(
+                f=facts, regions=regions, scenarios=scenarios, failures=failures, pictures=pictures
+            )
         ),
     )
 

@@ -24,6 +24,7 @@ from dymo_med.errors import PatientDataError, Problem, RefusedError
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.modalities.descriptors import NAMES, describe, fit_norms
+from dymo_med.modalities.made_up import SYNTHETIC, refuse_made_up
 from dymo_med.types import FieldOfView, ModalitySpec, ModalityValue, SeriesRule, Source
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 EXTENSIONS = (*VOLUMES, ".dcm", *PICTURES)
 # A volume that shows this many times more or less than the grid gets a warning.
 UNLIKE = 8
-SYNTHETIC = "SYNTHETIC: recovered by dymo-med"
 
 
 def plain_name(file: str) -> str:
@@ -254,6 +254,7 @@ class Image(Modality):
         path = self._find(folder, where)
         if path is None:
             return None
+        refuse_made_up(path, where, self.spec.name)
         from dymo_med.modalities.scan import ScanAbsent, ScanError
         from dymo_med.modalities.transforms import read_scan
 

@@ -24,6 +24,7 @@ from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.modalities.cells import Cell, Row, imprecision, parse
 from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
+from dymo_med.modalities.made_up import RECOVERED_COLUMNS, refuse_made_up
 from dymo_med.modalities.table_files import ENCODINGS, EXTENSIONS, read_row
 from dymo_med.modalities.units import MOLAR_MASS, UnitError, convert, same_quantity
 from dymo_med.text import comparable
@@ -41,8 +42,6 @@ from dymo_med.types import (
 _NO = ("No", "NO", "false", "False", "FALSE", "0")
 _YES = ("Yes", "YES", "true", "True", "TRUE", "1")
 
-# Of the table of what was recovered.
-RECOVERED_COLUMNS = ("column", "value", "unit", "source")
 # Percentiles of fewer cells than this would list patients' values in the bundle.
 _FEWEST = 20
 # Names of columns that a message lists.
@@ -467,6 +466,8 @@ class Table(Modality):
         if path is None:
             return None
         at = f"{where}: {path.name}"
+        if not shared:
+            refuse_made_up(path, where, self.spec.name)
         columns = self.spec.columns
         shown = [(c.rules.header if c.rules is not None else "") or c.name for c in columns]
         headers = [comparable(header) for header in shown]

@@ -25,7 +25,8 @@ from dymo_med.config import Strict
 from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
-from dymo_med.modalities.image import SYNTHETIC, plain_name
+from dymo_med.modalities.image import plain_name
+from dymo_med.modalities.made_up import SYNTHETIC, refuse_made_up
 from dymo_med.types import ModalitySpec, ModalityValue, Source, Steps
 
 EXTENSIONS = (".npy", ".safetensors", ".csv")
@@ -135,6 +136,7 @@ class TokenSequence(Modality):
         if path is None:
             return None
         at = f"{where}: {path.name}"
+        refuse_made_up(path, where, self.spec.name)
         try:
             steps = self._load(path)
             with path.open("rb") as stream:

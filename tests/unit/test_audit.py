@@ -8,6 +8,7 @@ import pytest
 from dymo_med.cli import main
 from dymo_med.inference.audit import audit, replay
 from dymo_med.inference.check import check
+from dymo_med.inference.pdf import render_pdf
 from dymo_med.inference.predict import predict_patient, write_prediction
 from dymo_med.inference.prediction_file import PredictionFile, read_prediction
 from dymo_med.selection import SELECTORS
@@ -160,6 +161,29 @@ def test_swapped_lost_and_added_files_are_found_all_at_once(out):
     page.unlink()
     text = said(out)
     assert "the recovered file of" in text and "report.html: the file is absent" in text
+
+
+def test_the_pdf_is_audited_whenever_it_was_made(out, outputs, tmp_path, monkeypatch):
+    """It is what is printed and signed."""
+    with pytest.raises(SystemExit):
+        main(["report", str(out / "prediction.json"), "--pdf", "-q"])
+    assert audit(out).problems == ()
+    pdf = out / "report.pdf"
+    own = pdf.read_bytes()
+    other = read_prediction(outputs / "trust_all" / "prediction.json")
+    swapped = render_pdf(other)
+    for content in (own + b"%", swapped, b""):
+        pdf.write_bytes(content)
+        assert "report.pdf: the file is not what prediction.json says" in said(out)
+    assert check(out).exit_code == 3
+    # Other software makes other bytes; whose it is can still be told.
+    pdf.write_bytes(own)
+    monkeypatch.setattr("dymo_med.inference.pdf.maker", lambda: "dymo-med 99")
+    assert audit(out).problems == ()
+    pdf.write_bytes(swapped)
+    assert "report.pdf" in said(out)
+    pdf.unlink()
+    assert audit(out).problems == ()
 
 
 def test_a_file_outside_the_folder_is_not_read(out, tmp_path):

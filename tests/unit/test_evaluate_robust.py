@@ -28,6 +28,7 @@ from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.inference import evaluate as module
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.training.train import train
+from tests.killed import killed
 
 SPLITS = ["train"] * 24 + ["validation"] * 8 + ["calibration"] * 24 + ["test"] * 36
 SCENARIOS = ("as-is", "rate:0.5", "drop:photo")
@@ -184,28 +185,16 @@ def run(command):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_it_ends_the_same(model_dir, clinic, whole, tmp_path):
+def test_killed_again_and_again_and_resumed_it_ends_the_same(model_dir, clinic, whole, tmp_path):
     out = tmp_path / "out"
-    moments = np.random.default_rng(time.time_ns())
-    for attempt in range(3):
-        process = start(
-            command_of(model_dir, clinic, out, "-q", *(["--resume"] if attempt else []))
-        )
-        deadline = time.monotonic() + 90
-        while not (out / ".progress").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        # The first attempts end within batches, the last one while tables and plots are written.
-        while attempt == 2 and len(list((out / ".progress").glob("[a-z]*.json"))) < 10:
-            if process.poll() is not None or time.monotonic() > deadline:
-                break
-            time.sleep(0.005)
-        time.sleep(float(moments.random()) * 1.0)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start(command_of(model_dir, clinic, out, "-q", "--resume")).wait(timeout=200) == 0
+    command = command_of(model_dir, clinic, out, "-q")
+    # Within the first batches, within later ones, and while tables are written.
+    for files, more in ((3, []), (4, ["--resume"]), (8, ["--resume"])):
+        assert killed([*command, *more], files) == -signal.SIGKILL
+        assert not (out / "run.json").exists()
+    assert run([*command, "--resume"]) == 0
     same_tables(out, whole)
-    assert (out / "run.json").is_file()
+    assert (out / "run.json").is_file() and not list(out.rglob(".dymo-med*"))
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 import base64
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import dymo_med
 from dymo_med.inference.pictures import Scan, draw, slices, watermark
 from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.report import (
@@ -531,3 +534,25 @@ def test_a_hundred_patients_are_only_spoken_of_where_some_were_counted(tmp_path,
     assert (
         "of 12 held-back patients with an answer about as sure, it was right for 9" in page.words()
     )
+
+
+def test_a_page_opened_as_a_file_says_itself_what_it_may_do(tmp_path):
+    page, _ = page_of(tmp_path, prediction(), exhibits())
+    (own,) = re.findall('<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in own
+    assert scripts and own.count("sha256-") == len(scripts) and "default-src 'none'" in own
+    assert page.index(own) < page.index("<title")
+
+
+def test_so_does_every_page():
+    package = Path(dymo_med.__file__).parent
+    templates = package / "inference" / "templates"
+    whole = {t.name for t in templates.glob("*.j2") if t.read_text().startswith("<!doctype")}
+    assert len(whole) >= 6
+    for source in package.rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        made = whole & set(re.findall(r'get_template\("([^"]+)"\)', text))
+        assert text.count("guarded(") >= len(made), source

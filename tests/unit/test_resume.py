@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ import torch
 from dymo_med.data.simulate import simulate
 from dymo_med.errors import ConfigError
 from dymo_med.training.train import train
+from tests.killed import killed
 
 RECIPE = """
 name: tiny
@@ -92,28 +89,17 @@ def test_decoupled_gradients_train_and_resume_with_the_same_bits(setting, tmp_pa
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments_then_resume_gives_the_same_bits(setting, tmp_path):
+def test_killed_twice_and_resumed_it_gives_the_same_bits(setting, tmp_path):
     recipe, cohort, whole = setting
-    checksums = (whole / "checksums.json").read_text(encoding="utf-8")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dymo_med", "train", str(recipe)]
-    command += ["--cohort", str(cohort), "--out", str(out), "--device", "cpu", "-q"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    moment = torch.Generator().manual_seed(time.time_ns())
-    for attempt in range(2):
-        resume = ["--resume"] if attempt else []
-        process = subprocess.Popen([*command, *resume], env=environment)
-        checkpoints = out / "checkpoints"
-        deadline = time.monotonic() + 90
-        while not checkpoints.exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(float(torch.rand(1, generator=moment)) * 1.5)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finished = subprocess.run([*command, "--resume"], env=environment, timeout=300)
-    assert finished.returncode == 0
-    assert (out / "bundle" / "checksums.json").read_text(encoding="utf-8") == checksums
+    command = ["train", recipe, "--cohort", cohort, "--out", out, "--device", "cpu", "-q"]
+    for files, more in ((4, []), (9, ["--resume"])):  # while both networks are being trained
+        assert killed([*command, *more], files) == -signal.SIGKILL
+        assert (out / "checkpoints").exists() and not (out / "bundle").exists()
+    again = train(recipe, cohort, out, device="cpu", resume=True)
+    checksums = [(f / "checksums.json").read_bytes() for f in (again, whole)]
+    assert checksums[0] == checksums[1]
+    assert not list(out.rglob(".dymo-med*"))  # what the killed ones left
 
 
 def test_another_recipe_cannot_resume(setting, tmp_path):
@@ -144,7 +130,9 @@ def test_the_bundle_says_what_it_was_fitted_on(setting):
 
 def test_two_threads_give_the_same_bits_every_time(setting, tmp_path):
     """Gradients of gathered tokens are added in a fixed order, so threads cannot race."""
-    recipe, cohort, _ = setting
+    _, cohort, _ = setting
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(RECIPE.replace("epochs: 4", "epochs: 1").replace("epochs: 6", "epochs: 2"))
     torch.set_num_threads(2)
     try:
         one, two = (train(recipe, cohort, tmp_path / n, device="cpu") for n in ("one", "two"))

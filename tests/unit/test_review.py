@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ class Client:
         self.origin = f"http://127.0.0.1:{self.port}"
 
     def ask(self, method, path, body=None, headers=(), host=True):
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         link.putrequest(method, path, skip_host=True)
         if host:
             link.putheader("Host", f"127.0.0.1:{self.port}" if host is True else host)
@@ -145,6 +146,22 @@ def test_reviews_are_only_ever_appended(client, patient):
         assert file["reviews"][:-1] == before and len(file["reviews"]) == number + 1
         before = file["reviews"]
     assert json.loads(client.get("/review")[1])["reviews"] == before
+
+
+def test_a_crowd_waits_its_turn(patient):
+    """Before the server takes the first, sixty have knocked: none is turned away."""
+    server = ReviewServer(patient, 0)
+    crowd = [socket.create_connection(server.server_address[:2], timeout=120) for _ in range(60)]
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        for one in crowd:
+            one.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        assert [one.recv(12) for one in crowd] == [b"HTTP/1.0 200"] * 60
+    finally:
+        for one in crowd:
+            one.close()
+        server.shutdown()
+        server.server_close()
 
 
 def test_twenty_at_once_lose_nothing(client, patient):

@@ -12,7 +12,7 @@ from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import simulate
-from dymo_med.demo import PATIENTS, shipped_bundle
+from dymo_med.demo import PATIENTS, SCENARIOS, shipped_bundle
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch, predict_patient
 
@@ -96,8 +96,9 @@ def test_a_recovered_scan_keeps_what_the_other_sequences_show(shipped, patients)
 
 @pytest.mark.slow
 def test_the_demo_runs_twice_in_a_row(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dymo_med.demo.PATIENTS", 16)
-    monkeypatch.setattr("dymo_med.demo.REPORTS", 2)
+    monkeypatch.setattr("dymo_med.demo.PATIENTS", 8)
+    monkeypatch.setattr("dymo_med.demo.REPORTS", 1)
+    monkeypatch.setattr("dymo_med.demo.SCENARIOS", SCENARIOS[1:])
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
             main(["demo", "--out", str(tmp_path / "demo"), "-d", "cpu"])
