@@ -250,7 +250,7 @@ def test_tables_are_recovered_from_scans_and_cells_from_cells():
     imputer = build(dim=32)
     train, rng = cohort(192), generator()
     optimizer = torch.optim.Adam(imputer.parameters(), 4e-3)
-    for _ in range(10):
+    for _ in range(14):
         for rows in torch.randperm(192, generator=rng).split(16):
             loss = imputer.loss(train.rows(rows), rng).mean()
             optimizer.zero_grad()
