@@ -166,7 +166,9 @@ def test_labels_are_numbers_within_the_range(speeches, tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_cohort(other)
     text = str(caught.value)
-    assert text.count("Expected a number from -3 to 3.") == 3
+    # One line for each kind of fault, not for each row.
+    assert text.count("Expected a number from -3 to 3.") == 2
+    assert "the cell is not a number" in text and "Got the same in 2 rows" in text
     assert "labels.csv:2 sentiment: the number is outside the declared range" in text
     assert "12.75" not in text and "great" not in text
 
