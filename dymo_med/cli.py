@@ -230,14 +230,22 @@ def simulate(
     size: Annotated[
         int, typer.Option("--size", min=16, max=256, help="Voxels along each axis.")
     ] = 48,
+    setting: Annotated[
+        str, typer.Option("--setting", help="How easy or hard: default or hard.")
+    ] = "default",
+    dials: Annotated[
+        Path | None, typer.Option("--dials", help="YAML file of dials that the setting changes.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a multi-sequence MRI and EHR cohort with known truth."""
+    from dymo_med.data.dials import setting as named
     from dymo_med.data.simulate import simulate as run
 
     reporter = Reporter(quiet)
+    chosen = named(setting, dials)
     with reporter.bar("Simulating patients") as progress:
-        folder = run(out, patients=patients, seed=seed, size=size, progress=progress)
+        folder = run(out, patients, seed=seed, size=size, progress=progress, dials=chosen)
     reporter.say(f"{patients} patients in {folder}")
     reporter.say(f"next: dymo-med check {folder}")
 

@@ -23,7 +23,7 @@ import gzip
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.special import expit, ndtr
+from scipy.special import expit, logsumexp, ndtr
 
+from dymo_med.data.dials import SETTINGS, Dials
+from dymo_med.data.truth import TRUTH, every_subset, posterior_column
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import csv_text
 
@@ -43,9 +45,7 @@ Floats = NDArray[np.float32]
 CLASSES = ("low", "high")
 SPLIT_SHARES = {"train": 0.50, "validation": 0.10, "calibration": 0.15, "test": 0.25}
 
-CONTRADICTORY_SHARE = 0.08
-BLANK_CELL_SHARE = 0.08
-DEGRADED_SHARE = 0.08
+DEFAULT = SETTINGS["default"]
 
 FIELD_OF_VIEW_MM = 192.0
 CENTRE_MM = (0.0, -18.0, 8.0)
@@ -98,6 +98,17 @@ class Sequence3T:
     te_ms: float
     ti_ms: float | None = None
 
+    def timed(self, repetition: float, echo: float) -> Sequence3T:
+        """Return this sequence with its times changed.
+
+        Args:
+            repetition: Factor on TR. An inversion recovery keeps its own: with another TR its TI
+                would no longer null CSF.
+            echo: Factor on TE.
+        """
+        tr_ms = self.tr_ms * (repetition if self.ti_ms is None else 1.0)
+        return replace(self, tr_ms=tr_ms, te_ms=self.te_ms * echo)
+
     def signal(self, tissue: Tissue) -> float:
         """Return the noise-free signal of a voxel that is all one tissue.
 
@@ -125,6 +136,9 @@ TISSUES = {
     "core": Tissue(0.95, 2800, 400),
 }
 
+# What the lesion is made of.
+LESION = ("oedema", "rim", "core")
+
 SEQUENCES = {
     "t1": Sequence3T(600, 12),
     "t1ce": Sequence3T(600, 12),
@@ -136,6 +150,7 @@ SEQUENCES = {
 # --- Evidence -----------------------------------------------------------------------------------
 
 # Separation d of each latent that images show: z | grade ~ N(d (grade - 1/2), 1).
+# A dial multiplies all of them, as another multiplies those of the columns.
 IMAGE_SEPARATION = {"enhancement": 1.6, "oedema": 1.2, "necrosis": 0.8, "size": 0.5}
 
 DEPICTS = {
@@ -144,6 +159,11 @@ DEPICTS = {
     "t2": ("oedema", "necrosis", "size"),
     "flair": ("oedema", "necrosis", "size"),
 }
+
+
+def enhancing(dials: Dials) -> tuple[str, ...]:
+    """Return the sequences acquired after the contrast agent."""
+    return ("t1ce", "flair") if dials.flair_after_contrast else ("t1ce",)
 
 
 @dataclass(frozen=True)
@@ -267,6 +287,8 @@ class Evidence:
         missing: Modalities that the patient lacks.
         contradictory: Group that was drawn from the other grade; empty if none.
         degraded: Scan with four times the noise; empty if none.
+        label: The grade as labelled, 0 low, 1 high.
+        site: 1, or 2 for the second site.
     """
 
     grade: int
@@ -277,14 +299,16 @@ class Evidence:
     missing: tuple[str, ...]
     contradictory: str
     degraded: str
+    label: int
+    site: int
 
-    def observed(self) -> tuple[str, ...]:
+    def observed(self, dials: Dials = DEFAULT) -> tuple[str, ...]:
         """Return the pieces of evidence that the patient's files show."""
         present = [name for name in MODALITIES if name not in self.missing]
-        return tuple(name for name in pieces(present) if name not in self.blank)
+        return tuple(name for name in pieces(present, dials) if name not in self.blank)
 
 
-def pieces(modalities: Collection[str]) -> tuple[str, ...]:
+def pieces(modalities: Collection[str], dials: Dials = DEFAULT) -> tuple[str, ...]:
     """Return the pieces of evidence that complete modalities show, each once.
 
     Example:
@@ -292,6 +316,8 @@ def pieces(modalities: Collection[str]) -> tuple[str, ...]:
         ('oedema', 'necrosis', 'size')
     """
     names = [n for m in modalities for n in (DEPICTS[m] if m in DEPICTS else TABLES[m])]
+    if set(modalities) & set(enhancing(dials)):
+        names.append("enhancement")
     return tuple(dict.fromkeys(names))
 
 
@@ -311,52 +337,89 @@ def interval_log_likelihood_ratio(lower: float, upper: float, separation: float)
     return log_probability(separation / 2) - log_probability(-separation / 2)
 
 
-def posterior_high(ratios: Mapping[str, float], observed: Collection[str]) -> float:
-    """Return the exact probability of high grade given some pieces of evidence.
+def posteriors_high(
+    ratios: Mapping[str, float], observed: Sequence[Collection[str]], dials: Dials = DEFAULT
+) -> NDArray[np.float64]:
+    """Return the exact probability of the label "high" given each of some sets of evidence `(S,)`.
 
     With L_g the summed log-likelihood ratio of what is observed of group g, G groups, and c the
     share of patients one of whose groups (any, equally likely) was drawn from the other grade:
     p(observed | high) is proportional to exp(sum L) ((1 - c) + c/G sum_g exp(-L_g)), and
     p(observed | low), on the same scale, to (1 - c) + c/G sum_g exp(L_g). Both grades are equally
-    frequent.
+    frequent. What is not observed is integrated out by leaving it out: given the grade and the
+    contradiction, pieces of evidence are independent. A label that is wrong with probability e has
+    the probability e + (1 - 2 e) p.
+
+    Args:
+        ratios: Log-likelihood ratio per piece of evidence.
+        observed: S sets of pieces of evidence.
+        dials: Those that the patient was drawn with.
+
+    Example:
+        >>> posteriors_high({"sex": 0.0}, [[], ["sex"]])
+        array([0.5, 0.5])
+    """
+    by_group = np.array(
+        [
+            [sum(ratios[n] for n in names if n in seen) for names in GROUPS.values()]
+            for seen in map(frozenset, observed)
+        ]
+    ).reshape(-1, len(GROUPS))
+    c = dials.contradictory
+    share = c / len(GROUPS)
+    # In logarithms from the start: exp overflows for a ratio that 700 rounds of evidence give.
+    with np.errstate(divide="ignore"):
+        kept, turned = np.log([1 - c, share])
+    high = by_group.sum(1) + np.logaddexp(kept, logsumexp(turned - by_group, axis=1))
+    low = np.logaddexp(kept, logsumexp(turned + by_group, axis=1))
+    probability: NDArray[np.float64] = expit(high - low)
+    return dials.label_noise + (1 - 2 * dials.label_noise) * probability
+
+
+def posterior_high(
+    ratios: Mapping[str, float], observed: Collection[str], dials: Dials = DEFAULT
+) -> float:
+    """Return the exact probability of the label "high" given some pieces of evidence.
 
     Args:
         ratios: Log-likelihood ratio per piece of evidence.
         observed: Pieces of evidence to use.
+        dials: Those that the patient was drawn with.
 
     Example:
         >>> posterior_high({}, [])
         0.5
     """
-    by_group = np.array(
-        [sum(ratios[n] for n in names if n in observed) for names in GROUPS.values()]
-    )
-    share = CONTRADICTORY_SHARE / len(by_group)
-    high = by_group.sum() + math.log(1 - CONTRADICTORY_SHARE + share * np.exp(-by_group).sum())
-    low = math.log(1 - CONTRADICTORY_SHARE + share * np.exp(by_group).sum())
-    return float(expit(high - low))
+    return float(posteriors_high(ratios, [observed], dials)[0])
 
 
-def draw_evidence(generator: np.random.Generator, missing: float = 0.0) -> Evidence:
+def separation_of(name: str, dials: Dials = DEFAULT) -> float:
+    """Return d of a piece of evidence."""
+    if name in IMAGE_SEPARATION:
+        return IMAGE_SEPARATION[name] * dials.scan_evidence
+    (column,) = (columns[name] for columns in TABLES.values() if name in columns)
+    return column.separation * dials.table_evidence
+
+
+def draw_evidence(generator: np.random.Generator, dials: Dials = DEFAULT) -> Evidence:
     """Draw a patient's grade and evidence.
 
     Args:
         generator: Source of randomness.
-        missing: Probability that the patient lacks one or two modalities, whatever the grade.
+        dials: How much evidence there is, and how often it is missing or contradicts.
     """
+    # A stream of its own: dials that draw from it change nothing that is drawn without them.
+    (apart,) = generator.spawn(1)
     grade = int(generator.random() < 0.5)
     groups = tuple(GROUPS)
     group = groups[generator.integers(len(groups))]
-    contradictory = group if generator.random() < CONTRADICTORY_SHARE else ""
+    contradictory = group if generator.random() < dials.contradictory else ""
 
     latents, ratios, cells = {}, {}, {}
     for group, names in GROUPS.items():
         drawn_from = 1 - grade if group == contradictory else grade
         for name in names:
-            if group == "scans":
-                separation = IMAGE_SEPARATION[name]
-            else:
-                separation = TABLES[group][name].separation
+            separation = separation_of(name, dials)
             latent = separation * (drawn_from - 0.5) + generator.standard_normal()
             latents[name] = latent
             if group == "scans":
@@ -366,11 +429,12 @@ def draw_evidence(generator: np.random.Generator, missing: float = 0.0) -> Evide
                 ratios[name] = interval_log_likelihood_ratio(lower, upper, separation)
 
     # Drawn for everyone, used or not: `missing` then changes nothing else about a patient.
-    blank = generator.random(len(cells)) < BLANK_CELL_SHARE
+    blank = generator.random(len(cells)) < dials.blank
     lacks = generator.permutation(MODALITIES)[: generator.integers(1, 3)]
-    lacking = generator.random() < missing
+    lacking = generator.random() < dials.missing
     scan = tuple(SEQUENCES)[generator.integers(len(SEQUENCES))]
-    degraded = scan if generator.random() < DEGRADED_SHARE else ""
+    degraded = scan if generator.random() < dials.degraded else ""
+    wrong, second = apart.random(2) < (dials.label_noise, dials.second_site)
     return Evidence(
         grade=grade,
         latents=latents,
@@ -380,6 +444,8 @@ def draw_evidence(generator: np.random.Generator, missing: float = 0.0) -> Evide
         missing=tuple(name for name in MODALITIES if lacking and name in lacks),
         contradictory=contradictory,
         degraded=degraded,
+        label=1 - grade if wrong else grade,
+        site=2 if second else 1,
     )
 
 
@@ -405,9 +471,10 @@ class Lesion:
     contrast_millimolar: float
 
     @classmethod
-    def from_latents(cls, latents: Mapping[str, float]) -> Lesion:
+    def from_latents(cls, latents: Mapping[str, float], dials: Dials = DEFAULT) -> Lesion:
         """Return the lesion that depicts `enhancement`, `oedema`, `necrosis` and `size`."""
-        radius_mm = 9 + 11 * float(ndtr(latents["size"]))
+        smallest_mm, largest_mm = dials.lesion_mm
+        radius_mm = smallest_mm + (largest_mm - smallest_mm) * float(ndtr(latents["size"]))
         oedema = float(ndtr(latents["oedema"]))
         return cls(
             radius_mm=radius_mm,
@@ -426,7 +493,7 @@ class Scans:
         images: Int16 `(V, V, V)` per sequence, arbitrary scanner units, 0 outside the brain.
         lesion: Uint8 `(V, V, V)`: 0 elsewhere, 1 oedema, 2 enhancing rim, 3 necrotic core.
         affine: Voxel to world `(4, 4)`, mm, RAS+, close to MNI coordinates.
-        centre_mm: Centre of the lesion, world coordinates.
+        centre_mm: Centre of the lesion, or of its largest focus, world coordinates.
     """
 
     images: Mapping[str, NDArray[np.int16]]
@@ -465,21 +532,28 @@ def _smooth_field(generator: np.random.Generator, size: int, order: int) -> Floa
     return scaled
 
 
-def _template_coordinates(generator: np.random.Generator, size: int) -> Floats:
+def _template_coordinates(
+    generator: np.random.Generator, size: int, variation: float = 1.0
+) -> Floats:
     """Return where each voxel of a patient lies in the template, mm `(3, V, V, V)`.
 
     A rotation of a few degrees, a shift and a change of size by a few per cent (head shape), and
     a smooth displacement of 2.5 mm (brain shape).
+
+    Args:
+        generator: Source of randomness.
+        size: V.
+        variation: Factor on all of that.
     """
-    tilt, nod, turn = np.deg2rad(generator.normal(0, 3, 3))
+    tilt, nod, turn = np.deg2rad(generator.normal(0, 3 * variation, 3))
     cos, sin = math.cos, math.sin
     about_x = np.array([[1, 0, 0], [0, cos(tilt), -sin(tilt)], [0, sin(tilt), cos(tilt)]])
     about_y = np.array([[cos(nod), 0, sin(nod)], [0, 1, 0], [-sin(nod), 0, cos(nod)]])
     about_z = np.array([[cos(turn), -sin(turn), 0], [sin(turn), cos(turn), 0], [0, 0, 1]])
     # The template is larger than most heads (Lancaster et al. 2007); 9 % along each axis brings
     # the volume within the skull to 1.45 L on average.
-    scale = np.diag(1.09 * np.exp(generator.normal(0, 0.025, 3)))
-    shift_mm = np.array(CENTRE_MM) + generator.normal(0, 2, 3)
+    scale = np.diag(1.09 * np.exp(generator.normal(0, 0.025 * variation, 3)))
+    shift_mm = np.array(CENTRE_MM) + generator.normal(0, 2 * variation, 3)
 
     offsets = ((np.arange(size) - (size - 1) / 2) * FIELD_OF_VIEW_MM / size).astype(np.float32)
     offsets_mm = np.stack(np.meshgrid(offsets, offsets, offsets, indexing="ij"))
@@ -487,18 +561,67 @@ def _template_coordinates(generator: np.random.Generator, size: int) -> Floats:
     moved = np.tensordot(linear, offsets_mm, axes=1)
     moved += shift_mm.astype(np.float32)[:, None, None, None]
     for axis in moved:
-        axis += 2.5 * _smooth_field(generator, size, order=5)
+        axis += 2.5 * variation * _smooth_field(generator, size, order=5)
     return moved
 
 
-def _ramp(inside_mm: Floats, spacing_mm: float) -> Floats:
-    """Return the share of a voxel within a surface, by the distance of its centre inward."""
-    share: Floats = np.clip(inside_mm / spacing_mm + 0.5, 0, 1)
+def _ramp(inside_mm: Floats, width_mm: float) -> Floats:
+    """Return the share of a voxel within a surface, by the distance of its centre inward.
+
+    Args:
+        inside_mm: That distance, negative outside.
+        width_mm: From none to all; a voxel's width for a sharp surface.
+    """
+    share: Floats = np.clip(inside_mm / width_mm + 0.5, 0, 1)
     return share
 
 
+def _foci(generator: np.random.Generator, dials: Dials) -> NDArray[np.float64]:
+    """Return the size of each focus, the largest first; their cubes add up to 1."""
+    number = int(generator.integers(dials.foci[0], dials.foci[1] + 1))
+    sizes: NDArray[np.float64] = np.sort(np.cbrt(generator.dirichlet([5.0] * number)))[::-1]
+    return sizes
+
+
+def _tissues(
+    generator: np.random.Generator, dials: Dials, sequences: Mapping[str, Sequence3T]
+) -> dict[str, Tissue]:
+    """Return a patient's tissues."""
+    spread = dials.tissue_spread
+    tissues = {
+        name: Tissue(*(value * np.exp(spread * generator.standard_normal(3))).tolist())
+        for name, value in (
+            (n, np.array([t.proton_density, t.t1_ms, t.t2_ms])) for n, t in TISSUES.items()
+        )
+    }
+    if tissues != TISSUES or sequences["t1"] != SEQUENCES["t1"]:
+        # Oedema stays as bright as white matter on this patient's T1 (see `TISSUES`).
+        t1, oedema = sequences["t1"], tissues["oedema"]
+        density = t1.signal(tissues["white"]) / t1.signal(replace(oedema, proton_density=1.0))
+        tissues["oedema"] = replace(oedema, proton_density=density)
+    return tissues
+
+
+def _sequences(generator: np.random.Generator, dials: Dials, site: int) -> dict[str, Sequence3T]:
+    """Return the sequences as one patient was scanned with them."""
+    t1, t2, flair = np.exp(dials.protocol_spread * generator.standard_normal((3, 2))).tolist()
+    echo = dials.site_echo if site == 2 else 1.0
+    # T1 and T1ce are one sequence, before and after the agent.
+    return {
+        "t1": SEQUENCES["t1"].timed(*t1),
+        "t1ce": SEQUENCES["t1ce"].timed(*t1),
+        "t2": SEQUENCES["t2"].timed(t2[0], t2[1] * echo),
+        "flair": SEQUENCES["flair"].timed(flair[0], flair[1] * echo),
+    }
+
+
 def render(
-    lesion: Lesion, generator: np.random.Generator, size: int = 48, degraded: str = ""
+    lesion: Lesion,
+    generator: np.random.Generator,
+    size: int = 48,
+    degraded: str = "",
+    dials: Dials = DEFAULT,
+    site: int = 1,
 ) -> Scans:
     """Return the scans of a patient with a lesion.
 
@@ -511,11 +634,21 @@ def render(
         generator: Source of everything that does not depend on the grade: anatomy, place, noise.
         size: V, voxels along each axis of the 192 mm field of view.
         degraded: Sequence with four times the noise.
+        dials: Anatomy, lesion and scanner.
+        site: 1, or 2 for the second site.
     """
+    (apart,) = generator.spawn(1)
+    sequences = _sequences(apart, dials, site)
+    tissue_of = _tissues(apart, dials, sequences)
+    foci = _foci(apart, dials)
+    atrophy = math.exp(dials.atrophy_spread * apart.standard_normal())
+    bias_spread = dials.bias_spread * (dials.site_bias if site == 2 else 1.0)
+    noise = dials.site_noise if site == 2 else 1.0
+    site_gain = dials.site_gain if site == 2 else 1.0
     spacing_mm = FIELD_OF_VIEW_MM / size
     affine = grid_affine(size)
     maps, template_affine = _anatomy()
-    template_mm = _template_coordinates(generator, size)
+    template_mm = _template_coordinates(generator, size, dials.anatomy)
     origin, step = template_affine[:3, 3], template_affine[0, 0]
     voxels = (template_mm - origin.astype(np.float32)[:, None, None, None]) / np.float32(step)
     grey, white, brain_share = (
@@ -524,23 +657,38 @@ def render(
     brain = brain_share > 0.5
     excess = np.maximum(grey + white, 1)
     grey, white = grey / excess, white / excess
+    if atrophy != 1:
+        # Of a voxel that was all tissue nothing is lost, of one at a surface the more.
+        tissue = grey + white
+        left = np.maximum(tissue, np.finfo(np.float32).tiny) ** np.float32(atrophy - 1)
+        grey, white = grey * left, white * left
 
     # In white matter of either hemisphere, above the cerebellum, deep enough to be whole.
     depth_mm = ndimage.distance_transform_edt(brain, sampling=spacing_mm)
-    allowed = (depth_mm > 0.8 * lesion.radius_mm) & (template_mm[2] > 0)
+    allowed = (depth_mm > 0.8 * lesion.radius_mm * foci[0]) & (template_mm[2] > 0)
     allowed &= np.abs(template_mm[0]) > 12
     weights = np.where(allowed, white, 0).ravel().astype(np.float64) ** 4
-    chosen = generator.choice(weights.size, p=weights / weights.sum())
-    index = np.unravel_index(chosen, brain.shape) + generator.uniform(-0.5, 0.5, 3)
-    squared = [((np.arange(size) - i) * spacing_mm) ** 2 for i in index]
-    distance_mm = np.sqrt(squared[0][:, None, None] + squared[1][:, None] + squared[2]).astype(
-        np.float32
-    )
-    distance_mm *= 1 + 0.13 * _smooth_field(generator, size, order=12)
+    weights /= weights.sum()
+    indices, distances_mm = [], []
+    for _ in foci:
+        chosen = generator.choice(weights.size, p=weights)
+        index = np.unravel_index(chosen, brain.shape) + generator.uniform(-0.5, 0.5, 3)
+        squared = [((np.arange(size) - i) * spacing_mm) ** 2 for i in index]
+        distance_mm = np.sqrt(squared[0][:, None, None] + squared[1][:, None] + squared[2])
+        indices.append(index)
+        distances_mm.append(distance_mm.astype(np.float32))
+    uneven = 1 + 0.13 * _smooth_field(generator, size, order=12)
 
-    tumour = _ramp(lesion.radius_mm - distance_mm, spacing_mm)
-    core = _ramp(lesion.core_mm - distance_mm, spacing_mm)
-    around = _ramp(lesion.radius_mm + lesion.oedema_mm - distance_mm, spacing_mm)
+    def within(radius_mm: float) -> Floats:
+        """Return the share of each voxel within that radius of a focus, for a focus of size 1."""
+        inside = [
+            np.float32(radius_mm * focus) - distance * uneven
+            for focus, distance in zip(foci, distances_mm, strict=True)
+        ]
+        return _ramp(np.max(inside, axis=0), max(spacing_mm, dials.lesion_edge_mm))
+
+    tumour, core = within(lesion.radius_mm), within(lesion.core_mm)
+    around = within(lesion.radius_mm + lesion.oedema_mm)
     white_left = white * (1 - tumour)
     oedema = lesion.oedema_fraction * around * white_left
     shares = {
@@ -557,24 +705,28 @@ def render(
     labels[brain & (core >= 0.5)] = 3
 
     images = {}
-    for name, sequence in SEQUENCES.items():
-        tissues = dict(TISSUES)
-        if name == "t1ce":
+    for name, sequence in sequences.items():
+        tissues = dict(tissue_of)
+        if name in enhancing(dials):
             tissues["rim"] = tissues["rim"].with_contrast(lesion.contrast_millimolar)
+        white_signal = sequence.signal(tissues["white"])
         clean = np.zeros(brain.shape, dtype=np.float32)
         for tissue, share in shares.items():
-            clean += np.float32(sequence.signal(tissues[tissue])) * share
-        white_signal = sequence.signal(TISSUES["white"])
-        bias = np.exp(0.08 * _smooth_field(generator, size, order=2))
-        sigma = generator.uniform(0.02, 0.05) * white_signal * (4 if name == degraded else 1)
+            signal = sequence.signal(tissues[tissue])
+            if tissue in LESION:
+                signal = dials.lesion_contrast * signal + (1 - dials.lesion_contrast) * white_signal
+            clean += np.float32(signal) * share
+        bias = np.exp(bias_spread * _smooth_field(generator, size, order=2))
+        sigma = generator.uniform(*dials.noise) * noise * white_signal
+        sigma *= 4 if name == degraded else 1
         real, imaginary = sigma * generator.standard_normal((2, *brain.shape), dtype=np.float32)
         magnitude = np.hypot(bias * clean + real, imaginary)
-        gain = 400 / white_signal * math.exp(generator.normal(0, 0.15))
+        gain = 400 / white_signal * site_gain * math.exp(generator.normal(0, dials.gain_spread))
         # At least 1 in the brain, so that 0 always means outside it.
         counts = np.maximum(np.rint(gain * magnitude), 1)
         images[name] = np.where(brain, counts, 0).astype(np.int16)
 
-    x, y, z = (affine[:3, :3] @ index + affine[:3, 3]).tolist()
+    x, y, z = (affine[:3, :3] @ indices[0] + affine[:3, 3]).tolist()
     return Scans(images=images, lesion=labels, affine=affine, centre_mm=(x, y, z))
 
 
@@ -585,10 +737,20 @@ def render(
 MASK = "seg.nii.gz"
 MASK_LABELS = np.array([0, 2, 4, 1], dtype=np.uint8)
 SEGMENTATION = "cohort-segmentation.yaml"
+DIALS = "dials.yaml"
 
 
-def cohort_description(size: int) -> dict[str, Any]:
-    """Return the content of `cohort.yaml`."""
+# Of `labels.csv`, where there is a second site.
+SITE = "site"
+
+
+def cohort_description(size: int, dials: Dials = DEFAULT) -> dict[str, Any]:
+    """Return the content of `cohort.yaml`.
+
+    Args:
+        size: V of the grid, which is not that of the files if they have more `detail`.
+        dials: Whether there is a second site.
+    """
     modalities: dict[str, object] = {
         name: {
             "kind": "image",
@@ -603,11 +765,17 @@ def cohort_description(size: int) -> dict[str, Any]:
     for name, columns in TABLES.items():
         described = {column: kind.described() for column, kind in columns.items()}
         modalities[name] = {"kind": "table", "file": "ehr.csv", "columns": described}
+    subgroups: dict[str, object] = {
+        "age": {"column": "age_years", "edges": [45, 60]},
+        "sex": {"column": "sex"},
+    }
+    if dials.second_site:
+        subgroups[SITE] = {"label_column": SITE}
     return {
         "name": "simulated-glioma",
         "task": {"type": "classification", "target": "grade", "classes": list(CLASSES)},
         "modalities": modalities,
-        "subgroups": {"age": {"column": "age_years", "edges": [45, 60]}, "sex": {"column": "sex"}},
+        "subgroups": subgroups,
     }
 
 
@@ -647,6 +815,14 @@ def assign_splits(grades: Sequence[int], seed: int) -> list[str]:
     return splits
 
 
+def _without_label(splits: Sequence[str], share: float, seed: int) -> set[int]:
+    """Return which patients have no label: that share of the training split, at random."""
+    # The splits' own seed has one number, a patient's two.
+    generator = np.random.default_rng(np.random.SeedSequence([seed, 0, 0]))
+    training = np.flatnonzero(np.asarray(splits) == "train")
+    return set(generator.permutation(training)[: round(share * len(training))].tolist())
+
+
 def _write_image(path: Path, values: NDArray[np.generic], affine: NDArray[np.float64]) -> None:
     image = nib.Nifti1Image(values, affine)
     image.header.set_xyzt_units("mm")
@@ -662,7 +838,9 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_bytes(text.encode())
 
 
-def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> dict[str, object]:
+def _truth(
+    record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans, dials: Dials
+) -> dict[str, object]:
     """Return a patient's row of `truth.csv`."""
     ratios = evidence.log_likelihood_ratios
     row: dict[str, object] = {
@@ -673,10 +851,16 @@ def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> 
         "missing": " ".join(evidence.missing),
         "blank": " ".join(evidence.blank),
     }
+
+    def high(observed: Collection[str]) -> float:
+        return posterior_high(ratios, observed, dials)
+
+    subsets = every_subset(MODALITIES)
+    given = subset_posteriors(evidence, dials)
     numbers = {
-        "posterior_all": posterior_high(ratios, pieces(MODALITIES)),
-        "posterior_observed": posterior_high(ratios, evidence.observed()),
-        **{f"posterior_{name}": posterior_high(ratios, pieces([name])) for name in MODALITIES},
+        "posterior_all": high(pieces(MODALITIES, dials)),
+        "posterior_observed": high(evidence.observed(dials)),
+        **{f"posterior_{name}": high(pieces([name], dials)) for name in MODALITIES},
         **{f"z_{name}": value for name, value in evidence.latents.items()},
         **{f"llr_{name}": value for name, value in ratios.items()},
         "radius_mm": lesion.radius_mm,
@@ -686,19 +870,44 @@ def _truth(record_id: str, evidence: Evidence, lesion: Lesion, scans: Scans) -> 
         "contrast_millimolar": lesion.contrast_millimolar,
         **{f"centre_{axis}_mm": v for axis, v in zip("xyz", scans.centre_mm, strict=True)},
     }
-    return row | {name: f"{value:.6g}" for name, value in numbers.items()}
+    row |= {name: f"{value:.6g}" for name, value in numbers.items()}
+    row |= {"label": CLASSES[evidence.label], "site": evidence.site}
+    return row | {
+        posterior_column(subset): f"{value:.9g}"
+        for subset, value in zip(subsets[1:], given[1:], strict=True)
+    }
+
+
+def subset_posteriors(evidence: Evidence, dials: Dials = DEFAULT) -> NDArray[np.float64]:
+    """Return the exact probability of the label "high" given each set of modalities.
+
+    A modality shows what it would show if the patient had it: its blank cells stay blank.
+
+    Args:
+        evidence: The patient.
+        dials: Those that it was drawn with.
+
+    Returns:
+        `(2^M,)`, in the order of `every_subset(MODALITIES)`.
+    """
+    seen = [
+        [piece for piece in pieces(subset, dials) if piece not in evidence.blank]
+        for subset in every_subset(MODALITIES)
+    ]
+    return posteriors_high(evidence.log_likelihood_ratios, seen, dials)
 
 
 def _write_patient(
-    root: Path, index: int, seed: int, size: int, missing: float
+    root: Path, index: int, seed: int, size: int, dials: Dials
 ) -> tuple[Evidence, dict[str, object]]:
     """Write one patient, who depends on `seed` and `index` alone; return the evidence and truth."""
     # Two streams: the evidence of a patient is then the same at every image size.
     streams = np.random.SeedSequence([seed, index]).spawn(2)
     for_evidence, for_images = (np.random.default_rng(stream) for stream in streams)
-    evidence = draw_evidence(for_evidence, missing)
-    lesion = Lesion.from_latents(evidence.latents)
-    scans = render(lesion, for_images, size, evidence.degraded)
+    evidence = draw_evidence(for_evidence, dials)
+    lesion = Lesion.from_latents(evidence.latents, dials)
+    finer = round(size * dials.detail)
+    scans = render(lesion, for_images, finer, evidence.degraded, dials, evidence.site)
 
     # The seed is part of the id: two cohorts hold different patients.
     record_id = f"s{seed}-p{index:04d}"
@@ -709,12 +918,12 @@ def _write_patient(
     for name, values in scans.images.items():
         if name not in evidence.missing:
             _write_image(folder / f"{name}.nii.gz", values, scans.affine)
-    observed = evidence.observed()
+    observed = evidence.observed(dials)
     row = {name: text if name in observed else "" for name, text in evidence.cells.items()}
     _write_rows(folder / "ehr.csv", [row])
     _write_image(hidden / "lesion.nii.gz", scans.lesion, scans.affine)
     _write_image(folder / MASK, MASK_LABELS[scans.lesion], scans.affine)
-    return evidence, _truth(record_id, evidence, lesion, scans)
+    return evidence, _truth(record_id, evidence, lesion, scans, dials)
 
 
 def _check(out: Path, patients: int, seed: int, size: int, missing: float) -> None:
@@ -755,7 +964,8 @@ def simulate(
     seed: int = 0,
     size: int = 48,
     progress: Callable[[int, int], None] | None = None,
-    missing: float = 0.1,
+    missing: float | None = None,
+    dials: Dials = DEFAULT,
 ) -> Path:
     """Write a simulated cohort.
 
@@ -773,7 +983,10 @@ def simulate(
         size: V, voxels along each axis of the 192 mm field of view.
         progress: Called with (patients done, patients) after each.
         missing: Share of patients who lack one or two modalities, picked at random,
-            whatever the grade: their files are absent, or all cells of their table blank.
+            whatever the grade: their files are absent, or all cells of their table blank. None =
+            as `dials` say.
+        dials: How easy or hard the patients are; `dymo_med.data.dials.setting("hard")` is a named
+            setting. Those that differ from the default stand in `dials.yaml`.
 
     Returns:
         `out`.
@@ -782,7 +995,9 @@ def simulate(
         ConfigError: If `out` is not empty or a number is out of range.
     """
     out = Path(out)
+    missing = dials.missing if missing is None else missing
     _check(out, patients, seed, size, missing)
+    dials = dials.model_copy(update={"missing": missing})
     folder = out.resolve().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -797,33 +1012,43 @@ def simulate(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".simulate-") as scratch:
         root = Path(scratch) / "cohort"
         root.mkdir()
-        for name, content in (
-            ("cohort.yaml", cohort_description(size)),
-            (SEGMENTATION, segmentation_description(size)),
-        ):
+        contents = {
+            SEGMENTATION: segmentation_description(size),
+            "cohort.yaml": cohort_description(size, dials),
+        }
+        changed = dials.changed()
+        if changed:
+            contents = {DIALS: changed, **contents}
+        for name, content in contents.items():
             text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100)
             (root / name).write_text(text, encoding="utf-8")
-        grades, truth = [], []
+        drawn, truth = [], []
         for index in range(patients):
-            evidence, row = _write_patient(root, index, seed, size, missing)
-            grades.append(evidence.grade)
+            evidence, row = _write_patient(root, index, seed, size, dials)
+            drawn.append(evidence)
             truth.append(row)
             if progress is not None:
                 progress(index + 1, patients)
         ids = [row["record_id"] for row in truth]
-        splits = assign_splits(grades, seed)
+        splits = assign_splits([evidence.label for evidence in drawn], seed)
+        unlabelled = _without_label(splits, dials.unlabelled, seed)
         _write_rows(
             root / "labels.csv",
             [
-                {"record_id": i, "patient_id": i, "grade": CLASSES[grade]}
-                for i, grade in zip(ids, grades, strict=True)
+                {
+                    "record_id": i,
+                    "patient_id": i,
+                    "grade": "" if index in unlabelled else CLASSES[evidence.label],
+                    **({SITE: evidence.site} if dials.second_site else {}),
+                }
+                for index, (i, evidence) in enumerate(zip(ids, drawn, strict=True))
             ],
         )
         _write_rows(
             root / "splits.csv",
             [{"patient_id": i, "split": s} for i, s in zip(ids, splits, strict=True)],
         )
-        _write_rows(root / "truth.csv", truth)
+        _write_rows(root / TRUTH, truth)
         if out.exists():
             # The description comes last: without it a folder is not taken for a cohort.
             for name in (
@@ -831,9 +1056,8 @@ def simulate(
                 "truth",
                 "labels.csv",
                 "splits.csv",
-                "truth.csv",
-                SEGMENTATION,
-                "cohort.yaml",
+                TRUTH,
+                *contents,
             ):
                 (root / name).rename(out / name)
         else:
