@@ -103,7 +103,16 @@ def otsu(values: np.ndarray) -> float:
         >>> otsu(np.array([0.0] * 90 + [10.0] * 10)) > 1
         True
     """
-    counts, edges = np.histogram(values, bins=256)
+    return best_threshold(*np.histogram(values, bins=256))
+
+
+def best_threshold(counts: np.ndarray, edges: np.ndarray) -> float:
+    """Return Otsu's threshold of a histogram; see `otsu`.
+
+    Args:
+        counts: `(n,)` of each bin.
+        edges: `(n + 1,)` of the bins, ascending.
+    """
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1]
     above = counts.sum() - below
