@@ -91,9 +91,8 @@ def main() -> None:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(
-        "| scenario | method | n | AUROC (exact) | log-loss (exact) | KL |\n|---|---|---|---|---|---|"
-    )
+    print("| scenario | method | n | AUROC (exact) | log-loss (exact) | KL |")
+    print("|---|---|---|---|---|---|")
     for r in rows:
         print(
             f"| {r['scenario']} | {r['method']} | {r['patients']}"
