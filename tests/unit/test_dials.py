@@ -1,0 +1,171 @@
+"""Dials of the simulator, and the exact answers that come with its patients."""
+
+import csv
+import hashlib
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+
+from dymo_med import simulate
+from dymo_med.cli import main
+from dymo_med.data import simulate as simulator
+from dymo_med.data.dials import SETTINGS, Dials, setting
+from dymo_med.data.truth import every_subset, read_truth
+from dymo_med.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+# Of eight patients of seed 3, 16 voxels a side, made before there were dials.
+BEFORE = "df620a4ceff6857178444cd1f8814559900181e3930f5896ca1569b7f916206d"
+
+
+def digest(folder: Path) -> str:
+    """Return the hash of all files but the table of exact answers, unpacked."""
+    import gzip
+
+    whole = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "truth.csv"):
+        content = file.read_bytes()
+        if file.suffix == ".gz":  # as packed bytes depend on the version of zlib
+            content = gzip.decompress(content)
+        whole.update(file.relative_to(folder).as_posix().encode() + content)
+    return whole.hexdigest()
+
+
+def test_the_default_makes_the_same_files_as_before(tmp_path):
+    assert digest(simulate(tmp_path / "c", 8, seed=3, size=16)) == BEFORE
+    assert not (tmp_path / "c" / "dials.yaml").exists()
+
+
+def test_hard_is_another_cohort_and_says_what_differs(tmp_path):
+    folder = simulate(tmp_path / "c", 8, seed=3, size=16, dials=setting("hard"))
+    assert digest(folder) != BEFORE
+    again = setting("default", folder / "dials.yaml")
+    assert again == SETTINGS["hard"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("label_noise: 0.7\n", "label_noise"),
+        ("nois: [0.1, 0.2]\n", "unknown key"),
+        ("foci: [5, 2]\n", "must not exceed"),
+        ("noise: loud\n", "noise"),
+    ],
+)
+def test_wrong_dials_are_errors_with_a_remedy(tmp_path, capsys, text, said):
+    file = tmp_path / "dials.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        setting("hard", file)
+    with pytest.raises(ConfigError, match=r"no such setting.*default or hard"):
+        setting("hrad")
+
+
+def test_an_unknown_setting_is_a_wrong_command(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(tmp_path / "c"), "--setting", "nightmare"])
+    assert ended.value.code == 2 and not (tmp_path / "c").exists()
+
+
+def drawn(dials: Dials, patients: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels `(n,)` and exact posteriors of all subsets `(n, 2^M)`; no scan is made."""
+    rng = np.random.default_rng(0)
+    everybody = [simulator.draw_evidence(rng, dials) for _ in range(patients)]
+    posterior = np.array([simulator.subset_posteriors(e, dials) for e in everybody])
+    return np.array([e.label for e in everybody]), posterior
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    return drawn(SETTINGS["hard"].model_copy(update={"label_noise": 0.1, "missing": 0.0}), 1500)
+
+
+def test_posteriors_are_calibrated(noisy):
+    labels, posterior = noisy
+    subsets = every_subset(simulator.MODALITIES)
+    for wanted in (("t1ce",), ("symptoms", "labs"), simulator.MODALITIES):
+        p = posterior[:, subsets.index(tuple(wanted))]
+        for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
+            some = (p >= low) & (p < high)
+            if some.sum() < 60:
+                continue
+            error = (p[some] * (1 - p[some])).mean() ** 0.5 / some.sum() ** 0.5
+            assert abs(labels[some].mean() - p[some].mean()) < 4 * error
+
+
+def test_labels_that_may_be_wrong_bound_every_posterior(noisy):
+    _, posterior = noisy
+    assert posterior.min() >= 0.1 and posterior.max() <= 0.9
+    assert np.allclose(posterior[:, 0], 0.5)
+
+
+def test_more_modalities_never_know_less_on_average(noisy):
+    labels, posterior = noisy
+    subsets = every_subset(simulator.MODALITIES)
+    chain = [tuple(simulator.MODALITIES[:k]) for k in range(len(simulator.MODALITIES) + 1)]
+    losses = [log_loss(labels, posterior[:, subsets.index(s)]) for s in chain]
+    assert all(b < a + 0.01 for a, b in pairwise(losses))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_two_modalities_by_hand():
+    """Without contradictions evidence adds up, and shared evidence counts once."""
+    dials = Dials(contradictory=0.0, blank=0.0, missing=0.0)
+    evidence = simulator.draw_evidence(np.random.default_rng(5), dials)
+    ratios, found = evidence.log_likelihood_ratios, simulator.subset_posteriors(evidence, dials)
+    subsets = every_subset(simulator.MODALITIES)
+    for subset in (("t2", "flair"), ("t1", "labs")):
+        seen = {p for name in subset for p in simulator.pieces([name], dials)}
+        expected = 1 / (1 + np.exp(-sum(ratios[p] for p in seen)))
+        assert found[subsets.index(subset)] == pytest.approx(expected)
+
+
+def test_unlabelled_patients_are_of_the_training_split(tmp_path):
+    dials = Dials(unlabelled=0.6)
+    folder = simulate(tmp_path / "c", 24, seed=1, size=16, dials=dials)
+    splits = {r["patient_id"]: r["split"] for r in rows(folder / "splits.csv")}
+    blank = [r["patient_id"] for r in rows(folder / "labels.csv") if not r["grade"]]
+    assert blank and {splits[p] for p in blank} == {"train"}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_exact_answers_stand_beside_an_evaluation(tmp_path):
+    from exact import beside
+
+    folder = simulate(tmp_path / "c", 12, seed=1, size=16)
+    truth = read_truth(folder)
+    labels = {r["record_id"]: r["grade"] for r in rows(folder / "labels.csv")}
+    told = [
+        {
+            "scenario": "as-is",
+            "method": method,
+            "record_id": name,
+            "patient_id": name,
+            "label": labels[name],
+            "prob_low": str(1 - p),
+            "prob_high": str(p),
+            "observed": "t1+t2+labs",
+        }
+        for name in truth.record_ids
+        for method, p in (("exact", truth.of(name, ["t1", "t2", "labs"])), ("half", 0.5))
+    ]
+    exact, half = beside(told, truth)
+    assert exact["method"] == "exact" and exact["kl"] == pytest.approx(0, abs=1e-6)
+    assert half["kl"] > 0 and half["exact_log_loss"] == pytest.approx(exact["log_loss"], abs=1e-6)
+
+
+def test_a_cohort_without_exact_answers_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="exact answers cannot be read"):
+        read_truth(tmp_path)
+    (tmp_path / "truth.csv").write_text("record_id,grade\na,low\n")
+    with pytest.raises(ConfigError, match="holds no exact answers"):
+        read_truth(tmp_path)
