@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from dymo_med.data.dials import SETTINGS, Dials
 
 from dymo_med import evaluate, load_bundle, read_cohort, simulate
+from dymo_med.data.dials import SETTINGS, Dials
 
 FILES = ("labels.csv", "splits.csv", "truth.csv")
 

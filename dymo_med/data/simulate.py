@@ -33,7 +33,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.special import expit, logsumexp, ndtr
+from scipy.special import expit, ndtr
 
 from dymo_med.data.dials import SETTINGS, Dials
 from dymo_med.data.truth import TRUTH, every_subset, posterior_column
@@ -337,9 +337,7 @@ def interval_log_likelihood_ratio(lower: float, upper: float, separation: float)
     return log_probability(separation / 2) - log_probability(-separation / 2)
 
 
-def posteriors_high(
-    ratios: Mapping[str, float], observed: Sequence[Collection[str]], dials: Dials = DEFAULT
-) -> NDArray[np.float64]:
+def _high(by_group: NDArray[np.float64], dials: Dials) -> NDArray[np.float64]:
     """Return the exact probability of the label "high" given each of some sets of evidence `(S,)`.
 
     With L_g the summed log-likelihood ratio of what is observed of group g, G groups, and c the
@@ -351,27 +349,16 @@ def posteriors_high(
     the probability e + (1 - 2 e) p.
 
     Args:
-        ratios: Log-likelihood ratio per piece of evidence.
-        observed: S sets of pieces of evidence.
+        by_group: L_g `(S, G)`.
         dials: Those that the patient was drawn with.
-
-    Example:
-        >>> posteriors_high({"sex": 0.0}, [[], ["sex"]])
-        array([0.5, 0.5])
     """
-    by_group = np.array(
-        [
-            [sum(ratios[n] for n in names if n in seen) for names in GROUPS.values()]
-            for seen in map(frozenset, observed)
-        ]
-    ).reshape(-1, len(GROUPS))
     c = dials.contradictory
     share = c / len(GROUPS)
-    # In logarithms from the start: exp overflows for a ratio that 700 rounds of evidence give.
+    # In logarithms from the start: exp of much evidence overflows.
     with np.errstate(divide="ignore"):
         kept, turned = np.log([1 - c, share])
-    high = by_group.sum(1) + np.logaddexp(kept, logsumexp(turned - by_group, axis=1))
-    low = np.logaddexp(kept, logsumexp(turned + by_group, axis=1))
+    high = by_group.sum(1) + np.logaddexp(kept, np.logaddexp.reduce(turned - by_group, axis=1))
+    low = np.logaddexp(kept, np.logaddexp.reduce(turned + by_group, axis=1))
     probability: NDArray[np.float64] = expit(high - low)
     return dials.label_noise + (1 - 2 * dials.label_noise) * probability
 
@@ -390,7 +377,8 @@ def posterior_high(
         >>> posterior_high({}, [])
         0.5
     """
-    return float(posteriors_high(ratios, [observed], dials)[0])
+    by_group = [sum(ratios[n] for n in names if n in observed) for names in GROUPS.values()]
+    return float(_high(np.array([by_group]), dials)[0])
 
 
 def separation_of(name: str, dials: Dials = DEFAULT) -> float:
@@ -890,11 +878,26 @@ def subset_posteriors(evidence: Evidence, dials: Dials = DEFAULT) -> NDArray[np.
     Returns:
         `(2^M,)`, in the order of `every_subset(MODALITIES)`.
     """
-    seen = [
-        [piece for piece in pieces(subset, dials) if piece not in evidence.blank]
-        for subset in every_subset(MODALITIES)
-    ]
-    return posteriors_high(evidence.log_likelihood_ratios, seen, dials)
+    ratios = evidence.log_likelihood_ratios
+    seen = [0.0 if n in evidence.blank else ratios[n] for names in GROUPS.values() for n in names]
+    by_group: NDArray[np.float64] = _shown(dials.flair_after_contrast) @ np.array(seen)
+    return _high(by_group, dials)
+
+
+@cache
+def _shown(flair_after_contrast: bool) -> NDArray[np.float64]:
+    """Return 1 where a set of modalities shows a piece of a group, else 0 `(S, G, P)`."""
+    dials = Dials(flair_after_contrast=flair_after_contrast)
+    everything = [piece for names in GROUPS.values() for piece in names]
+    shown = np.array(
+        [
+            [piece in pieces(subset, dials) for piece in everything]
+            for subset in every_subset(MODALITIES)
+        ]
+    )
+    within = np.array([[piece in names for piece in everything] for names in GROUPS.values()])
+    found: NDArray[np.float64] = (shown[:, None] & within).astype(np.float64)
+    return found
 
 
 def _write_patient(

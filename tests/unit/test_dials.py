@@ -72,7 +72,7 @@ def test_an_unknown_setting_is_a_wrong_command(tmp_path, capsys):
     assert ended.value.code == 2 and not (tmp_path / "c").exists()
 
 
-def drawn(dials: Dials, patients: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+def drawn(dials: Dials, patients: int) -> tuple[np.ndarray, np.ndarray]:
     """Return labels `(n,)` and exact posteriors of all subsets `(n, 2^M)`; no scan is made."""
     rng = np.random.default_rng(0)
     everybody = [simulator.draw_evidence(rng, dials) for _ in range(patients)]
@@ -82,7 +82,7 @@ def drawn(dials: Dials, patients: int = 4000) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def noisy():
-    return drawn(SETTINGS["hard"].model_copy(update={"label_noise": 0.1, "missing": 0.0}), 1500)
+    return drawn(SETTINGS["hard"].model_copy(update={"label_noise": 0.1, "missing": 0.0}), 5000)
 
 
 def test_posteriors_are_calibrated(noisy):
@@ -161,6 +161,42 @@ def test_exact_answers_stand_beside_an_evaluation(tmp_path):
     exact, half = beside(told, truth)
     assert exact["method"] == "exact" and exact["kl"] == pytest.approx(0, abs=1e-6)
     assert half["kl"] > 0 and half["exact_log_loss"] == pytest.approx(exact["log_loss"], abs=1e-6)
+
+
+def test_hidden_cells_are_no_evidence(tmp_path, monkeypatch, capsys):
+    """The command: exact answers without the cells that a scenario hid, and without blank ones."""
+    import exact
+
+    dials = Dials(label_noise=0.1, blank=0.3, contradictory=0.2)
+    cohort = simulate(tmp_path / "c", 8, seed=1, size=16, dials=dials)
+    truth, recomputed = read_truth(cohort), exact.Recomputed(cohort)
+    for subset in (["labs"], ["t1ce", "demographics"], list(simulator.MODALITIES)):
+        for name in truth.record_ids:  # two ways to the same number
+            assert recomputed.of(name, subset, frozenset()) == pytest.approx(
+                truth.of(name, subset), rel=1e-4
+            )
+    columns = simulator.TABLES["labs"]
+    everything = frozenset(columns)
+    assert recomputed.of(truth.record_ids[0], ["labs"], everything) == pytest.approx(0.5)
+
+    evaluation = tmp_path / "e"
+    evaluation.mkdir()
+    labels = {r["record_id"]: r["grade"] for r in rows(cohort / "labels.csv")}
+    lines = ["scenario,record_id,patient_id,label,method,prob_low,prob_high,observed"]
+    for name in truth.record_ids:
+        lines.append(f"cells:0.9,{name},{name},{labels[name]},dymo,0.5,0.5,labs")
+        lines.append(f"cells:0.9,{name},{name},{labels[name]},oracle,0.5,0.5,labs")
+    (evaluation / "predictions.csv").write_text("\n".join(lines) + "\n")
+    hidden = [f"cells:0.9,{n},labs,{c}" for n in truth.record_ids for c in columns]
+    (evaluation / "hidden.csv").write_text(
+        "\n".join(["scenario,record_id,modality,column", *hidden]) + "\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["exact.py", str(evaluation), str(cohort)])
+    exact.main()
+    dymo, oracle = rows(evaluation / "exact.csv")
+    assert float(dymo["kl"]) == pytest.approx(0, abs=1e-9)
+    assert float(oracle["kl"]) > 0.001
+    assert "| cells:0.9 | dymo | 8 |" in capsys.readouterr().out
 
 
 def test_a_cohort_without_exact_answers_says_so(tmp_path):

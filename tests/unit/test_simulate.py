@@ -14,9 +14,9 @@ import pytest
 import yaml
 from scipy.stats import norm
 
+from dymo_med.data.dials import Dials
 from dymo_med.data.simulate import (
-    BLANK_CELL_SHARE,
-    CONTRADICTORY_SHARE,
+    DEFAULT,
     GROUPS,
     IMAGE_SEPARATION,
     MODALITIES,
@@ -64,7 +64,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn() -> list[Evidence]:
     """Return the evidence of 4000 patients."""
     generator = np.random.default_rng(0)
-    return [draw_evidence(generator, missing=0.3) for _ in range(4000)]
+    dials = Dials(missing=0.3)
+    return [draw_evidence(generator, dials) for _ in range(4000)]
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -189,11 +190,11 @@ class TestEvidence:
         high = np.array([e.grade == 1 for e in drawn])
         assert high.mean() == pytest.approx(0.5, abs=0.03)
         contradictory = Counter(e.contradictory for e in drawn)
-        assert 1 - contradictory[""] / 4000 == pytest.approx(CONTRADICTORY_SHARE, abs=0.015)
+        assert 1 - contradictory[""] / 4000 == pytest.approx(DEFAULT.contradictory, abs=0.015)
         assert set(contradictory) == {"", *GROUPS}
         cells = sum(len(columns) for columns in TABLES.values())
         blanks = sum(len(e.blank) for e in drawn) / (4000 * cells)
-        assert blanks == pytest.approx(BLANK_CELL_SHARE, abs=0.01)
+        assert blanks == pytest.approx(DEFAULT.blank, abs=0.01)
         lacking = np.array([bool(e.missing) for e in drawn])
         assert lacking.mean() == pytest.approx(0.3, abs=0.03)
         assert {len(e.missing) for e in drawn} == {0, 1, 2}
@@ -205,8 +206,8 @@ class TestEvidence:
             for observed in (pieces(MODALITIES), evidence.observed(), pieces(["t2", "labs"])):
                 joint = {}
                 for grade in (0, 1):
-                    scenarios = {"": 1 - CONTRADICTORY_SHARE}
-                    scenarios |= dict.fromkeys(GROUPS, CONTRADICTORY_SHARE / len(GROUPS))
+                    scenarios = {"": 1 - DEFAULT.contradictory}
+                    scenarios |= dict.fromkeys(GROUPS, DEFAULT.contradictory / len(GROUPS))
                     joint[grade] = sum(
                         share * self.likelihood(evidence, observed, grade, contradictory)
                         for contradictory, share in scenarios.items()
