@@ -30,6 +30,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dymo_med.data.simulate import (
     CLASSES,
+    DEFAULT,
     DEPICTS,
     MODALITIES,
     TABLES,
@@ -65,7 +66,8 @@ def cpu_name() -> str:
 def bayes(draws: int) -> list[Row]:
     """Return the AUROC of the exact posterior for each subset of complete modalities."""
     generator = np.random.default_rng(0)
-    drawn = [draw_evidence(generator) for _ in range(draws)]
+    everything = DEFAULT.model_copy(update={"missing": 0.0})
+    drawn = [draw_evidence(generator, everything) for _ in range(draws)]
     grades = [evidence.grade for evidence in drawn]
     rows = []
     for subset in SUBSETS:
