@@ -63,6 +63,8 @@ def pages(browser, bundle, tmp_path_factory):
     lacks = {
         "nothing": {},
         "scan": {"scans": ("flair",)},
+        # Whatever the default trusts: here the made-up scan is used.
+        "used": {"scans": ("flair",)},
         "table": {"tables": ("labs",)},
         "both": {"scans": ("t1",), "tables": ("labs",)},
         "most": {"scans": ("t1", "t1ce", "t2", "flair"), "tables": ("symptoms", "labs")},
@@ -72,7 +74,8 @@ def pages(browser, bundle, tmp_path_factory):
     for case, missing in lacks.items():
         patient = without(whole, folder / case / "patient", bundle, **missing)
         out = folder / case / "out"
-        predict_patient(patient, bundle, out, draws=3)
+        asked = bundle.with_selector("trust_all") if case == "used" else bundle
+        predict_patient(patient, asked, out, draws=3)
         file = read_prediction(out / "prediction.json")
         result[case] = SimpleNamespace(file=file, path=out / "report.html")
     return result
@@ -202,7 +205,7 @@ def test_the_spread_over_draws_is_drawn(pages, visit):
 
 
 def test_slices_are_leafed_through_by_keyboard(pages, visit):
-    page = visit(pages["scan"].path).page
+    page = visit(pages["used"].path).page
     group = page.locator(".leaf").first
     slider, said_slice = group.locator("input[type=range]"), group.locator(".said")
     viewer = group.locator(".viewer").first
