@@ -294,6 +294,31 @@ def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
     return rows
 
 
+def report(results: Results, seconds: dict[str, list[float]], work: Path, seeds: int) -> None:
+    """Print and write the table of all seeds so far."""
+    rows = table(results)
+    with (work / "learning.csv").open("w", newline="") as stream:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n| scenario | method | AUROC | log-loss | KL | AUROC gain | log-loss gain |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        gains = f"{r.get('auroc_gain', '')} | {r.get('log_loss_gain', '')}"
+        print(
+            f"| {r['scenario']} | {r['method']} | {r['auroc']:.3f} | {r['log_loss']:.3f}"
+            f" | {r['kl']:.3f} | {gains} |"
+        )
+    print(
+        "\ngains against the reference of lowest log-loss of each scenario;"
+        f" {rows[0]['patients']} test patients, {seeds} seeds"
+    )
+    for name, costs in seconds.items():
+        print(f"{name}: {sum(costs) / len(costs):.0f} s of CPU a seed")
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("simulated", "cohort"))
@@ -318,27 +343,7 @@ def main() -> None:
         else:
             folder = a.places[0]
         one_seed(folder, seed, results, seconds)
-    rows = table(results)
-    with (work / "learning.csv").open("w", newline="") as stream:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print("\n| scenario | method | AUROC | log-loss | KL | AUROC gain | log-loss gain |")
-    print("|---|---|---|---|---|---|---|")
-    for r in rows:
-        gains = f"{r.get('auroc_gain', '')} | {r.get('log_loss_gain', '')}"
-        print(
-            f"| {r['scenario']} | {r['method']} | {r['auroc']:.3f} | {r['log_loss']:.3f}"
-            f" | {r['kl']:.3f} | {gains} |"
-        )
-    print(
-        "\ngains against the reference of lowest log-loss of each scenario;"
-        f" {rows[0]['patients']} test patients, {a.seeds} seeds"
-    )
-    for name, costs in seconds.items():
-        print(f"{name}: {sum(costs) / len(costs):.0f} s of CPU a seed")
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+        report(results, seconds, work, seed + 1)
 
 
 if __name__ == "__main__":
