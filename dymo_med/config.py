@@ -471,7 +471,7 @@ class Document:
                 limits.too_large(
                     str(path),
                     "the description",
-                    len(content),
+                    path.stat().st_size,
                     limits.MAX_YAML_BYTES,
                     "Check that it is the right file",
                 )

@@ -138,18 +138,28 @@ class Survey:
             )
 
         where = f"Cohort {self.cohort.name}: {spec.name}"
-        remedy = (
-            "That it is there tells the class, and nothing can be learned of it in the others:"
-            " find out why, or take it out"
-        )
         if whole := shares(""):
-            what = "no patient of some class has the modality"
-            return [Problem(where, what, got=whole, remedy=remedy)]
+            return [
+                Problem(
+                    where,
+                    "no patient of some class has the modality",
+                    expected="some patient of every class",
+                    got=whole,
+                    remedy="Find out why, or take it out: that it is there tells the class",
+                )
+            ]
         parts = [f"{c.name}: {told}" for c in spec.columns if (told := shares(c.name))]
         if not parts:
             return []
-        what = "no patient of some class has a value in a column"
-        return [Problem(where, what, got="; ".join(parts[:_MOST_NAMED]), remedy=remedy)]
+        return [
+            Problem(
+                where,
+                "no patient of some class has a value in a column",
+                expected="some patient of every class",
+                got="; ".join(parts[:_MOST_NAMED]),
+                remedy="Find out why, or take it out: that it is there tells the class",
+            )
+        ]
 
 
 def survey(cohort: Cohort, records: Iterable[PatientRecord]) -> list[Problem]:

@@ -501,8 +501,8 @@ def test_probabilities_are_calibrated_and_each_records_own(compared, records):
     batch = collate(records, compared.specs)
     found = comparator_probabilities(compared, batch)
     assert list(found) == ["unimodal", "moddrop", *compared.references.fitted]
-    for name, p in found.items():
-        fitted = compared.comparators[name]
+    for name, fitted in compared.comparators.items():
+        p = found[name]
         assert p.dtype == torch.float64 and p.shape == (len(batch), 2)
         torch.testing.assert_close(p.sum(1), torch.ones(len(batch), dtype=torch.float64))
         raw = torch.softmax(fitted.network(batch).double() / fitted.temperature, dim=1)

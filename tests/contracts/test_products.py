@@ -14,6 +14,7 @@ import torch
 
 from dymo_med.backbones import BACKBONES, SEGMENTERS, encode_versions
 from dymo_med.bundle import load_bundle
+from dymo_med.calibration import Calibration
 from dymo_med.cli import app, main
 from dymo_med.imputers import IMPUTERS
 from dymo_med.inference import evaluate, quality
@@ -177,7 +178,9 @@ def test_every_backbone_is_explained_whatever_goes_unused(name, selector):
     unused = False
     for row in range(len(batch)):
         subject = Subject(
-            *(backbone, batch, recovery, trace, row), temperature=1.3, base_rates=(0.5, 0.3, 0.2)
+            *(backbone, batch, recovery, trace, row),
+            calibration=Calibration(1.3, 40, None),
+            base_rates=(0.5, 0.3, 0.2),
         )
         unused |= len(subject.names) < len(NAMES)
         shown = {n: batch.observed_fields.get(n) for n in batch.observed.of(row)}

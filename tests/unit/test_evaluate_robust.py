@@ -540,7 +540,8 @@ def test_subgroups_are_those_of_the_records(whole, clinic, predictions):
 
 
 def test_comparators_have_their_rows(whole, predictions):
-    methods = {"observed_only", "trust_all", "dymo", "gate", "moddrop"}
+    plain = ["boosting", "logistic", "reference_mean"]
+    methods = {"observed_only", "trust_all", "dymo", "gate", "moddrop", *plain}
     for scenario in SCENARIOS:
         found = {r["method"] for r in predictions if r["scenario"] == scenario}
         assert found == methods | ({"oracle"} if scenario != "as-is" else set())
@@ -548,13 +549,17 @@ def test_comparators_have_their_rows(whole, predictions):
     compared = {(r["method"], r["metric"]) for r in rows_of(whole / "metrics.csv")}
     assert ("gate - moddrop", "auroc") in compared
     assert ("gate - oracle", "auroc") not in compared
-    assert json.loads((whole / "run.json").read_text())["methods"][-2:] == ["moddrop", "oracle"]
+    assert json.loads((whole / "run.json").read_text())["methods"][-5:] == [
+        "moddrop",
+        *plain,
+        "oracle",
+    ]
 
 
 def test_the_test_of_delong_agrees_with_itself_and_the_difference(whole):
     table = {(r["scenario"], r["method"], r["metric"]): r for r in rows_of(whole / "metrics.csv")}
     rows = {k: r for k, r in table.items() if k[2] == "auroc_delong"}
-    assert len(rows) == 3 * 4
+    assert len(rows) == 3 * 7
     for (scenario, method, _), row in rows.items():
         value, low, high, p = (float(row[k]) for k in ("value", "low", "high", "p"))
         assert value == pytest.approx(float(table[scenario, method, "auroc"]["value"]), abs=1e-8)
@@ -569,7 +574,7 @@ def test_p_values_are_adjusted_over_all_comparisons_of_a_metric(whole):
         assert bool(row["p"]) == bool(row["p_holm"])
         if row["p"]:
             families[row["metric"]].append((float(row["p"]), float(row["p_holm"])))
-    assert len(families["auroc"]) == len(families["auroc_delong"]) == 12
+    assert len(families["auroc"]) == len(families["auroc_delong"]) == 21
     for pairs in families.values():
         largest = 0.0
         for rank, (p, adjusted) in enumerate(sorted(pairs)):

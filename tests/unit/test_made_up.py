@@ -133,7 +133,7 @@ def test_commands_refuse_what_was_made_up_and_can_go_on_without(made, bundle_dir
         assert stopped.value.code == 3 and "not measured" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["predict", *command, "--treat-refused-as-missing", "--no-explain", "--draws", "0"])
-    said = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    said = json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))
     assert stopped.value.code == 0 and said["refused"] == ["t1"] and "t1" not in said["observed"]
 
 
@@ -148,11 +148,18 @@ def test_scans_under_other_names_are_named(made, bundle, tmp_path, caplog):
     found = predict_patient(patient, bundle, tmp_path / "out", explain=False, draws=0)
     sentence = found.warnings[0]
     assert "not looked at: sub-03_T1w.nii.gz. Counted as missing: t1. Check" in sentence
-    assert sentence in json.loads((tmp_path / "out" / "prediction.json").read_text())["warnings"]
-    assert "sub-03_T1w.nii.gz" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        sentence
+        in json.loads((tmp_path / "out" / "prediction.json").read_text(encoding="utf-8"))[
+            "warnings"
+        ]
+    )
+    assert "sub-03_T1w.nii.gz" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     impute_patient(patient, bundle, tmp_path / "made")
     assert sentence in caplog.text
-    kept = json.loads((tmp_path / "made" / "recovered" / "recovered.json").read_text())
+    kept = json.loads(
+        (tmp_path / "made" / "recovered" / "recovered.json").read_text(encoding="utf-8")
+    )
     assert kept["unused"] == ["sub-03_T1w.nii.gz"]
 
 

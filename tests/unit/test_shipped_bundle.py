@@ -39,7 +39,7 @@ def test_it_is_small_and_says_where_it_comes_from(shipped):
     size = sum(f.stat().st_size for f in shipped_bundle().rglob("*") if f.is_file())
     assert size < 10_000_000
     assert shipped.provenance["recipe"]["name"] == "simulated-glioma"
-    assert shipped.provenance["records"]["train"] == 300
+    assert shipped.provenance["records"]["train"] == 305
 
 
 def test_all_127_patterns_are_answered(shipped, patients):
@@ -75,7 +75,7 @@ def test_predict_and_evaluate_agree(shipped, patients, tmp_path):
 
 def test_none_of_the_demo_patients_made_the_bundle(shipped):
     used = {h for part in shipped.provenance["patients"].values() for h in part}
-    assert len(used) == 451
+    assert len(used) == 453
     assert not used & {hashed_id(shipped.name, f"s1000-p{i:04d}") for i in range(PATIENTS)}
 
 

@@ -23,7 +23,7 @@ from dymo_med.training.train import train
 from dymo_med.training.use import audit_use, warnings_of
 from dymo_med.types import Interval, UseRow
 
-SPLITS = ["train"] * 40 + ["validation"] * 20 + ["calibration"] * 20
+SPLITS = ["train"] * 40 + ["validation"] * 40 + ["calibration"] * 20
 RECIPE = {
     "name": "tiny",
     "description": "For tests only.",
@@ -43,7 +43,7 @@ RECIPE = {
 
 
 def write(folder, informative):
-    """Write 80 patients of a scan and a table, only one of which tells the classes apart."""
+    """Write 100 patients of a scan and a table, only one of which tells the classes apart."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     description = {
