@@ -181,7 +181,11 @@ PATIENT = [
     ("JSON too deep", as_json(lists(100_000)), ["ehr.json", "JSON"]),
     ("JSON with a name twice", as_json('{"age": 61, "age": 62}'), ["ehr.json", "twice"]),
     ("JSON of two rows", as_json('[{"age": 61}, {"age": 62}]'), ["ehr.json", "row"]),
-    ("JSON with a list in a cell", as_json(f'{{"age": ["{SECRET}"], "ldh": 200}}'), ["ehr.json", "age"]),
+    (
+        "JSON with a list in a cell",
+        as_json(f'{{"age": ["{SECRET}"], "ldh": 200}}'),
+        ["ehr.json", "age"],
+    ),
     ("JSON that is a number", as_json(NUMBER), ["ehr.json", "row"]),
     ("JSON with NaN", as_json('{"age": NaN, "ldh": 200}'), ["ehr.json", "age", "finite"]),
     ("nothing in the folder", emptied, ["nothing was observed", T1]),

@@ -96,12 +96,13 @@ CASES = {
     "a modality of one class": (
         lambda k, of, s: f"age,sex,crp\n{50 + k},{'FM'[k > 7]},1\n",
         lambda k, of, s: both(k, of, s) if of == "b" else "",
-        "labs: no patient of some class has the modality. Got 0 of 8 a and 8 of 8 b",
+        "labs: no patient of some class has the modality. Expected some patient of every class."
+        " Got 0 of 8 a and 8 of 8 b",
     ),
     "a column of one class": (
         lambda k, of, s: f"age,sex,crp\n{50 + k},{'FM'[k > 7]},{1 if of == 'a' else ''}\n",
         both,
-        "value in a column. Got crp: 8 of 8 a and 0 of 8 b",
+        "value in a column. Expected some patient of every class. Got crp: 8 of 8 a and 0 of 8 b",
     ),
 }
 
