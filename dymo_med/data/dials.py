@@ -29,8 +29,8 @@ class Dials(Strict):
         table_evidence: Factor on the separations of all columns: how much tables say alone.
         contradictory: Share of patients one of whose groups of evidence (all scans, or one table)
             was drawn from the other grade.
-        flair_after_contrast: Whether FLAIR was acquired after the contrast agent and so shows the
-            enhancement too: redundancy between scans.
+        flair_after_contrast: Whether FLAIR was acquired when 15 % of the contrast agent were left,
+            and so shows the enhancement too: redundancy between scans.
         label_noise: Share of patients in whose label the grades are exchanged. The label is what
             `labels.csv` holds and what every posterior is of.
         unlabelled: Share of the training split's patients whose label is blank.

@@ -161,9 +161,14 @@ DEPICTS = {
 }
 
 
-def enhancing(dials: Dials) -> tuple[str, ...]:
-    """Return the sequences acquired after the contrast agent."""
-    return ("t1ce", "flair") if dials.flair_after_contrast else ("t1ce",)
+# Share of the contrast agent that is left in the rim when FLAIR is acquired after it. With all of
+# it FLAIR would be no brighter: what a short T1 adds, a short T2 takes away at TE 120 ms.
+LEFT_FOR_FLAIR = 0.15
+
+
+def enhancing(dials: Dials) -> dict[str, float]:
+    """Return the share of the contrast agent by sequence, of those acquired after it."""
+    return {"t1ce": 1.0} | ({"flair": LEFT_FOR_FLAIR} if dials.flair_after_contrast else {})
 
 
 @dataclass(frozen=True)
@@ -696,7 +701,8 @@ def render(
     for name, sequence in sequences.items():
         tissues = dict(tissue_of)
         if name in enhancing(dials):
-            tissues["rim"] = tissues["rim"].with_contrast(lesion.contrast_millimolar)
+            millimolar = enhancing(dials)[name] * lesion.contrast_millimolar
+            tissues["rim"] = tissues["rim"].with_contrast(millimolar)
         white_signal = sequence.signal(tissues["white"])
         clean = np.zeros(brain.shape, dtype=np.float32)
         for tissue, share in shares.items():
@@ -710,8 +716,9 @@ def render(
         real, imaginary = sigma * generator.standard_normal((2, *brain.shape), dtype=np.float32)
         magnitude = np.hypot(bias * clean + real, imaginary)
         gain = 400 / white_signal * site_gain * math.exp(generator.normal(0, dials.gain_spread))
-        # At least 1 in the brain, so that 0 always means outside it.
-        counts = np.maximum(np.rint(gain * magnitude), 1)
+        # At least 1 in the brain, so that 0 always means outside it; at most what 16 bits hold, as
+        # a scanner saturates.
+        counts = np.clip(np.rint(gain * magnitude), 1, np.iinfo(np.int16).max)
         images[name] = np.where(brain, counts, 0).astype(np.int16)
 
     x, y, z = (affine[:3, :3] @ indices[0] + affine[:3, 3]).tolist()

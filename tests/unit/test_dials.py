@@ -205,3 +205,60 @@ def test_a_cohort_without_exact_answers_says_so(tmp_path):
     (tmp_path / "truth.csv").write_text("record_id,grade\na,low\n")
     with pytest.raises(ConfigError, match="holds no exact answers"):
         read_truth(tmp_path)
+
+
+def test_bright_scans_saturate():
+    """No gain turns bright voxels into negative ones."""
+    lesion = simulator.Lesion(12, 5, 6, 0.5, 0.1)
+    dials = Dials(gain_spread=1.0, bias_spread=1.0, site_gain=5.0)
+    for seed in range(3):
+        scans = simulator.render(lesion, np.random.default_rng(seed), 16, dials=dials, site=2)
+        assert all(image.min() == 0 for image in scans.images.values())
+
+
+def test_flair_after_contrast_shows_the_enhancement():
+    dials = Dials(flair_after_contrast=True)
+    assert "enhancement" in simulator.pieces(["flair"], dials)
+    latents = dict.fromkeys(simulator.IMAGE_SEPARATION, 0.0) | {"size": 2.0}
+    shown = []
+    for z in (-2.0, -1.0, 0.0, 1.0, 2.0):  # brighter and brighter, nothing else changes
+        lesion = simulator.Lesion.from_latents(latents | {"enhancement": z})
+        scans = simulator.render(lesion, np.random.default_rng(0), 24, dials=dials)
+        shown.append(scans.images["flair"][scans.lesion == 2].mean())
+    assert all(b > 1.01 * a for a, b in pairwise(shown))
+    assert shown[-1] > 1.2 * shown[0]
+
+
+def test_foci_share_the_volume_of_one_ball():
+    lesion = simulator.Lesion(16, 6, 1, 0.5, 0.1)
+    volumes = [
+        (
+            simulator.render(lesion, np.random.default_rng(seed), 48, dials=Dials(foci=foci)).lesion
+            >= 2
+        ).sum()
+        for seed in range(2)
+        for foci in ((1, 1), (4, 4))
+    ]
+    one, four = np.mean(volumes[::2]), np.mean(volumes[1::2])
+    assert four == pytest.approx(one, rel=0.35)
+
+
+def test_oedema_stays_invisible_on_every_t1():
+    """Otherwise the posteriors from T1 and T1ce would not be exact."""
+    dials = Dials(tissue_spread=0.1, protocol_spread=0.2)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        sequences = simulator._sequences(rng, dials, 2)
+        tissues = simulator._tissues(rng, dials, sequences)
+        for name in ("t1", "t1ce"):
+            white, oedema = (sequences[name].signal(tissues[t]) for t in ("white", "oedema"))
+            assert oedema == pytest.approx(white)
+
+
+def test_a_second_site_is_told(tmp_path):
+    dials = Dials(second_site=0.5)
+    folder = simulate(tmp_path / "c", 8, seed=1, size=16, dials=dials)
+    sites = {r["record_id"]: r["site"] for r in rows(folder / "labels.csv")}
+    assert set(sites.values()) == {"1", "2"}
+    assert sites == {r["record_id"]: r["site"] for r in rows(folder / "truth.csv")}
+    assert "site" in simulator.cohort_description(16, dials)["subgroups"]
