@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exact import divergence
 from lightning_fabric import Fabric
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
@@ -33,6 +34,7 @@ from dymo_med.backbones import FusionBackbone, FusionTransformer, as_one
 from dymo_med.config import BackboneTraining
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_record
+from dymo_med.data.truth import TRUTH, read_truth
 from dymo_med.references import features_of, under
 from dymo_med.references.mixed import mixed_logits
 from dymo_med.training.calibration import fit_temperature
@@ -139,17 +141,6 @@ def scenarios(specs: Specs, available: Tensor, seed: int) -> dict[str, Tensor]:
     return found
 
 
-def truth_of(folder: Path) -> dict[str, dict[str, float]]:
-    """Return posteriors of the last class by record and set of modalities, if there are any."""
-    path = folder / "truth.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    columns = [c for c in rows[0] if c.startswith("posterior[")]
-    return {row["record_id"]: {c[10:-1]: float(row[c]) for c in columns if row[c]} for row in rows}
-
-
 def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[float]]) -> None:
     """Train and test everything once; add the test patients' answers to `results`."""
     cohort = read_cohort(folder)
@@ -168,7 +159,8 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
     seconds.setdefault("references", []).append(time.process_time() - began)
     test, held = labelled["test"], labelled["calibration"]
     masks = scenarios(specs, test.observed.available, seed)
-    truth, names = truth_of(folder), [spec.name for spec in specs]
+    truth = read_truth(folder) if (folder / TRUTH).is_file() else None
+    names = [spec.name for spec in specs]
     features = features_of(test, specs)
 
     def add(method: str, scenario: str, mask: Tensor, probabilities: Any) -> None:
@@ -178,9 +170,8 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
             kept.patients.append(f"{seed}/{test.patient_ids[i]}" if truth else test.patient_ids[i])
             kept.labels.append(int(test.labels[i]))
             kept.probability.append(float(p))
-            subset = "+".join(n for n, m in zip(names, mask[i].tolist(), strict=True) if m)
-            known = truth.get(test.record_ids[i], {})
-            kept.exact.append(known.get(subset, float("nan")))
+            left = [n for n, m in zip(names, mask[i].tolist(), strict=True) if m]
+            kept.exact.append(truth.of(test.record_ids[i], left) if truth else float("nan"))
 
     for scenario, mask in masks.items():
         rows = mask.any(1).nonzero().squeeze(1)
@@ -239,11 +230,6 @@ def log_losses(y: Floats, p: Floats) -> Floats:
     return -np.where(y == 1, np.log(p), np.log(1 - p))
 
 
-def kl(exact: Floats, p: Floats) -> Floats:
-    exact, p = np.clip(exact, 1e-9, 1 - 1e-9), np.clip(p, 1e-6, 1 - 1e-6)
-    return exact * np.log(exact / p) + (1 - exact) * np.log((1 - exact) / (1 - p))
-
-
 def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
     """Return rows of the table: figures, and paired differences to the better reference."""
     rows = []
@@ -271,7 +257,7 @@ def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
                 "patients": len(people),
                 "auroc": roc_auc_score(y, p),
                 "log_loss": log_losses(y, p).mean(),
-                "kl": kl(exact, p).mean(),
+                "kl": divergence(exact, np.clip(p, 1e-6, 1 - 1e-6)).mean(),
                 "exact_auroc": roc_auc_score(y, exact) if np.isfinite(exact).all() else np.nan,
             }
             if method not in REFERENCES:

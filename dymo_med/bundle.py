@@ -64,12 +64,10 @@ from dymo_med.modalities.base import Modality
 from dymo_med.references import (
     REFERENCES,
     FittedReference,
-    Mixed,
     Reference,
     References,
-    features_of,
+    answering,
     layout_of,
-    recovered_features,
 )
 from dymo_med.registry import Registry, nearest
 from dymo_med.selection import SELECTORS, Selector
@@ -322,16 +320,8 @@ class ModelBundle:
             batch: These.
             recovery: Of these; None = observed versions only.
         """
-        other = None if self.references is None else self.references.mixed
-        if other is None or self.references is None:
-            return network
-        return Mixed(
-            network,
-            other,
-            features_of(batch, self.specs),
-            None if recovery is None else recovered_features(batch, recovery, self.specs),
-            self.references.weight,
-            self.calibration.temperature,
+        return answering(
+            network, self.references, batch, recovery, self.specs, self.calibration.temperature
         )
 
     @property

@@ -310,14 +310,12 @@ def _first(files: Mapping[str, int], most: int) -> str:
     return ", ".join(shown) + (f" and {_count(rest, 'other')}" if rest else "")
 
 
-def _seconds(budget: str | None) -> float:
-    """Return a length of time in seconds; 20 minutes if none is stated.
+def _seconds(budget: str) -> float:
+    """Return a length of time in seconds.
 
     Raises:
         ConfigError: If it is no length of time.
     """
-    if budget is None:
-        return 1200.0
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)\s*(s|m|min|h)?", budget.strip().lower())
     number = float(found[1]) if found else 0.0
     if not found or not number:
@@ -359,10 +357,11 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Train imputer and backbone, fit statistics and calibration, write a bundle."""
+    from dymo_med.training.train import BUDGET_S
     from dymo_med.training.train import train as run
 
     reporter = Reporter(quiet)
-    budget_s = _seconds(budget)
+    budget_s = BUDGET_S if budget is None else _seconds(budget)
     if recipe is not None and budget is not None:
         raise ConfigError(
             Problem(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dymo_med.backbones.base import FusionBackbone
+from dymo_med.modalities import modality
 from dymo_med.types import FusionOutput, Tokens
 
 
@@ -53,6 +54,9 @@ class Ensemble(FusionBackbone):
         descriptors: Tensor | None = None,
     ) -> Tokens:
         """Return the members' tokens `(B, N, members D)`. See `FusionBackbone.encode`."""
+        if descriptors is None and self.described(name):  # once, not by every member
+            spec = next(spec for spec in self.specs if spec.name == name)
+            descriptors = modality(spec).describe(values)
         found = [m.encode(name, values, observed_fields, descriptors) for m in self._each()]
         return Tokens(torch.cat([tokens.values for tokens in found], dim=2), found[0].available)
 

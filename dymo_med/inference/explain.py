@@ -98,7 +98,8 @@ class Subject:
         versions: Values `(1, *shape)` and filled cells `(1, F)` (None for images) by name and by
             whether it is the recovered version; copies, so that gradients may flow even if the
             originals were made in inference mode.
-        descriptors: Of image versions `(1, P)`: of the scan as stored, or of the recovered values.
+        descriptors: Of image versions whose descriptors the network reads `(1, P)`: of the scan as
+            stored, or of the recovered values.
         given: Recovered versions that the network was given as tokens of its own, whose values it
             never saw.
         chosen: Index of the predicted class.
@@ -148,6 +149,8 @@ class Subject:
                     filled = torch.ones_like(filled) if made else filled
                 values = source[name][row : row + 1].clone()
                 self.versions[name, made] = values, filled
+                if not backbone.described(name):
+                    continue
                 told = None if made else batch.descriptors.get(name)
                 told = kinds[name].describe(values) if told is None else told[row : row + 1].clone()
                 if told is not None:

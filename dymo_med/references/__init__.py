@@ -18,7 +18,7 @@ from dymo_med.references.features import (
     under,
 )
 from dymo_med.references.logistic import Logistic
-from dymo_med.references.mixed import Mixed
+from dymo_med.references.mixed import Mixed, answering
 from dymo_med.registry import Registry
 
 # In this order: the last one is made of those before it.
@@ -34,6 +34,7 @@ __all__ = [
     "Reference",
     "References",
     "Training",
+    "answering",
     "features_of",
     "layout_of",
     "recovered_features",

@@ -75,11 +75,13 @@ def features_of(batch: Batch, specs: Sequence[ModalitySpec]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def recovered_features(batch: Batch, recovery: Recovery, specs: Sequence[ModalitySpec]) -> Tensor:
+def recovered_features(
+    observed: Tensor, recovery: Recovery, specs: Sequence[ModalitySpec]
+) -> Tensor:
     """Return what each record's recovered versions are like.
 
     Args:
-        batch: B records.
+        observed: Of B records, as `features_of` returns it; not changed.
         recovery: Of these.
         specs: Modalities in canonical order.
 
@@ -87,7 +89,7 @@ def recovered_features(batch: Batch, recovery: Recovery, specs: Sequence[Modalit
         Float64 `(B, P)` on the CPU: as `features_of`, but whole where something was recovered or
         completed.
     """
-    found = features_of(batch, specs)
+    found = observed.clone()
     at = 0
     for m, spec in enumerate(specs):
         rows = recovery.candidates[:, m].nonzero().squeeze(1)

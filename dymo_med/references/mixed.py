@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dymo_med.references.base import FittedReference
-from dymo_med.references.features import under
-from dymo_med.types import Fuse, FusionOutput
+from dymo_med.references.base import FittedReference, References
+from dymo_med.references.features import features_of, recovered_features, under
+from dymo_med.types import Batch, Fuse, FusionOutput, ModalitySpec, Recovery
 
 _LEAST = 1e-9  # of a probability, before its logarithm is taken
 
@@ -60,6 +61,32 @@ class Mixed:
         return mixed_logits(
             logits, self.reference.probabilities(features), self.weight, self.temperature
         )
+
+
+def answering(
+    network: Fuse,
+    references: References | None,
+    batch: Batch,
+    recovery: Recovery | None,
+    specs: Sequence[ModalitySpec],
+    temperature: float,
+) -> Fuse:
+    """Return what answers: the network alone, or with the reference that has a part in it.
+
+    Args:
+        network: Over B records.
+        references: Weighed; None = there are none.
+        batch: The records.
+        recovery: Of these; None = observed versions only.
+        specs: Modalities in canonical order.
+        temperature: Of the network.
+    """
+    other = None if references is None else references.mixed
+    if other is None or references is None:
+        return network
+    observed = features_of(batch, specs)
+    recovered = None if recovery is None else recovered_features(observed, recovery, specs)
+    return Mixed(network, other, observed, recovered, references.weight, temperature)
 
 
 def mixed_logits(logits: Tensor, other: Tensor, weight: float, temperature: float) -> Tensor:

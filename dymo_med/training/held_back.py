@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dymo_med.backbones import FusionBackbone, encode_versions
 from dymo_med.calibration import Calibration
+from dymo_med.comparators.base import only
 from dymo_med.conformal import AS_THEY_CAME, Conformal, calibrate
 from dymo_med.imputers import Imputer
-from dymo_med.references import Mixed, References, features_of, recovered_features
+from dymo_med.references import References, answering
 from dymo_med.selection import Selector
 from dymo_med.training.loop import stream
 from dymo_med.training.objectives import sampled_subsets
 from dymo_med.training.selectors import remember
-from dymo_med.types import Batch, Fuse, ModalityMask, Scale, SubsetStatistics
+from dymo_med.types import Batch, ModalityMask, Scale, SubsetStatistics
 
 _CHUNK = 64
 # Up to so many modalities every combination is looked at: 127 of seven.
@@ -174,16 +175,10 @@ def try_out(
             left = torch.tensor([case[2] for case in some])
             part = only(batch.rows(torch.tensor([case[1] for case in some])), left).to(device)
             recovery = imputer.recover(part)
-            fuse: Fuse = encode_versions(backbone, part, recovery)
-            if references is not None and references.mixed is not None:
-                fuse = Mixed(
-                    fuse,
-                    references.mixed,
-                    features_of(part, backbone.specs),
-                    recovered_features(part, recovery, backbone.specs),
-                    references.weight,
-                    calibration.temperature,
-                )
+            network = encode_versions(backbone, part, recovery)
+            fuse = answering(
+                network, references, part, recovery, backbone.specs, calibration.temperature
+            )
             fuse = remember(fuse, left.shape[1], len(some))
             for name, selector in selectors.items():
                 trace = selector.select(fuse, part.observed, recovery.candidates, statistics)
@@ -201,18 +196,3 @@ def try_out(
         answers,
         errors,
     )
-
-
-def only(batch: Batch, left: Tensor) -> Batch:
-    """Return records with nothing but these modalities observed.
-
-    Args:
-        batch: n records.
-        left: Bool `(n, M)`, within what they have.
-    """
-    names = batch.observed.names
-    fields = {
-        name: filled & left[:, names.index(name)][:, None]
-        for name, filled in batch.observed_fields.items()
-    }
-    return replace(batch, observed=ModalityMask(names, left), observed_fields=fields)

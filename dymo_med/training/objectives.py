@@ -79,6 +79,13 @@ def record_weights(batch: Batch) -> Tensor:
     return weights / weights.mean()
 
 
+def mask_known(batch: Batch) -> Tensor:
+    """Return bool `(n,)`: whose mask is known."""
+    if batch.masked is None:
+        return torch.zeros(len(batch), dtype=torch.bool)
+    return batch.masked
+
+
 def singles(available: Tensor) -> tuple[Tensor, Tensor]:
     """Return a request for each modality that each record has.
 

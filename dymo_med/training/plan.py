@@ -30,6 +30,7 @@ from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
     encode_all,
+    mask_known,
     record_weights,
     sampled_subsets,
     subset_logits,
@@ -123,8 +124,7 @@ def fingerprint(cohort: Cohort, data: Mapping[Split, Batch]) -> Fingerprint:
         data: Its records, per split.
     """
     known = {
-        s: b.labels >= 0 if b.masked is None and cohort.task.mask is None else _masks_known(b)
-        for s, b in data.items()
+        s: b.labels >= 0 if cohort.task.mask is None else mask_known(b) for s, b in data.items()
     }
     train = data["train"]
     have = train.observed.available
@@ -158,12 +158,6 @@ def fingerprint(cohort: Cohort, data: Mapping[Split, Batch]) -> Fingerprint:
         cores=os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
     )
-
-
-def _masks_known(batch: Batch) -> Tensor:
-    if batch.masked is None:
-        return torch.zeros(len(batch), dtype=torch.bool)
-    return batch.masked
 
 
 def _memory_bytes() -> int:
@@ -292,7 +286,7 @@ def _outline(plan: Plan, found: Fingerprint) -> Plan:
     """Return the plan of a segmentation."""
     r, why = plan.recipe, plan.why
     sides = next(m["shape"] for m in found.modalities.values())[1:]
-    small = prod(sides) < _LARGE
+    small = found.voxels < _LARGE
     r["backbone"] = {
         "name": "shared_unet",
         "widths": [16, 32, 64] if small else [32, 64, 128, 256],
@@ -322,12 +316,10 @@ class Candidate:
     Attributes:
         name: For people.
         backbone: What it changes in the recipe's backbone.
-        why: Its reason, should it be chosen.
     """
 
     name: str
     backbone: Entry
-    why: str
 
 
 def candidates(found: Fingerprint) -> list[Candidate]:
@@ -358,8 +350,8 @@ def candidates(found: Fingerprint) -> list[Candidate]:
         if tables:
             entry["table_encoder"] = table
         names = " + ".join([*encoders, *([table] if tables else [])]) or "as it is"
-        result.append(Candidate(names, entry, ""))
-    return result if images or tables else result[:1]
+        result.append(Candidate(names, entry))
+    return result
 
 
 # -- what is tried ---------------------------------------------------------------------------------
@@ -372,12 +364,14 @@ class Trial:
     Attributes:
         candidate: Which.
         losses: Loss per validated patient, over subsets of what each has.
-        seconds: That its training took.
+        seconds: That its trainings took, one per fold.
+        folds: How many there were.
     """
 
     candidate: Candidate
     losses: Mapping[str, float]
     seconds: float
+    folds: int = 1
 
     @property
     def mean(self) -> float:
@@ -540,7 +534,8 @@ def _tried(
     fabric = Fabric(accelerator="cuda" if device.type == "cuda" else "cpu", devices=1)
     began = time.monotonic()
     losses: dict[str, float] = {}
-    for fit, check in _folds(data, seed):
+    folds = list(_folds(data, seed))
+    for fit, check in folds:
         with new_weights(seed, "backbone"):
             network = kind(specs, len(cohort.task.classes), options)
         objective = FusionObjective(
@@ -576,7 +571,7 @@ def _tried(
         for row, loss in zip(rows.tolist(), each.tolist(), strict=True):
             total.setdefault(check.patient_ids[row], []).append(loss)
         losses |= {p: sum(v) / len(v) for p, v in total.items()}
-    return Trial(candidate, losses, time.monotonic() - began)
+    return Trial(candidate, losses, time.monotonic() - began, len(folds))
 
 
 def _fit_into(
@@ -590,7 +585,7 @@ def _fit_into(
 ) -> None:
     """Cut members and epochs down to what fits into the time that is left."""
     training = plan.recipe["backbone_training"]
-    once = best.seconds / (_FOLDS if len(set(data["validation"].patient_ids)) < 60 else 1)
+    once = best.seconds / best.folds
     members = max(1, min(3, int(left_s / 2 / max(once, 1e-3))))
     if members < training["members"]:
         training["members"] = members

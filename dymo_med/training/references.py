@@ -228,13 +228,24 @@ def _losses(
         for fitted in references.fitted.values():
             other = fitted.probabilities(features)
             answers += [s * own + (1 - s) * other for s in SHARES if s < 1]
-        parts.append(torch.stack([_loss(p, batch.rows(rows), scale) for p in answers]))
+        labels = batch.labels[rows]
+        shares = None if batch.shares is None else batch.shares[rows]
+        parts.append(torch.stack([loss_of(p, labels, shares, scale) for p in answers]))
         patients += list(batch.patient_ids) * len(masks)
     return torch.cat(parts, dim=1), patients
 
 
-def _loss(probabilities: Tensor, batch: Batch, scale: Scale | None) -> Tensor:
-    """Return the log-loss of each answer, or how far its number is from the truth."""
-    if scale is not None and batch.shares is not None:
-        return (scale.value(probabilities) - scale.value(batch.shares.double())).abs()
-    return F.nll_loss(probabilities.clamp_min(1e-6).log(), batch.labels, reduction="none")
+def loss_of(
+    probabilities: Tensor, labels: Tensor, shares: Tensor | None, scale: Scale | None
+) -> Tensor:
+    """Return the log-loss of each answer, or how far its number is from the truth, `(n,)`.
+
+    Args:
+        probabilities: `(n, K)`.
+        labels: Int64 `(n,)`.
+        shares: Of a regression `(n, K)`, as in `Batch`.
+        scale: Likewise.
+    """
+    if scale is not None and shares is not None:
+        return (scale.value(probabilities) - scale.value(shares.double())).abs()
+    return F.nll_loss(probabilities.clamp_min(1e-6).log(), labels, reduction="none")

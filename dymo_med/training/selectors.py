@@ -113,12 +113,8 @@ def calibration_cases(
                 masks.append(part.observed.available)
                 candidates.append(recovery.candidates)
                 if other is not None:
-                    features.append(
-                        (
-                            features_of(part, backbone.specs),
-                            recovered_features(part, recovery, backbone.specs),
-                        )
-                    )
+                    seen = features_of(part, backbone.specs)
+                    features.append((seen, recovered_features(seen, recovery, backbone.specs)))
     fuse: Fuse = EncodedVersions(
         backbone,
         torch.cat([p.observed for p in parts]),

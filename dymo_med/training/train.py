@@ -44,6 +44,7 @@ from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
     encode_all,
+    mask_known,
     record_weights,
     sampled_subsets,
     subset_logits,
@@ -233,7 +234,7 @@ def _fit(
     if described.task.mask is not None:
         if imputer is not None:
             _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
-        known = {s: b.rows(_masked(b).nonzero().squeeze(1)) for s, b in data.items()}
+        known = {s: b.rows(mask_known(b).nonzero().squeeze(1)) for s, b in data.items()}
         segmenter = train_segmentation(
             plan,
             described,
@@ -594,13 +595,6 @@ def _train_imputer(
             checkpoint=checkpoints / "imputer.safetensors",
         )
     imputer.to(device).eval()
-
-
-def _masked(batch: Batch) -> Tensor:
-    """Return bool `(n,)`: whose mask is known."""
-    if batch.masked is None:
-        return torch.zeros(len(batch), dtype=torch.bool)
-    return batch.masked
 
 
 def fit_specs(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[ModalitySpec, ...]:

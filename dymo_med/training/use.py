@@ -19,7 +19,7 @@ from torch import Tensor
 from dymo_med.backbones import EncodedVersions
 from dymo_med.metrics import auroc
 from dymo_med.references import Mixed, References, under
-from dymo_med.training.references import Held
+from dymo_med.training.references import Held, loss_of
 from dymo_med.types import Batch, Interval, Scale, Use, UseRow
 
 # Fewer patients who could exchange something tell nothing.
@@ -212,8 +212,8 @@ def _row(
     weights = np.array([1 / patients.count(p) for p in patients])
     labels = people.labels[rows]
     shares = None if people.shares is None else people.shares[rows]
-    loss = _losses(own, labels, shares, scale)
-    lost = np.stack([_losses(c, labels, shares, scale) for c in changed]) - loss  # (R, n)
+    loss = loss_of(own, labels, shares, scale).numpy()
+    lost = np.stack([loss_of(c, labels, shares, scale).numpy() for c in changed]) - loss  # (R, n)
     means = lost @ weights / weights.sum()
     total = 0.5 * (changed - own).abs().sum(-1).mean(0).numpy()
     only = torch.zeros_like(used)
@@ -256,17 +256,6 @@ def _resamples(
     names, owner, visits = np.unique(np.array(patients), return_inverse=True, return_counts=True)
     times = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
     return np.asarray(times[:, owner] / visits[owner], dtype=np.float64)
-
-
-def _losses(
-    probabilities: Tensor, labels: Tensor, shares: Tensor | None, scale: Scale | None
-) -> Floats:
-    """Return each answer's log-loss, or how far its number is from the truth."""
-    if scale is not None and shares is not None:
-        gap = scale.value(probabilities) - scale.value(shares.double())
-        return np.asarray(gap.abs().numpy())
-    own = probabilities[torch.arange(len(labels)), labels]
-    return np.asarray(-own.clamp_min(1e-6).log().numpy())
 
 
 def _interval(value: float, drawn: Floats) -> Interval:

@@ -106,7 +106,9 @@ def test_a_later_candidate_must_be_better_beyond_chance(
 
 def test_a_small_budget_cuts_members_and_epochs(cohort, specs, data, monkeypatch):
     losses = {f"p{i}": 1.0 for i in range(4)}
-    monkeypatch.setattr(plan, "_tried", lambda candidate, *_: plan.Trial(candidate, losses, 30.0))
+    monkeypatch.setattr(
+        plan, "_tried", lambda candidate, *_: plan.Trial(candidate, losses, 30.0, 3)
+    )
     monkeypatch.setattr(plan, "_imputer_epoch_s", lambda *_: 10.0)
     recipe, text = plan.propose(cohort, specs, data, budget_s=62)
     assert recipe.backbone_training.members == 3 and recipe.imputer_training.epochs == 3
