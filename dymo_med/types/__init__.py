@@ -1,0 +1,95 @@
+"""The nouns of the package: frozen dataclasses and protocols, checked once at construction.
+
+Letters in shapes, everywhere: B patients (records), M modalities, K classes, D embedding size,
+N tokens, T selection steps, S subsets, F table columns, C image channels, R rows of a request.
+
+Polarity, everywhere: True = available.
+"""
+
+from dymo_med.types.answer import Attribution, Prediction, Value, WeightedSubset
+from dymo_med.types.batch import Batch, LatentTokens, ModalityMask, Recovery, Tokens, subset_id
+from dymo_med.types.cohort import SPLITS, Cohort, CohortRecord, Split, Subgroup
+from dymo_med.types.performance import Interval, Performance, PerformanceRow, Use, UseRow
+from dymo_med.types.record import (
+    FieldOfView,
+    GateFinding,
+    GateResult,
+    GateState,
+    ModalityValue,
+    Native,
+    Norms,
+    PatientRecord,
+    Source,
+)
+from dymo_med.types.selection import (
+    Choice,
+    Fuse,
+    FusionOutput,
+    Mixture,
+    SelectionStep,
+    SelectionTrace,
+    SubsetStatistics,
+)
+from dymo_med.types.spec import (
+    CellRules,
+    Column,
+    DescriptorNorms,
+    FileRules,
+    Logarithm,
+    ModalitySpec,
+    RulesT,
+    SeriesRule,
+    Steps,
+)
+from dymo_med.types.task import MaskSpec, Scale, Task
+
+__all__ = [
+    "SPLITS",
+    "Attribution",
+    "Batch",
+    "CellRules",
+    "Choice",
+    "Cohort",
+    "CohortRecord",
+    "Column",
+    "DescriptorNorms",
+    "FieldOfView",
+    "FileRules",
+    "Fuse",
+    "FusionOutput",
+    "GateFinding",
+    "GateResult",
+    "GateState",
+    "Interval",
+    "LatentTokens",
+    "Logarithm",
+    "MaskSpec",
+    "Mixture",
+    "ModalityMask",
+    "ModalitySpec",
+    "ModalityValue",
+    "Native",
+    "Norms",
+    "PatientRecord",
+    "Performance",
+    "PerformanceRow",
+    "Prediction",
+    "Recovery",
+    "RulesT",
+    "Scale",
+    "SelectionStep",
+    "SelectionTrace",
+    "SeriesRule",
+    "Source",
+    "Split",
+    "Steps",
+    "Subgroup",
+    "SubsetStatistics",
+    "Task",
+    "Tokens",
+    "Use",
+    "UseRow",
+    "Value",
+    "WeightedSubset",
+    "subset_id",
+]
