@@ -35,7 +35,7 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     ),
     "configs/inference.json": (
         *("imputer", "backbone", "members", "selector", "distance", "temperature", "base_rates"),
-        *("window", "overlap"),
+        *("window", "overlap", "body"),
     ),
     "configs/selectors.json": ("why", "calibration", "entries"),
     "configs/calibration.json": ("fitted_on", "patients", "confidence", "right"),

@@ -208,6 +208,7 @@ class SegmentationBundle:
             "selector": self.selector,
             "window": list(self.windows.size),
             "overlap": self.windows.overlap,
+            "body": self.windows.body,
         }
 
     def _model_card(self) -> str:
@@ -318,7 +319,11 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             missing_values=tuple(metadata["missing_values"]),
             network=network,
             backbone_entry=inference["backbone"],
-            windows=Windows(tuple(inference["window"]), float(inference["overlap"])),
+            windows=Windows(
+                tuple(inference["window"]),
+                float(inference["overlap"]),
+                body=inference.get("body") is True,  # older bundles look everywhere
+            ),
             trust=_load_trust(path, inference, network),
             provenance=metadata["provenance"],
             norms=load_norms(path),

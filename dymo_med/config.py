@@ -147,6 +147,8 @@ class BackboneTraining(Schedule):
             mean is the answer.
         crop: Voxels along each axis of the random part that a segmentation network is shown in a
             training step, and of its sliding window later; None = the whole grid.
+        crop_lesion: Share of these parts that are placed so that they hold some of the lesion;
+            the others lie anywhere in the scan.
     """
 
     subsets: Annotated[int, Field(ge=1)] = 5
@@ -162,6 +164,7 @@ class BackboneTraining(Schedule):
     crop: Annotated[list[Annotated[int, Field(ge=8)]], Field(min_length=3, max_length=3)] | None = (
         None
     )
+    crop_lesion: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     @model_validator(mode="before")
     @classmethod

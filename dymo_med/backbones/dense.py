@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import cast
 
@@ -17,6 +17,7 @@ from dymo_med.types import Batch, FusionOutput, Recovery
 # Logits that are averaged at once: 64 MB in float32.
 _MOST_VALUES = 16_000_000
 _LEAST_STD = 1e-6
+_NOTHING_SIDE = 32  # voxels along an axis
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class Windows:
         overlap: Share of a window that the next one covers again, along each axis.
         flips: Average the logits over all mirrorings of the volume (8 in 3D) instead of one look.
         at_once: Windows that go through the network together.
+        body: Look only where the scan holds anything besides zeros (its bounding box, at least a
+            window's size); elsewhere the logits are those of a window that holds nothing. For
+            grids that hold the largest scan, of which most scans fill a part.
     """
 
     size: tuple[int, ...]
     overlap: float = 0.5
     flips: bool = False
     at_once: int = 4
+    body: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,14 @@ def slide(network: SharedUNet, name: str, values: Tensor, windows: Windows) -> M
         values: `(1, 1, *spatial)`.
         windows: How to look at it.
     """
+    if windows.body:
+        box = _box(values, windows.size)
+        inside = slide(network, name, values[box], replace(windows, body=False))
+        logits = inside.logits.new_zeros(1, inside.logits.shape[1], *values.shape[2:])
+        if inside.logits.shape != logits.shape:
+            logits += _of_nothing(network, name, values, windows)
+        logits[box] = inside.logits
+        return ModalityOutput(logits, inside.embedding)
     from monai.inferers.utils import sliding_window_inference
 
     size = tuple(min(w, n) for w, n in zip(windows.size, values.shape[2:], strict=True))
@@ -230,3 +243,25 @@ def slide(network: SharedUNet, name: str, values: Tensor, windows: Windows) -> M
         logits = logits.flip(flipped) if flipped else logits
         looks.append(logits)
     return ModalityOutput(torch.stack(looks).mean(0), torch.cat(pooled).mean(0, keepdim=True))
+
+
+def _box(values: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
+    """Return the box of what is not zero in a scan `(1, 1, *spatial)`, not smaller than a window.
+
+    A scan of zeros gets a box of a window's size at the origin.
+    """
+    found: list[slice] = [slice(None), slice(None)]
+    for axis, least in zip(range(2, values.ndim), size, strict=True):
+        others = tuple(a for a in range(values.ndim) if a != axis)
+        some = (values != 0).any(dim=others).nonzero().flatten().tolist() or [0]
+        first, last, n = some[0], some[-1] + 1, values.shape[axis]
+        first = max(0, min(first, n - min(least, n)))
+        found.append(slice(first, max(last, min(n, first + least))))
+    return tuple(found)
+
+
+def _of_nothing(network: SharedUNet, name: str, values: Tensor, windows: Windows) -> Tensor:
+    """Return the mean logits `(1, regions, 1, ...)` of a small window of zeros."""
+    sides = [min(_NOTHING_SIDE, w, n) for w, n in zip(windows.size, values.shape[2:], strict=True)]
+    found = slide(network, name, values.new_zeros(1, 1, *sides), Windows(tuple(sides)))
+    return found.logits.flatten(2).mean(2).view(1, -1, *(1,) * len(sides))

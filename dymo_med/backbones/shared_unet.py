@@ -64,6 +64,7 @@ class SharedUNet(nn.Module):
         ValueError: If the modalities cannot share a trunk.
 
     References:
+        Isensee et al., nnU-Net, Nature Methods 18, 2021 (kernels of anisotropic voxels).
         Wang et al., Gradient-guided Modality Decoupling for Missing-Modality Robustness, AAAI
         2024 (published code: the 3D U-Net with shared convolutions and modality-specific norms).
         Lin et al., Focal Loss for Dense Object Detection, ICCV 2017 (the first bias).
@@ -77,11 +78,16 @@ class SharedUNet(nn.Module):
                 coarsest has half of it, since its channels join as many from the way down.
             width_ratio: Factor on all widths.
             groups: Groups of a normalisation.
+            anisotropic: Leave long axes of the voxels alone: along an axis on which voxels are
+                more than twice as long as on their shortest one, a level convolves nothing and
+                pools nothing. Pooling the others makes voxels even, and from there on every axis
+                takes part. For thick slices.
         """
 
         widths: Annotated[tuple[Width, ...], Field(min_length=2)] = (32, 64, 128, 256, 512)
         width_ratio: Annotated[float, Field(gt=0)] = 0.5
         groups: Annotated[int, Field(ge=1)] = 8
+        anisotropic: bool = False
 
     def __init__(self, specs: Sequence[ModalitySpec], regions: int, options: BaseModel) -> None:
         super().__init__()
@@ -100,16 +106,23 @@ class SharedUNet(nn.Module):
         coarsest = len(w) - 1
         self.embedding_size = w[coarsest] // 2
         outputs = [*w[:-1], self.embedding_size]
+        even = [(True,) * axes] * len(w)
+        takes_part = _even_axes(specs[0].spacing_mm, len(w)) if o.anisotropic else even
+        kernels = [tuple(3 if part else 1 for part in level) for level in takes_part]
         down = [
-            _DoubleConv(axes, inputs, n, n, names, o.groups)
-            for inputs, n in zip([1, *outputs], outputs, strict=False)
+            _DoubleConv(axes, inputs, n, n, names, o.groups, kernel)
+            for inputs, n, kernel in zip([1, *outputs], outputs, kernels, strict=False)
         ]
         up, channels = [], self.embedding_size
         for i in reversed(range(coarsest)):
             joined, channels = channels + w[i], w[i] // 2 if i else w[0]
-            up.append(_DoubleConv(axes, joined, joined // 2, channels, names, o.groups))
+            up.append(_DoubleConv(axes, joined, joined // 2, channels, names, o.groups, kernels[i]))
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.pool = Pool[Pool.MAX, axes](kernel_size=2)
+        # One on the way into each level but the finest.
+        self.pools = nn.ModuleList(
+            Pool[Pool.MAX, axes](kernel_size=tuple(2 if part else 1 for part in level))
+            for level in takes_part[:-1]
+        )
         self.head = Convolution(axes, w[0], regions, kernel_size=1, conv_only=True)
         nn.init.constant_(self.head.conv.bias, _FIRST_LOGIT)
         self._mode = _LINEAR[axes]
@@ -123,7 +136,7 @@ class SharedUNet(nn.Module):
         """
         x, passed = values, []
         for i, level in enumerate(self.down):
-            x = level(self.pool(x) if i else x, name)
+            x = level(self.pools[i - 1](x) if i else x, name)
             passed.append(x)
         embedding = passed.pop().flatten(2).mean(-1)
         for level in self.up:
@@ -227,12 +240,20 @@ class _DoubleConv(nn.Module):
     """Twice: shared convolution, the modality's own group normalisation, ReLU."""
 
     def __init__(
-        self, axes: int, inputs: int, hidden: int, outputs: int, names: Sequence[str], groups: int
+        self,
+        axes: int,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        names: Sequence[str],
+        groups: int,
+        kernel: tuple[int, ...],
     ) -> None:
         super().__init__()
         sizes = (inputs, hidden, outputs)
         self.convs = nn.ModuleList(
-            Convolution(axes, sizes[i], sizes[i + 1], kernel_size=3, conv_only=True) for i in (0, 1)
+            Convolution(axes, sizes[i], sizes[i + 1], kernel_size=kernel, conv_only=True)
+            for i in (0, 1)
         )
         self.norms = nn.ModuleDict(
             {
@@ -247,6 +268,25 @@ class _DoubleConv(nn.Module):
         for conv, norm in zip(self.convs, norms, strict=True):
             x = F.relu(norm(conv(x)), inplace=True)
         return x
+
+
+def _even_axes(spacing_mm: Sequence[float], levels: int) -> list[tuple[bool, ...]]:
+    """Return per level, from fine to coarse, which axes are convolved and pooled on.
+
+    Args:
+        spacing_mm: Length of a voxel along each axis, at the finest level.
+        levels: How many there are.
+
+    Example:
+        >>> _even_axes((1.0, 1.0, 3.0), 3)
+        [(True, True, False), (True, True, True), (True, True, True)]
+    """
+    lengths, found = list(spacing_mm), []
+    for _ in range(levels):
+        part = tuple(mm <= 2 * min(lengths) for mm in lengths)
+        found.append(part)
+        lengths = [mm * (2 if even else 1) for mm, even in zip(lengths, part, strict=True)]
+    return found
 
 
 def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -68,7 +68,8 @@ def read_cohort(path: Path) -> Cohort:
 
     `labels.csv` has one row per record: `patient_id`, the target's column, and `record_id` where
     a patient has several visits (it names the patient directory; without it the patient id
-    does). A blank target means the label is not known. `splits.csv` has `patient_id` and
+    does). A blank target means the label is not known. Of a segmentation the mask is the label:
+    without `labels.csv` every folder of patients is a record. `splits.csv` has `patient_id` and
     `split`. With `layout: bids` the folder is a BIDS dataset, `participants.tsv` is the labels
     file unless another is named, and a record is a session.
     """
@@ -471,6 +472,10 @@ def _read_records(
     if entry.layout == "bids" and "labels" not in entry.model_fields_set:
         name = bids.PARTICIPANTS
     path = root / name
+    if task.mask is not None and "labels" not in entry.model_fields_set and not path.exists():
+        # The mask is the label; only visits of one patient and subgroups need a table.
+        if entry.layout == "patients" and not any(s.modality is None for s in subgroups):
+            return _folders(root, entry, problems)
     patient_column = _patient_column(entry)
     records: list[CohortRecord] = []
     unknown: dict[tuple[str, str], tuple[int, list[Problem]]] = {}
@@ -535,6 +540,38 @@ def _read_records(
     for place, alike in unknown.values():
         problems[place] = _together(alike)
     return tuple(records)
+
+
+def _folders(
+    root: Path, entry: CohortFile, problems: list[Problem]
+) -> tuple[CohortRecord, ...]:
+    """Return the patient directories as records, each of a patient of its own, by name."""
+    place = root / entry.patients
+    names = (
+        sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if place.is_dir()
+        else []
+    )
+    problems.extend(
+        Problem(
+            f"{entry.patients}: a folder's name",
+            "the name cannot be a patient's id",
+            expected="1 to 128 letters, digits, spaces or any of _ . + @ -",
+            remedy="Rename it here and in the splits",
+        )
+        for name in names
+        if not _ID.fullmatch(name)
+    )
+    if not names:
+        problems.append(
+            Problem(
+                str(place),
+                "there is no patient directory",
+                expected=f"a folder per patient, or {entry.labels} that names them",
+                remedy="Add the folders, or set `patients` in cohort.yaml",
+            )
+        )
+    return tuple(CohortRecord(n, n, place / n, root=root) for n in names if _ID.fullmatch(n))
 
 
 def _together(alike: Sequence[Problem]) -> Problem:

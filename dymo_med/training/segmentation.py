@@ -92,7 +92,7 @@ def train_segmentation(
                 remedy="Make it smaller, or leave it out to train on whole grids",
             )
         )
-    windows = Windows(tuple(crop or grid))
+    windows = Windows(tuple(crop or grid), body=crop is not None)
     objective = SegmentationObjective(
         network,
         mask,
@@ -227,7 +227,9 @@ class SegmentationObjective(Objective):
         """Return the loss of each subset of a batch."""
         s = self._settings
         batch = augment(
-            random_crop(step.batch, s.crop, step.generator), s.augmentation, step.generator
+            random_crop(step.batch, s.crop, step.generator, s.crop_lesion),
+            s.augmentation,
+            step.generator,
         )
         available = batch.observed.available
         target = regions_of(_known(batch.masks), self._mask)
@@ -271,7 +273,8 @@ class SegmentationObjective(Objective):
 
     def _of_record(self, batch: Batch) -> np.ndarray:
         """Return the mean Dice over regions of one record under every subset, `(S,)`."""
-        versions = dense_versions(self.network, batch, self._windows)
+        # The epoch is chosen on a quick look: windows side by side.
+        versions = dense_versions(self.network, batch, replace(self._windows, overlap=0.0))
         true = regions_of(_known(batch.masks)[0], self._mask)
         row = torch.zeros(1, dtype=torch.int64, device=self._device)
         found = []
@@ -310,24 +313,43 @@ def own_dice_loss(
     return share * soft_dice_loss(torch.sigmoid(SharedUNet.combine(logits, used)), target, weights)
 
 
-def random_crop(batch: Batch, size: Sequence[int] | None, generator: torch.Generator) -> Batch:
+def random_crop(
+    batch: Batch, size: Sequence[int] | None, generator: torch.Generator, lesion: float = 0.0
+) -> Batch:
     """Return a random part of every record, the same for all its scans and its mask.
+
+    A part lies where the record's scans hold something besides zeros, as far as it fits.
 
     Args:
         batch: B records.
         size: Voxels along each axis; None = all of it.
         generator: CPU generator.
+        lesion: Share of the parts that hold a random voxel of the record's lesion, if it has one.
     """
     if size is None:
         return batch
     masks = _known(batch.masks)
     boxes = []
-    for _ in range(len(batch)):
-        starts = [
-            int(torch.randint(0, n - s + 1, (1,), generator=generator))
-            for n, s in zip(masks.shape[1:], size, strict=True)
-        ]
-        boxes.append(tuple(slice(a, a + s) for a, s in zip(starts, size, strict=True)))
+    for i in range(len(batch)):
+        body = torch.stack([v[i, 0] != 0 for v in batch.values.values()]).any(0)
+        held = None
+        if lesion and float(torch.rand((), generator=generator)) < lesion:
+            voxels = masks[i].nonzero()
+            if len(voxels):
+                held = voxels[int(torch.randint(len(voxels), (), generator=generator))].tolist()
+        box = []
+        for axis, (n, s) in enumerate(zip(masks.shape[1:], size, strict=True)):
+            others = tuple(a for a in range(3) if a != axis)
+            some = body.any(dim=others).nonzero().flatten().tolist() or [0, n - 1]
+            # A part that is longer than the body holds all of it.
+            places = sorted((some[0], some[-1] + 1 - s))
+            first, last = 0, n - s
+            if held is not None:
+                first, last = max(first, held[axis] - s + 1), min(last, held[axis])
+            low, high = (max(first, min(place, last)) for place in places)
+            start = int(torch.randint(low, high + 1, (), generator=generator))
+            box.append(slice(start, start + s))
+        boxes.append(tuple(box))
 
     def cut(values: Tensor) -> Tensor:
         return torch.stack([v[(..., *box)] for v, box in zip(values, boxes, strict=True)])

@@ -192,3 +192,44 @@ def test_codes_of_classes_may_have_decimals(folder):
     text = (folder / "labels.csv").read_text(encoding="utf-8")
     (folder / "labels.csv").write_text(text.replace(",low", ",0.0").replace(",high", ",1"))
     assert {r.label for r in read_cohort(folder).records} == {0, 1, None}
+
+
+def outlines(root, names, extra=""):
+    """Write a segmentation cohort without labels: folders of patients and their splits."""
+    for name in names:
+        (root / "patients" / name).mkdir(parents=True)
+    root.mkdir(exist_ok=True)
+    (root / "cohort.yaml").write_text(
+        "name: outlines\n"
+        "task: {type: segmentation, file: seg.nii.gz, labels: [1], regions: {lesion: [1]}}\n"
+        "modalities:\n"
+        "  t1: {kind: image, dims: 3, file: t1.nii.gz, size: [8, 8, 8], spacing_mm: [9, 9, 9]}\n"
+        + extra
+    )
+    rows = "".join(f"{name},train\n" for name in names if not name.startswith((".", "-")))
+    (root / "splits.csv").write_text("patient_id,split\n" + rows)
+    return root
+
+
+def test_where_the_mask_is_the_label_folders_are_the_records(tmp_path):
+    cohort = read_cohort(outlines(tmp_path / "c", ["p2", "p1", ".cache"]))
+    assert [(r.record_id, r.patient_id, r.label) for r in cohort.records] == [
+        ("p1", "p1", None),
+        ("p2", "p2", None),
+    ]
+    (tmp_path / "c" / "labels.csv").write_text("patient_id\np2\n")  # where there is one it counts
+    assert [r.record_id for r in read_cohort(tmp_path / "c").records] == ["p2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "extra", "said"),
+    [
+        ((), "", "no patient directory"),
+        (("p1", "-a"), "", "cannot be a patient's id"),
+        (("p1",), "labels: who.csv\n", "no such file"),
+        (("p1",), "subgroups: {site: {label_column: site}}\n", "no such file"),
+    ],
+)
+def test_cohorts_of_outlines_that_cannot_do_without_labels(tmp_path, names, extra, said):
+    with pytest.raises(ConfigError, match=said):
+        read_cohort(outlines(tmp_path / "c", names, extra))

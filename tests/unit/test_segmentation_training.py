@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,14 +59,62 @@ def test_a_crop_takes_the_same_place_of_scans_and_mask(batch):
     volume = torch.arange(16**3, dtype=torch.float32).reshape(1, 16, 16, 16)
     values = {n: volume.expand(3, 1, 16, 16, 16) for n in marked.values}
     masks = (volume[0] % 251).to(torch.uint8).expand(3, 16, 16, 16)
-    from dataclasses import replace
-
     part = random_crop(
         replace(marked, values=values, masks=masks), [8, 10, 12], torch.Generator().manual_seed(1)
     )
     assert part.masks.shape == (3, 8, 10, 12)
     for name in values:
         assert torch.equal(part.values[name][:, 0] % 251, part.masks.float())
+
+
+def test_crops_lie_in_the_body_and_hold_the_lesion(batch):
+    volume = torch.zeros(1, 1, 16, 16, 16)
+    volume[..., 4:14, 2:12] = 1
+    masks = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+    masks[0, 2, 5, 3] = 1
+    whole = replace(batch.rows(torch.arange(1)), values={"a": volume}, masks=masks)
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(20):
+        part = random_crop(whole, [8, 8, 12], generator)
+        assert part.values["a"].sum() == 8 * 8 * 10  # all there is along the short axis
+        held += int(part.masks.sum())
+        assert random_crop(whole, [8, 8, 12], generator, lesion=1.0).masks.sum() == 1
+    assert held < 20
+    outside = replace(whole, masks=masks.flip(3))  # a lesion where no scan shows anything
+    assert random_crop(outside, [8, 8, 8], generator, lesion=1.0).masks.sum() == 1
+    none = replace(whole, values={"a": volume * 0}, masks=masks * 0)
+    assert random_crop(none, [8, 8, 8], generator, lesion=1.0).masks.shape == (1, 8, 8, 8)
+
+
+def test_what_a_scan_does_not_fill_is_not_looked_at(segmentation_bundle):  # noqa: F811
+    network, name = segmentation_bundle.network, segmentation_bundle.specs[0].name
+    scan = torch.zeros(1, 1, 16, 16, 40)
+    scan[..., 10:30] = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    windows = Windows((16, 16, 8), body=True)
+    seen = []
+    run = network.run
+    network.run = lambda name, part: seen.append(part) or run(name, part)
+    try:
+        found = slide(network, name, scan, windows)
+        looks = len(seen)
+        everywhere = slide(network, name, scan, replace(windows, body=False))
+    finally:
+        del network.run
+    assert looks < len(seen) - looks
+    inside = slide(network, name, scan[..., 10:30], replace(windows, body=False))
+    assert torch.equal(found.logits[..., 10:30], inside.logits)
+    assert torch.equal(found.embedding, inside.embedding)
+    outside = torch.cat([found.logits[..., :10], found.logits[..., 30:]], -1).flatten(2)
+    assert bool((outside == outside[..., :1]).all())  # what the network says of zeros
+    assert found.logits.shape == everywhere.logits.shape
+    full = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(
+        slide(network, name, full, windows).logits,
+        slide(network, name, full, replace(windows, body=False)).logits,
+    )
+    empty = slide(network, name, torch.zeros(1, 1, 16, 16, 16), windows)
+    assert bool(empty.logits.isfinite().all())
 
 
 def test_each_subset_has_its_loss_and_absent_scans_no_say(segmentation_bundle, batch):  # noqa: F811

@@ -118,3 +118,22 @@ def test_modalities_that_cannot_share_a_trunk_are_refused():
     flat, deep = specs("a", (1, 8, 8)), specs("b")
     with pytest.raises(ValueError, match="equally many axes"):
         SharedUNet([*flat, *deep], 1, SharedUNet.Options())
+
+
+def test_thick_slices_are_not_mixed_until_voxels_are_even():
+    torch.manual_seed(0)
+    thick = [ModalitySpec("a", "image", "a.nii.gz", (1, 16, 16, 6), (1.0, 1.0, 3.0))]
+    options = {"widths": [8, 16, 32], "width_ratio": 0.5}
+    flat = SharedUNet(thick, 1, SharedUNet.Options(**options, anisotropic=True))
+    kernels = [tuple(level.convs[0].conv.kernel_size) for level in flat.down]
+    assert kernels == [(3, 3, 1), (3, 3, 3), (3, 3, 3)]
+    assert [tuple(pool.kernel_size) for pool in flat.pools] == [(2, 2, 1), (2, 2, 2)]
+    assert flat.run("a", torch.randn(2, 1, 16, 16, 6)).logits.shape == (2, 1, 16, 16, 6)
+    # On even voxels it is the same network, to the bit.
+    even = [ModalitySpec("a", "image", "a.nii.gz", (1, 8, 8, 8), (2.0, 2.0, 2.0))]
+    nets = []
+    for anisotropic in (False, True):
+        torch.manual_seed(1)
+        nets.append(SharedUNet(even, 1, SharedUNet.Options(**options, anisotropic=anisotropic)))
+    x = torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(nets[0].run("a", x).logits, nets[1].run("a", x).logits)
