@@ -472,15 +472,15 @@ def _read_records(
     if entry.layout == "bids" and "labels" not in entry.model_fields_set:
         name = bids.PARTICIPANTS
     path = root / name
-    if task.mask is not None and "labels" not in entry.model_fields_set and not path.exists():
-        # The mask is the label; only visits of one patient and subgroups need a table.
-        if entry.layout == "patients" and not any(s.modality is None for s in subgroups):
-            return _folders(root, entry, problems)
+    from_labels = [s for s in subgroups if s.modality is None]
+    unnamed = entry.layout == "patients" and "labels" not in entry.model_fields_set
+    # The mask is the label; only visits of one patient and subgroups need a table.
+    if task.mask is not None and unnamed and not from_labels and not path.exists():
+        return _folders(root, entry, problems)
     patient_column = _patient_column(entry)
     records: list[CohortRecord] = []
     unknown: dict[tuple[str, str], tuple[int, list[Problem]]] = {}
     seen: dict[str, int] = {}
-    from_labels = [s for s in subgroups if s.modality is None]
     targets = (task.target,) if task.mask is None else ()
     needed = dict.fromkeys((patient_column, *targets, *(s.column for s in from_labels)))
     for line in _read_lines(path, tuple(needed), problems):
@@ -542,9 +542,7 @@ def _read_records(
     return tuple(records)
 
 
-def _folders(
-    root: Path, entry: CohortFile, problems: list[Problem]
-) -> tuple[CohortRecord, ...]:
+def _folders(root: Path, entry: CohortFile, problems: list[Problem]) -> tuple[CohortRecord, ...]:
     """Return the patient directories as records, each of a patient of its own, by name."""
     place = root / entry.patients
     names = (
