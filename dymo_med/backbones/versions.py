@@ -142,7 +142,10 @@ def recovered_tokens(
     tokens = recovery.tokens_for(backbone.space)
     if spec.name in tokens:
         return tokens[spec.name][rows]
-    return backbone.encode(spec.name, recovery.values[spec.name][rows]).values
+    values = recovery.values[spec.name][rows]
+    told = recovery.descriptors.get(spec.name)
+    told = None if told is None else told[rows].to(values.dtype)
+    return backbone.encode(spec.name, values, None, told).values
 
 
 def _spread(part: Tensor, rows: Tensor, size: int) -> Tensor:

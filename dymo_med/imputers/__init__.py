@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dymo_med.imputers.base import Imputer, require_recovery
 from dymo_med.imputers.cmvae import CMVAE
+from dymo_med.imputers.conditional import Conditional
 from dymo_med.imputers.cyclic import Cyclic
 from dymo_med.imputers.iterative import Iterative
 from dymo_med.imputers.mmvae_plus import MMVAEPlus
@@ -23,6 +24,7 @@ IMPUTERS: Registry[Imputer] = Registry(
         "tip": TIP,
         "iterative": Iterative,
         "template": Template,
+        "conditional": Conditional,
         "synthesis": Synthesis,
     },
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -31,10 +32,12 @@ class Imputer(nn.Module, ABC):
         Options: Its part of a recipe.
         specs: Modalities in canonical order.
         probabilistic: Whether `propose` can draw.
+        neighbours_matter: Whether a record's draws depend on the batch it is drawn in.
     """
 
     Options: ClassVar[type[BaseModel]]
     probabilistic: ClassVar[bool]
+    neighbours_matter: ClassVar[bool] = True
     specs: tuple[ModalitySpec, ...]
 
     @abstractmethod
@@ -75,6 +78,54 @@ class Imputer(nn.Module, ABC):
             wanted: Modalities that are missing or partly filled somewhere in the batch.
             generator: CPU generator for one random draw; None = the deterministic best guess.
         """
+
+    def describe(
+        self, batch: Batch, wanted: Sequence[str], generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Return descriptors `(B, P)` of the scans in `wanted`, as scans are stored.
+
+        Only an imputer that knows more of them than its proposed voxels show returns any.
+
+        Args:
+            batch: B records.
+            wanted: As for `propose`.
+            generator: In the state in which `propose` had it: those of the same draw.
+        """
+        return {}
+
+    def cell_intervals(
+        self, batch: Batch, wanted: Sequence[str], share: float
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return between which numbers the cells of the tables in `wanted` are thought to lie.
+
+        By default from `table_likelihood`, a normal distribution in natural units.
+
+        Args:
+            batch: B records.
+            wanted: Tables.
+            share: Of the probability, in the middle.
+
+        Returns:
+            Lower and upper ends `(B, F)` in natural units within the columns' ranges, NaN for
+            categories; nothing of a table of which values only are stated.
+        """
+        reach = 2**0.5 * torch.erfinv(torch.tensor(share, dtype=torch.float64)).item()
+        found = {}
+        for name, parameters in self.table_likelihood(batch, wanted).items():
+            spec = next(s for s in self.specs if s.name == name)
+            low, high, at = [], [], 0
+            for column in spec.columns:
+                if column.type == "categorical":
+                    blank = torch.full_like(parameters[:, 0], torch.nan)
+                    low, high, at = [*low, blank], [*high, blank], at + len(column.values)
+                    continue
+                middle, spread = parameters[:, at], parameters[:, at + 1].exp() * reach
+                for side, ends in ((-spread, low), (spread, high)):
+                    end = (middle + side) * (column.std or 1.0) + (column.mean or 0.0)
+                    ends.append(end if column.range is None else end.clamp(*column.range))
+                at += 2
+            found[name] = torch.stack(low, 1), torch.stack(high, 1)
+        return found
 
     def table_likelihood(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Return what is thought of every cell of the tables in `wanted`, beyond its best guess.
@@ -164,6 +215,7 @@ class Imputer(nn.Module, ABC):
         try:
             values = self._merge(batch, wanted, None)
             latents = self.latent_tokens(batch, wanted) if wanted else None
+            told = self.describe(batch, wanted, None) if wanted else {}
             drawn = [
                 self._merge(batch, wanted, torch.Generator().manual_seed(seed * 100_003 + i))
                 for i in range(draws if self.probabilistic else 0)
@@ -177,7 +229,74 @@ class Imputer(nn.Module, ABC):
             completed=completed,
             draws={n: torch.stack([d[n] for d in drawn]) for n in wanted} if drawn else None,
             latents=latents,
+            descriptors=told,
         )
+
+    @torch.no_grad()
+    def draws(
+        self,
+        batch: Batch,
+        recovery: Recovery,
+        number: int,
+        *,
+        seed: int = 0,
+        unseen: Sequence[str] = (),
+    ) -> Iterator[Recovery]:
+        """Return the recovery with one random draw after another in place of the best guess.
+
+        A record's draws do not depend on its neighbours: where they would, it is drawn alone.
+
+        Args:
+            batch: B records.
+            recovery: What `recover` returned for them.
+            number: How many draws; of an imputer that cannot draw there are none.
+            seed: Of the draws.
+            unseen: Scans whose voxels nobody will look at; they stay the best guess where the
+                imputer describes them otherwise.
+        """
+        if not self.probabilistic:
+            return
+        wanted = [
+            n
+            for n, want in zip(
+                batch.observed.names, recovery.candidates.any(0).tolist(), strict=True
+            )
+            if want
+        ]
+        skipped = {n for n in unseen if n in recovery.descriptors}
+        was_training = self.training
+        self.eval()
+        try:
+            for i in range(number if wanted else 0):
+                found = [
+                    self._drawn(part, wanted, skipped, seed * 100_003 + i)
+                    for part in (
+                        (batch.rows(torch.tensor([b])) for b in range(len(batch)))
+                        if self.neighbours_matter
+                        else (batch,)
+                    )
+                ]
+                values, told = (
+                    {n: torch.cat([part[side][n] for part in found]) for n in found[0][side]}
+                    for side in (0, 1)
+                )
+                yield replace(
+                    recovery,
+                    values={**recovery.values, **values},
+                    descriptors={**recovery.descriptors, **told},
+                    latents=None,
+                )
+        finally:
+            self.train(was_training)
+
+    def _drawn(
+        self, batch: Batch, wanted: Sequence[str], skipped: Collection[str], seed: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return one draw: values, and descriptors of scans."""
+        shown = [n for n in wanted if n not in skipped]
+        values = self._merge(batch, shown, torch.Generator().manual_seed(seed))
+        told = self.describe(batch, wanted, torch.Generator().manual_seed(seed))
+        return {n: values[n] for n in shown}, told
 
     def _to_complete(self, batch: Batch) -> Tensor:
         """Return bool `(B, M)`: an observed table with a blank cell that can be recovered.

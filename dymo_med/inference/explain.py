@@ -151,10 +151,10 @@ class Subject:
                 self.versions[name, made] = values, filled
                 if not backbone.described(name):
                     continue
-                told = None if made else batch.descriptors.get(name)
+                told = (recovery if made else batch).descriptors.get(name)
                 told = kinds[name].describe(values) if told is None else told[row : row + 1].clone()
                 if told is not None:
-                    self.descriptors[name, made] = told
+                    self.descriptors[name, made] = told.to(values.dtype)
         # A recovery that the network was given as tokens is explained as these: its values only
         # show what they stand for.
         recovered = recovery.tokens_for(backbone.space)

@@ -93,7 +93,8 @@ def recovered_features(
     at = 0
     for m, spec in enumerate(specs):
         rows = recovery.candidates[:, m].nonzero().squeeze(1)
-        values = summary(recovery.values[spec.name][rows], spec)
+        told = recovery.descriptors.get(spec.name)
+        values = summary(recovery.values[spec.name][rows], spec) if told is None else told[rows]
         if len(rows):
             found[rows.cpu(), at : at + values.shape[1]] = values.double().cpu()
         at += values.shape[1]

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.references import gaussian
+from dymo_med import gaussian
 from dymo_med.references.base import Reference, Training, quantiles
 
 _DRAWS = 10

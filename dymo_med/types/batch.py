@@ -163,6 +163,9 @@ class Recovery:
         completed: Bool `(B, M)`: a partly filled table whose blank cells are proposed.
         draws: Optional seeded draws per modality `(n, B, *shape)`, for uncertainty.
         latents: Optional tokens that a backbone takes in place of the values, if they are its own.
+        descriptors: Per image `(B, P)`: descriptors of recovered scans as they would be stored,
+            where the imputer knows more of them than the values show; they mean nothing where
+            nothing was recovered.
     """
 
     values: Mapping[str, Tensor]
@@ -171,6 +174,7 @@ class Recovery:
     completed: Tensor
     draws: Mapping[str, Tensor] | None = None
     latents: LatentTokens | None = None
+    descriptors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tokens_for(self, space: object) -> Mapping[str, Tensor]:
         """Return recovered tokens `(B, N, D)` by modality; none if they are not of this space."""

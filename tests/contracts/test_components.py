@@ -18,6 +18,7 @@ SMALL = {
     "tip": {"dim": 16, "heads": 2, "layers": 2, "projection": 6, "width": 4, "grid": 2},
     "iterative": {"rounds": 3},
     "template": {},
+    "conditional": {"components": 3, "pictures": 2},
     "synthesis": {"width": 4, "levels": 2, "patch": 8},
     "mmvae_plus": {"latent": 6, "private": 3, "dim": 8, "width": 4, "grid": 2, "hidden": 8},
     "cmvae": {"latent": 6, "private": 3, "clusters": 3, "dim": 8, "width": 4, "grid": 2},

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dymo_med import gaussian
 from dymo_med.bundle import load_bundle
 from dymo_med.calibration import supported
 from dymo_med.inference.compare import comparator_probabilities
@@ -16,7 +17,6 @@ from dymo_med.references import (
     References,
     Training,
     features_of,
-    gaussian,
 )
 from dymo_med.training.references import SHARES, Held, warning_of, weigh
 from dymo_med.types import Batch, FusionOutput, ModalityMask, Scale

@@ -11,7 +11,7 @@ _STEPS, _ENOUGH = 50, 1e-4
 _CHUNK_NUMBERS = 8_000_000
 
 
-def fit(rows: Tensor) -> tuple[Tensor, Tensor]:
+def fit(rows: Tensor, shrinkage: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of incomplete rows.
 
     The covariance is shrunk towards its diagonal by d / (d + n) in every step, so that it stays
@@ -19,6 +19,7 @@ def fit(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: Float64 `(n, d)`, NaN where there is nothing; scaled to about unit variance.
+        shrinkage: Factor s on that share: s d / (s d + n).
 
     Returns:
         Mean `(d,)` and covariance `(d, d)`.
@@ -37,7 +38,7 @@ def fit(rows: Tensor) -> tuple[Tensor, Tensor]:
     if n < 2 or not d:
         return mean, covariance
     known = ~some.isnan()
-    share = d / (d + n)
+    share = shrinkage * d / (shrinkage * d + n)
     patterns, owner = known.unique(dim=0, return_inverse=True)
     counts = torch.bincount(owner, minlength=len(patterns)).to(rows.dtype)
     for _ in range(_STEPS):
