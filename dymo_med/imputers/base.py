@@ -113,7 +113,9 @@ class Imputer(nn.Module, ABC):
         found = {}
         for name, parameters in self.table_likelihood(batch, wanted).items():
             spec = next(s for s in self.specs if s.name == name)
-            low, high, at = [], [], 0
+            low: list[Tensor] = []
+            high: list[Tensor] = []
+            at = 0
             for column in spec.columns:
                 if column.type == "categorical":
                     blank = torch.full_like(parameters[:, 0], torch.nan)
