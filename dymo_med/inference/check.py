@@ -25,6 +25,7 @@ from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataE
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
 from dymo_med.inference.evaluate import matched_specs
+from dymo_med.inference.failures import unexpected
 from dymo_med.inference.segment import audit_pages
 from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
 from dymo_med.modalities import Whose
@@ -432,6 +433,7 @@ def _check_cohort(
     said: dict[tuple[str, str], list[str]] = defaultdict(list)
     seen = Survey(replace(cohort, specs=specs))
     readable: list[RecordRow] = []
+    bug = False
     for done, entry in enumerate(cohort.records, start=1):
         if entry.folder.is_dir():
             files.unused.update(unused_files(entry.folder, files.files))
@@ -443,6 +445,11 @@ def _check_cohort(
                     masked = record.mask is not None
             except PatientDataError as error:
                 problems.extend(error.problems)
+            except Exception as error:  # one record must not end the survey of all
+                if isinstance(error, ConfigError | BundleError):
+                    raise
+                problems.append(unexpected(f"Patient {entry.record_id}", error))
+                bug = True
             else:
                 problems.extend(_wrong(found))
                 row = _row(found, specs, cohort, entry)
@@ -484,7 +491,7 @@ def _check_cohort(
         path,
         "cohort",
         tuple(dict.fromkeys(problems)),  # a shared table's fault is every record's
-        exit_code,
+        1 if bug else exit_code,
         _patterns(readable),
         _observed(readable, specs),
         dict(files.unused.most_common()),

@@ -9,7 +9,7 @@ from dymo_med.bundle import load_bundle
 from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import BundleError, Problem
-from dymo_med.inference import evaluate, quality, segment_evaluate
+from dymo_med.inference import check, evaluate, quality, segment_evaluate
 from tests.contracts.conftest import LACKS, TASKS
 
 VICTIM, SCENARIO = "p18", "rate:0.6"
@@ -149,3 +149,16 @@ def test_what_concerns_all_records_ends_an_evaluation(tiny, monkeypatch, tmp_pat
 
 def test_every_task_is_in_the_table():
     assert {*BUNDLES, "classification", "regression"} == set(TASKS)
+
+
+def test_a_survey_of_a_cohort_goes_on_after_a_bug(tiny, capsys, monkeypatch):
+    breaking(monkeypatch, check, "examine_record", RuntimeError(HIDDEN))
+    folder = tiny.cohort("classification")
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(folder)])
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert HIDDEN not in said.out + said.err
+    found = check.check(folder)
+    assert [p.where for p in found.problems] == [f"Patient {VICTIM}"]
+    assert {row.record_id for row in found.rows} >= {"p17", "p19"}

@@ -464,3 +464,21 @@ def test_a_classifier_too_trains_no_other_modality_in_the_name_of_a_subset():
         flats.append(gradients.flat[0] * len(rows))
     torch.testing.assert_close(*flats)
     assert bool(flats[0].any())
+
+
+def test_gradients_are_added_in_a_fixed_order_whatever_the_threads(tmp_path, monkeypatch):
+    """Two threads that add the gradients of gathered tokens race only now and then.
+
+    So what is looked at is that torch was told to keep the order, in every backward pass.
+    """
+    told = []
+    original = Fabric.backward
+
+    def backward(*given, **named):
+        told.append(torch.are_deterministic_algorithms_enabled())
+        original(*given, **named)
+
+    monkeypatch.setattr(Fabric, "backward", backward)
+    trained(tmp_path, "plain", decouple=False)
+    assert told and all(told)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import nibabel as nib
+import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK
@@ -15,6 +16,7 @@ from dymo_med.errors import RefusedError
 from dymo_med.inference.check import check
 from dymo_med.inference.predict import impute_patient, predict_patient
 from dymo_med.modalities.made_up import SYNTHETIC
+from tests.dicom_files import enhanced, series
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,33 @@ def renamed(source, folder):
     shutil.copy(source / "t1_synthetic.nii.gz", folder / "t1.nii.gz")
 
 
+def as_dicom(write, keyword):
+    """A header carries the note on, as converters do with a NIfTI's description."""
+
+    def bring(source, folder):
+        image = nib.load(source / "t1_synthetic.nii.gz")
+        stored = np.rint(image.get_fdata()).astype(np.int16)
+
+        def change(dataset, _number=0):
+            setattr(dataset, keyword, SYNTHETIC)
+
+        where = folder / "t1" / ("one.dcm" if write is enhanced else "")
+        write(where, stored, image.affine, change=change)
+
+    return bring
+
+
+DICOM = {
+    f"{write.__name__}, {keyword}": as_dicom(write, keyword)
+    for write in (series, enhanced)
+    for keyword in ("ImageComments", "DerivationDescription", "SeriesDescription")
+}
+
+
 @pytest.mark.parametrize(
-    "bring", [renamed, as_nifti, stretched, in_an_extension, as_nrrd, as_metaimage]
+    "bring",
+    [renamed, as_nifti, stretched, in_an_extension, as_nrrd, as_metaimage, *DICOM.values()],
+    ids=["renamed", "nifti", "stretched", "extension", "nrrd", "metaimage", *DICOM],
 )
 def test_a_recovered_scan_is_refused(made, bundle, tmp_path, bring):
     patient = shutil.copytree(made[0], tmp_path / "p")

@@ -213,9 +213,9 @@ def test_means_over_those_who_have_the_value():
 
 def test_a_thousand_resamples_are_quick():
     y, p, patients = cohort(6, n=300)
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap(y.tolist(), {"a": p, "b": p, "c": p}, patients.tolist(), pairs=[("a", "b")])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5  # 0.3 s; of this process alone, whoever else is busy
 
 
 @pytest.mark.parametrize("seed", range(3))

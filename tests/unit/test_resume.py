@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 
 from dymo_med.data.simulate import simulate
 from dymo_med.errors import ConfigError
@@ -32,6 +33,11 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     torch.set_num_threads(1)
     cohort = simulate(folder / "cohort", patients=40, seed=5, size=16)
+    # Two scans and two tables are enough to interrupt, and have 15 subsets instead of 127.
+    text = yaml.safe_load((cohort / "cohort.yaml").read_text(encoding="utf-8"))
+    for name in ("t1", "t1ce", "symptoms"):
+        del text["modalities"][name]
+    (cohort / "cohort.yaml").write_text(yaml.safe_dump(text, sort_keys=False), encoding="utf-8")
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE)
     whole = train(recipe, cohort, folder / "whole", device="cpu")
@@ -126,18 +132,3 @@ def test_the_bundle_says_what_it_was_fitted_on(setting):
     assert {s: len(set(v)) for s, v in hashed.items()} == records
     assert not set(hashed["train"]) & set(hashed["calibration"])
     assert "test" not in hashed
-
-
-def test_two_threads_give_the_same_bits_every_time(setting, tmp_path):
-    """Gradients of gathered tokens are added in a fixed order, so threads cannot race."""
-    _, cohort, _ = setting
-    recipe = tmp_path / "short.yaml"
-    recipe.write_text(RECIPE.replace("epochs: 4", "epochs: 1").replace("epochs: 6", "epochs: 2"))
-    torch.set_num_threads(2)
-    try:
-        one, two = (train(recipe, cohort, tmp_path / n, device="cpu") for n in ("one", "two"))
-    finally:
-        torch.set_num_threads(1)
-    assert not torch.are_deterministic_algorithms_enabled()
-    files = [f / "checksums.json" for f in (one, two)]
-    assert files[0].read_bytes() == files[1].read_bytes()
