@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dymo_med.comparators.base import Comparator, narrowed
 from dymo_med.comparators.embedding import Embedding, Sizes
+from dymo_med.survival import log_likelihood
 from dymo_med.types import Batch, ModalitySpec, Scale
 
 # Records that are answered at once while modalities are ranked.
@@ -96,7 +97,7 @@ class Unimodal(Comparator):
         where = self.log_loss.device
         for m, network in enumerate(self.parts().values()):
             found, rows = narrowed(batch, network.specs)
-            known = (found.labels >= 0).nonzero().squeeze(1)
+            known = found.known.nonzero().squeeze(1)
             if not len(known):
                 self.log_loss[m] = torch.inf
                 continue
@@ -104,7 +105,9 @@ class Unimodal(Comparator):
             for chunk in known.split(_CHUNK):
                 part = found.rows(chunk)
                 logits = network(part.to(where)).double().cpu()
-                if scale is None:
+                if scale is None and part.shares is not None:
+                    losses.append(-log_likelihood(logits.log_softmax(-1), part.shares))
+                elif scale is None:
                     losses.append(F.cross_entropy(logits, part.labels, reduction="none"))
                 else:
                     answers = scale.value(logits.softmax(-1))

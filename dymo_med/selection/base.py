@@ -27,7 +27,9 @@ class Cases:
         labels: Int64 `(B,)`.
         weights: Float `(B,)`; the cases of a patient add up to 1.
         temperature: Probabilities are softmax(logits / temperature).
-        shares: Of a regression, what part of each true value belongs to each band `(B, K)`.
+        shares: Where labels do not say all, as in `Batch`: `(B, K)`.
+        stands_for: `(B,)`: of survival, how many patients one whose bin is known stands for; None
+            = all classes are known.
     """
 
     fuse: Fuse
@@ -37,6 +39,7 @@ class Cases:
     weights: Tensor
     temperature: float
     shares: Tensor | None = None
+    stands_for: Tensor | None = None
 
     def __len__(self) -> int:
         """Return B."""
@@ -57,7 +60,19 @@ class Cases:
             labels=self.labels[index],
             weights=self.weights[index],
             shares=None if self.shares is None else self.shares[index],
+            stands_for=None if self.stands_for is None else self.stands_for[index],
         )
+
+    def of_known_class(self) -> Cases:
+        """Return the cases whose class is known, weighted so that they stand for the others too."""
+        if self.stands_for is None:
+            return self
+        part = self.rows((self.labels >= 0).nonzero().squeeze(1))
+        assert part.stands_for is not None
+        weights = part.weights * part.stands_for.to(part.weights)
+        # As many patients as before, however many of them are censored.
+        weights = weights * (self.weights.sum() / weights.sum().clamp_min(1e-12))
+        return replace(part, weights=weights, stands_for=None)
 
 
 class NoOptions(Strict):

@@ -8,7 +8,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn import functional as F
+
+from dymo_med.training.losses import answer_loss
 
 # A priori log T is normal around 0 with this standard deviation: in 95 of 100 cases T is between
 # 0.38 and 2.7.
@@ -18,7 +19,7 @@ FEWEST = 30
 _MOST = 3.0  # |log T|
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, patients: Sequence[Hashable]) -> float:
+def fit_temperature(logits: Tensor, truth: Tensor, patients: Sequence[Hashable]) -> float:
     """Return the most probable temperature T of softmax(logits / T).
 
     It minimises the sum over patients of each one's mean log-loss, plus (log T)^2 / (2 * 0.5^2):
@@ -29,7 +30,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, patients: Sequence[Hashable]
 
     Args:
         logits: `(R, K)`.
-        labels: Int64 `(R,)`.
+        truth: Int64 `(R,)`, or shares `(R, K)` where classes are known in part.
         patients: Whose case each of the R is; every patient counts the same, however many cases
             there are.
 
@@ -46,10 +47,14 @@ def fit_temperature(logits: Tensor, labels: Tensor, patients: Sequence[Hashable]
 
     def objective(log_temperature: float) -> float:
         scale = torch.tensor(log_temperature, dtype=torch.float64).exp()
-        losses = F.cross_entropy(z / scale, labels, reduction="none")
+        losses = answer_loss(z / scale, truth, None)
         return float((losses * w).sum()) + log_temperature**2 / (2 * PRIOR**2)
 
-    all_right = bool((z.argmax(-1) == labels).all())
+    answers = z.argmax(-1)
+    if truth.is_floating_point():
+        all_right = bool((truth.gather(1, answers[:, None]) > 0).all())
+    else:
+        all_right = bool((answers == truth).all())
     low = 0.0 if len(cases) < FEWEST or all_right else -_MOST
     # The objective may have two valleys: look at all of it, then closely at the deepest.
     grid = torch.linspace(low, _MOST, 31, dtype=torch.float64).tolist()

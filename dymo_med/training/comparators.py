@@ -175,9 +175,9 @@ def train_comparators(
         fitting = labelled["calibration"]
         logits, rows = _logits(comparator, fitting, device, plan.seed)
         temperature = 1.0  # of a regression: another would move the answers themselves
-        if fitting.shares is None:
+        if scale is None:
             temperature = fit_temperature(
-                logits, fitting.labels[rows], [fitting.patient_ids[i] for i in rows.tolist()]
+                logits, fitting.truth[rows], [fitting.patient_ids[i] for i in rows.tolist()]
             )
         found[entry.name] = FittedComparator(
             comparator,
@@ -225,4 +225,4 @@ def _figures(
     logits, rows = _logits(comparator, batch, device, seed)
     if scale is not None:
         return regression_figures(logits, batch.truth[rows], weights[rows], scale)
-    return validation_figures(logits, batch.labels[rows], weights[rows])
+    return validation_figures(logits, batch.truth[rows], weights[rows])

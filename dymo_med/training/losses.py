@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dymo_med.survival import log_likelihood
 from dymo_med.types import Scale
 
 # Up to this many modalities all subsets are numbered; beyond it they are drawn by coin flips.
@@ -58,17 +59,21 @@ def answer_loss(
     """Return the loss of the answer per row.
 
     Of a classification the cross entropy; of a regression that of the bands' shares, plus the
-    absolute error of the answer in steps between neighbouring bands (their mean distance).
+    absolute error of the answer in steps between neighbouring bands (their mean distance). Where
+    classes are known in part, minus the log-likelihood of what is known: of a censored patient
+    -log P(T > c).
 
     Args:
         logits: `(R, K)`.
-        truth: Int64 `(R,)`, or the shares of a regression `(R, K)` (`Batch.truth`); all known.
+        truth: Int64 `(R,)`, or shares `(R, K)` (`Batch.truth`); all known.
         scale: Of a regression.
         class_weights: `(K,)` weights of classes or bands in the cross entropy; None = the same.
 
     Returns:
         `(R,)`.
     """
+    if scale is None and truth.is_floating_point():
+        return -log_likelihood(logits.log_softmax(-1), truth)
     loss = F.cross_entropy(logits, truth, weight=class_weights, reduction="none")
     if scale is None:
         return loss

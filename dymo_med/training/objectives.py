@@ -79,6 +79,26 @@ def record_weights(batch: Batch) -> Tensor:
     return weights / weights.mean()
 
 
+def of_known_class(batch: Batch) -> tuple[Batch, Tensor]:
+    """Return the records whose class is known, and weights by which they stand for all.
+
+    Whatever is fitted class by class is fitted on these. Where censoring hides classes, those that
+    are known count for the others too (`survival.known_weights`).
+
+    Args:
+        batch: n records.
+
+    Returns:
+        The batch of R records, and weights `(R,)` with mean 1.
+    """
+    if batch.followed is None:
+        known = batch.rows((batch.labels >= 0).nonzero().squeeze(1))
+        return known, record_weights(known)
+    rows = (batch.labels >= 0).nonzero().squeeze(1)
+    weights = record_weights(batch)[rows] * batch.followed[rows, 2].float()
+    return batch.rows(rows), weights / weights.mean()
+
+
 def mask_known(batch: Batch) -> Tensor:
     """Return bool `(n,)`: whose mask is known."""
     if batch.masked is None:
@@ -322,18 +342,20 @@ class FusionObjective(Objective):
         labels = batch.labels[rows]
         loss = answer_loss(output.logits, batch.truth[rows], self._scale, self.class_weights)
         with torch.no_grad():
-            z = output.embedding.detach().to(self.sums.dtype)
-            self.sums.index_add_(0, labels, z)
-            self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+            sure = labels >= 0  # a censored patient's bin is not known
+            z, of = output.embedding.detach().to(self.sums.dtype)[sure], labels[sure]
+            self.sums.index_add_(0, of, z)
+            self.counts.index_add_(0, of, torch.ones_like(of, dtype=self.counts.dtype))
         if self._epoch >= s.prototype_epoch:
-            loss = loss + s.prototype_weight * prototype_loss(
+            apart = prototype_loss(
                 output.embedding,
-                labels,
+                labels.clamp_min(0),
                 self.prototypes,
                 self.known,
                 self.backbone.distance,
                 s.prototype_temperature,
             )
+            loss = loss + s.prototype_weight * apart.where(sure, apart.new_zeros(()))
         return loss
 
     def validate(self) -> dict[str, float]:
@@ -383,24 +405,23 @@ def regression_figures(
     return {"score": -float(((answers - truth).abs() * weights).sum() / weights.sum())}
 
 
-def validation_figures(logits: Tensor, labels: Tensor, weights: Tensor) -> dict[str, float]:
+def validation_figures(logits: Tensor, truth: Tensor, weights: Tensor) -> dict[str, float]:
     """Return what is thought of a classifier: minus the mean log-loss and, of two classes, AUROC.
 
     Args:
         logits: `(R, K)`.
-        labels: Int64 `(R,)`.
+        truth: Int64 `(R,)`, or shares `(R, K)` where classes are known in part.
         weights: `(R,)`.
 
     Returns:
         `score`, the one to raise, and `auroc`.
     """
-    log_probability = F.log_softmax(logits.double(), dim=1)
-    losses = -log_probability[torch.arange(len(labels)), labels]
+    losses = answer_loss(logits.double(), truth, None)
     log_loss = float((losses * weights).sum() / weights.sum())
     figures = {"score": -log_loss}
-    if logits.shape[1] == 2:
-        probability, one = log_probability.exp().numpy(), weights.numpy()[None]
-        figures["auroc"] = float(auroc(labels.numpy(), probability, one)[0])
+    if logits.shape[1] == 2 and not truth.is_floating_point():
+        probability, one = logits.double().softmax(1).numpy(), weights.numpy()[None]
+        figures["auroc"] = float(auroc(truth.numpy(), probability, one)[0])
     return figures
 
 

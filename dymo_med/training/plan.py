@@ -123,9 +123,7 @@ def fingerprint(cohort: Cohort, data: Mapping[Split, Batch]) -> Fingerprint:
         cohort: As described.
         data: Its records, per split.
     """
-    known = {
-        s: b.labels >= 0 if cohort.task.mask is None else mask_known(b) for s, b in data.items()
-    }
+    known = {s: b.known if cohort.task.mask is None else mask_known(b) for s, b in data.items()}
     train = data["train"]
     have = train.observed.available
     modalities: dict[str, dict[str, Any]] = {}
@@ -469,7 +467,7 @@ def _paired(one: Mapping[str, float], other: Mapping[str, float]) -> tuple[float
 
 def _folds(data: Mapping[Split, Batch], seed: int) -> Iterator[tuple[Batch, Batch]]:
     """Return records to fit and to validate on, once or in folds of patients."""
-    labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+    labelled = {s: b.rows(b.known.nonzero().squeeze(1)) for s, b in data.items()}
     train, held = labelled["train"], labelled["validation"]
     if len(set(held.patient_ids)) >= _ENOUGH_FOR_VALIDATION:
         yield train, held
@@ -506,6 +504,7 @@ def joined(one: Batch, other: Batch) -> Batch:
         },
         labels=torch.cat([one.labels, other.labels]),
         shares=both(one.shares, other.shares),
+        followed=both(one.followed, other.followed),
         masks=both(one.masks, other.masks),
         masked=both(one.masked, other.masked),
         descriptors={

@@ -20,6 +20,7 @@ from dymo_med.references import (
     layout_of,
     under,
 )
+from dymo_med.survival import log_likelihood
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.loop import stream
 from dymo_med.training.losses import within
@@ -69,9 +70,9 @@ def train_references(
         classes: K.
         scale: Of a regression.
         everybody: All training records, labelled or not, on the CPU.
-        labelled: Labelled records of `train` and `calibration`; of the latter those that
+        labelled: Of `train` records whose class is known, and of `calibration` labelled ones that
             temperatures are fitted on.
-        weights: `(n,)` of those of `train`, by which every patient counts the same.
+        weights: `(n,)` of those of `train` (`of_known_class`).
         seed: Of folds, draws and subsets.
     """
     layout = layout_of(specs)
@@ -100,7 +101,7 @@ def train_references(
         if scale is None:
             temperature = fit_temperature(
                 model.logits(features),
-                held_back.labels[rows],
+                held_back.truth[rows],
                 [held_back.patient_ids[i] for i in rows.tolist()],
             )
         fitted[name] = FittedReference(model, temperature, settings)
@@ -243,9 +244,11 @@ def loss_of(
     Args:
         probabilities: `(n, K)`.
         labels: Int64 `(n,)`.
-        shares: Of a regression `(n, K)`, as in `Batch`.
-        scale: Likewise.
+        shares: `(n, K)`, as in `Batch`; None where labels say all.
+        scale: Of a regression.
     """
     if scale is not None and shares is not None:
         return (scale.value(probabilities) - scale.value(shares.double())).abs()
+    if shares is not None:
+        return -log_likelihood(probabilities.clamp_min(1e-6).log(), shares)
     return F.nll_loss(probabilities.clamp_min(1e-6).log(), labels, reduction="none")

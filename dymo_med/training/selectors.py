@@ -17,6 +17,7 @@ from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
 from dymo_med.imputers import Imputer
 from dymo_med.references import Mixed, References, features_of, recovered_features
 from dymo_med.selection import SELECTORS, Cases, Selector
+from dymo_med.survival import log_likelihood
 from dymo_med.training.loop import stream
 from dymo_med.types import (
     Batch,
@@ -135,6 +136,7 @@ def calibration_cases(
         .to(device),
         temperature,
         None if batch.shares is None else batch.shares.repeat(repeats + 1, 1).to(device),
+        None if batch.followed is None else batch.followed[:, 2].repeat(repeats + 1).to(device),
     )
     return cases, list(batch.patient_ids) * (repeats + 1)
 
@@ -206,7 +208,7 @@ def fit_all(
         selectors[name] = entry(entry.Options(**options.get(name, {})))
         if entry.needs_fit:
             with _convergence_heard(name):
-                selectors[name].fit(cases, statistics)
+                selectors[name].fit(cases.of_known_class(), statistics)
     return selectors
 
 
@@ -251,7 +253,8 @@ def held_out_logits(
         inside = (fold == k).nonzero().squeeze(1)
         outside = (fold != k).nonzero().squeeze(1)
         again = type(selector)(selector.options)
-        again.fit(cases.rows(outside if len(outside) else inside), statistics)
+        others = cases.rows(outside).of_known_class()
+        again.fit(others if len(others) else cases.of_known_class(), statistics)
         part = cases.rows(inside)
         found = again.select(part.fuse, part.observed, part.candidates, statistics).output.logits
         if logits is None:
@@ -312,8 +315,8 @@ def choose(
     `observed_only`, and its log-loss is lower by more than one standard error over patients, of
     whom there must be ten. Nothing eligible: `observed_only`.
 
-    Of a regression the mean absolute error takes the place of the log-loss, and nothing else is
-    asked.
+    Of a regression the mean absolute error takes the place of the log-loss, and of it and of
+    survival nothing else is asked.
 
     Args:
         answers: What `held_out` returned.
@@ -322,24 +325,34 @@ def choose(
         scale: Of a regression.
     """
     labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
+    shares = None if cases.shares is None or scale is not None else cases.shares.cpu()
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients])
     n, total = len(order), weights.sum()
+    standing = weights  # of those whose class is known
+    if cases.stands_for is not None:
+        standing = weights * (cases.stands_for.cpu() * (labels >= 0).cpu()).double()
+    among = standing.sum().clamp_min(1e-12)
     losses, right = {}, {}
     for name, p in answers.items():
-        losses[name] = F.nll_loss(p, labels, reduction="none")
+        losses[name] = (
+            F.nll_loss(p, labels, reduction="none")
+            if shares is None
+            else -log_likelihood(p, shares)
+        )
         right[name] = (p.argmax(-1) == labels).double()
     errors = absolute_errors(answers, cases, scale)
     key, called = ("mae", "mean absolute error") if errors else ("log_loss", "log-loss")
     judged = errors or losses
+    classes_matter = cases.shares is None  # not the bands of a number, nor the bins of a time
     base_loss, base_right = judged["observed_only"], right["observed_only"]
     results, eligible = {}, {}
     for name in answers:
         results[name] = {
             "log_loss": float((weights * losses[name]).sum() / total),
-            "accuracy": float((weights * right[name]).sum() / total),
-            "spoilt": float((weights * base_right * (1 - right[name])).sum() / total),
-            "rescued": float((weights * (1 - base_right) * right[name]).sum() / total),
+            "accuracy": float((standing * right[name]).sum() / among),
+            "spoilt": float((standing * base_right * (1 - right[name])).sum() / among),
+            "rescued": float((standing * (1 - base_right) * right[name]).sum() / among),
         }
         if errors:
             results[name]["mae"] = float((weights * errors[name]).sum() / total)
@@ -351,22 +364,23 @@ def choose(
         error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
         sure = n >= _FEWEST and bool(mean > error)
         accurate = results[name]["accuracy"] >= results["observed_only"]["accuracy"]
-        if sure and (accurate or errors):
+        if sure and (accurate or not classes_matter):
             eligible[name] = results[name][key]
     base = results["observed_only"][key]
     if n < _FEWEST:
         why = f"Measurements alone: {n} held-back patients are too few to tell selectors apart."
         return Choice("observed_only", why, results, n)
     if not eligible:
+        wanted = "both clearly better and no less accurate" if classes_matter else "clearly better"
         why = (
             f"Measurements alone ({called} {base:.3f} on {n} held-back patients): no selector was"
-            f" {'clearly better' if errors else 'both clearly better and no less accurate'}."
+            f" {wanted}."
         )
         return Choice("observed_only", why, results, n)
     best = min(eligible, key=lambda name: eligible[name])
     why = (
         f"Lowest {called} on {n} held-back patients ({eligible[best]:.3f}; measurements alone"
         f" {base:.3f}) among selectors clearly better than those"
-        f"{'' if errors else ' and no less accurate'}."
+        f"{' and no less accurate' if classes_matter else ''}."
     )
     return Choice(best, why, results, n)

@@ -45,6 +45,7 @@ from dymo_med.training.objectives import (
     ImputerObjective,
     encode_all,
     mask_known,
+    of_known_class,
     record_weights,
     sampled_subsets,
     subset_logits,
@@ -285,10 +286,11 @@ def _fit(
     tied = imputer.tie(backbone)
     if not tied:
         _train_imputer(imputer, plan, data, run_stage, checkpoints, fabric.device)
-    labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+    labelled = {s: b.rows(b.known.nonzero().squeeze(1)) for s, b in data.items()}
     fitting = labelled["train"]
     adjusting, held_back = part(labelled["validation"], labelled["calibration"], plan.seed)
     weights = record_weights(fitting)
+    classed, standing = of_known_class(fitting)
     for stage, network in zip(stages, networks, strict=True):
         objective = FusionObjective(
             network,
@@ -299,7 +301,7 @@ def _fit(
             fabric.device,
             plan.seed,
             scale,
-            class_weights(fitting.labels, classes)
+            class_weights(classed.labels, classes)
             if plan.backbone_training.class_weights == "balanced"
             else None,
         )
@@ -331,10 +333,10 @@ def _fit(
 
     with torch.no_grad():
         statistics = fit_statistics(
-            encode_all(backbone, fitting, fabric.device),
-            fitting.observed.available.to(fabric.device),
-            fitting.labels.to(fabric.device),
-            weights.to(fabric.device),
+            encode_all(backbone, classed, fabric.device),
+            classed.observed.available.to(fabric.device),
+            classed.labels.to(fabric.device),
+            standing.to(fabric.device),
             classes,
             backbone.distance,
         )
@@ -343,8 +345,8 @@ def _fit(
             classes,
             scale,
             data["train"],
-            {**labelled, "calibration": adjusting},
-            weights,
+            {"train": classed, "calibration": adjusting},
+            standing,
             plan.seed,
         )
     answering = fit_answers(
@@ -359,7 +361,7 @@ def _fit(
         fabric.device,
         scale,
     )
-    shares = torch.bincount(fitting.labels, weights=weights, minlength=classes) / weights.sum()
+    shares = torch.bincount(classed.labels, weights=standing, minlength=classes) / standing.sum()
     bundle = ModelBundle(
         name=plan.name,
         description=plan.description,
@@ -476,7 +478,7 @@ def fit_answers(
         rows = rows.cpu()
         temperature = fit_temperature(
             logits.cpu(),
-            fitting.labels[rows],
+            fitting.truth[rows],
             [fitting.patient_ids[i] for i in rows.tolist()],
         )
     held = [
@@ -646,7 +648,7 @@ def fit_importances(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[Modali
     tables = [spec for spec in specs if spec.columns]
     if not tables:
         return tuple(specs)
-    known = batch.rows((batch.labels >= 0).nonzero().squeeze(1))
+    known, weights = of_known_class(batch)
     blank = torch.tensor(torch.nan, dtype=torch.float64)
     cells = torch.cat(
         [known.values[s.name].double().where(known.observed_fields[s.name], blank) for s in tables],
@@ -662,9 +664,7 @@ def fit_importances(specs: Sequence[ModalitySpec], batch: Batch) -> tuple[Modali
             random_state=0,
             n_jobs=1,
         )
-        forest.fit(
-            cells[:, some], known.labels.numpy(), sample_weight=record_weights(known).numpy()
-        )
+        forest.fit(cells[:, some], known.labels.numpy(), sample_weight=weights.numpy())
         shares[some] = forest.feature_importances_
     left = iter(shares.tolist())
     return tuple(

@@ -105,15 +105,18 @@ class _People:
     patients: tuple[str, ...]
     labels: Tensor
     shares: Tensor | None
+    stands_for: Tensor | None
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> _People:
         shares = [b.shares for b in batches if b.shares is not None]
+        followed = [b.followed[:, 2] for b in batches if b.followed is not None]
         return cls(
             torch.cat([b.observed.available for b in batches]),
             tuple(p for b in batches for p in b.patient_ids),
             torch.cat([b.labels for b in batches]),
             torch.cat(shares) if shares else None,
+            torch.cat(followed) if followed else None,
         )
 
 
@@ -222,8 +225,12 @@ def _row(
     told = asked.reference(rows, part)
     drawn = _resamples(patients, rng)
 
+    stands_for = np.ones(len(rows))  # of those whose class is known
+    if people.stands_for is not None:
+        stands_for = people.stands_for[rows].numpy() * (labels >= 0).numpy()
+
     def area(probabilities: Tensor, w: Floats) -> Floats:
-        return auroc(labels.numpy(), probabilities.numpy(), w)
+        return auroc(labels.clamp_min(0).numpy(), probabilities.numpy(), w * stands_for)
 
     picked = rng.permutation(number)[:_DRAWN]
     base = weights[None]

@@ -69,8 +69,11 @@ class Batch:
         observed_fields: Per table modality bool `(B, F)`, True = the cell was filled; all False
             where the table is missing.
         labels: Int64 `(B,)`, -1 = not known.
-        shares: Of a regression in training, what part of each true value belongs to each band
-            `(B, K)`, 0 where it is not known (`Scale.shares`); else None.
+        shares: `(B, K)`, 0 where nothing is known; None where `labels` say all. Of a regression in
+            training, what part of each true value belongs to each band (`Scale.shares`); of
+            survival, what share of each bin agrees with what is known (`TimeBins.fits`).
+        followed: Of survival, float64 `(B, 3)`: time; 1 for an event, 0 for censored; and how many
+            patients one whose bin is known stands for (`survival.known_weights`). Else None.
         masks: Uint8 `(B, X, Y, Z)`, the labels of a segmentation, all 0 where not known; None if
             no record has one.
         masked: Bool `(B,)`: True = the mask is known; None likewise.
@@ -85,6 +88,7 @@ class Batch:
     observed_fields: Mapping[str, Tensor]
     labels: Tensor
     shares: Tensor | None = None
+    followed: Tensor | None = None
     masks: Tensor | None = None
     masked: Tensor | None = None
     descriptors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -94,8 +98,13 @@ class Batch:
         return len(self.record_ids)
 
     @property
+    def known(self) -> Tensor:
+        """Bool `(B,)`: something is known of the target, if only that it is later than a time."""
+        return self.labels >= 0 if self.shares is None else self.shares.any(1)
+
+    @property
     def truth(self) -> Tensor:
-        """What a cross entropy is asked to match: `labels`, or the shares of a regression."""
+        """What the loss of an answer is about: `labels`, or `shares`."""
         return self.labels if self.shares is None else self.shares
 
     def to(self, device: torch.device | str) -> Batch:
@@ -107,6 +116,7 @@ class Batch:
             observed_fields={k: v.to(device) for k, v in self.observed_fields.items()},
             labels=self.labels.to(device),
             shares=None if self.shares is None else self.shares.to(device),
+            followed=None if self.followed is None else self.followed.to(device),
             masks=None if self.masks is None else self.masks.to(device),
             masked=None if self.masked is None else self.masked.to(device),
             descriptors={k: v.to(device) for k, v in self.descriptors.items()},
@@ -123,6 +133,7 @@ class Batch:
             observed_fields={k: v[index] for k, v in self.observed_fields.items()},
             labels=self.labels[index],
             shares=None if self.shares is None else self.shares[index],
+            followed=None if self.followed is None else self.followed[index],
             masks=None if self.masks is None else self.masks[index],
             masked=None if self.masked is None else self.masked[index],
             descriptors={k: v[index] for k, v in self.descriptors.items()},
