@@ -266,18 +266,18 @@ def watermark(picture: Array) -> Array:
     """
     from PIL import Image
 
-    layer = Image.fromarray(_mark(*picture.shape[:2]))
+    layer = Image.fromarray(mark(*picture.shape[:2]))
     marked = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer)
     return np.asarray(marked.convert("RGB"))
 
 
 @lru_cache(maxsize=8)
-def _mark(rows: int, columns: int) -> Array:
+def mark(rows: int, columns: int) -> Array:
     """Return the mark alone, uint8 `(rows, columns, 4)`; the frames of a slider share one."""
     from PIL import Image, ImageDraw, ImageFont
 
-    mark = Image.new("RGBA", (2 * columns, 2 * rows), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(mark)
+    layer = Image.new("RGBA", (2 * columns, 2 * rows), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(layer)
     font = ImageFont.load_default(size=max(10, min(rows, columns) // 8))
     for place in (0.7, 1.3):
         # White with a dark edge: legible on every grey, in print too.
@@ -290,7 +290,7 @@ def _mark(rows: int, columns: int) -> Array:
             font=font,
             anchor="mm",
         )
-    turned = mark.rotate(28, resample=Image.Resampling.BICUBIC, center=(columns, rows))
+    turned = layer.rotate(28, resample=Image.Resampling.BICUBIC, center=(columns, rows))
     left, top = columns // 2, rows // 2
     return np.asarray(turned.crop((left, top, left + columns, top + rows)))
 

@@ -239,6 +239,27 @@ def read(path: Path, rule: SeriesRule | None = None) -> StoredScan:
     return StoredScan(values, affine, facts, files, tuple(patients), padding)
 
 
+def stacks(path: Path) -> list[tuple[tuple[Frame, ...], Matrix]]:
+    """Return every volume in a DICOM file or folder: its slices in order, and its affine in RAS+.
+
+    Stacks whose geometry cannot be derived were not read either, and are left out.
+
+    Args:
+        path: See `read`.
+
+    Raises:
+        ScanError: If a file is damaged.
+    """
+    found = []
+    for stack in _stacks([frame for file in _files(path) for frame in _frames(file)]):
+        try:
+            ordered, lps, _ = _geometry(stack)
+        except ScanError:
+            continue
+        found.append((tuple(ordered), to_ras(lps)))
+    return found
+
+
 def is_dicom(path: Path) -> bool:
     """Return whether a patient directory's entry is read by this module."""
     return path.is_dir() or path.suffix.lower() == ".dcm"

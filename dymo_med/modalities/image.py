@@ -166,7 +166,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _sha256(files: Sequence[Path]) -> str:
+def files_sha256(files: Sequence[Path]) -> str:
     """Return the hash of a file's bytes, or of all files' hashes, sorted, for several."""
     hashes = []
     for file in files:
@@ -260,7 +260,7 @@ class Image(Modality):
 
         try:
             scan = read_scan(self._transforms, path, self._reference(others))
-            digest = _sha256(scan.files)
+            digest = files_sha256(scan.files)
         except ScanAbsent:
             return None
         except ScanError as error:
