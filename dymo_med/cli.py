@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import environ
 from pathlib import Path
@@ -34,6 +34,7 @@ from dymo_med.logs import LIBRARIES, be_verbose, heard, is_verbose
 
 if TYPE_CHECKING:
     from dymo_med.inference.segment import Segmentation
+    from dymo_med.types import ModalitySpec
 
 app = typer.Typer(
     name="dymo-med",
@@ -96,6 +97,12 @@ Flips = Annotated[
 ]
 Pdf = Annotated[
     bool, typer.Option("--pdf", help="Write the page as a PDF too, beside it: report.pdf.")
+]
+Dicom = Annotated[
+    bool,
+    typer.Option(
+        "--dicom", help="Write DICOM: structured report, page, recovered scans, outlines."
+    ),
 ]
 Identify = Annotated[
     bool,
@@ -421,6 +428,7 @@ def predict(
         ),
     ] = None,
     pdf: Pdf = False,
+    dicom: Dicom = False,
     identify: Identify = False,
     without_refused: WithoutRefused = False,
     probabilities: Annotated[
@@ -439,12 +447,14 @@ def predict(
     from dymo_med.inference.predict import predict_patient
     from dymo_med.inference.segment import segment_patient
 
+    outputs = [name for name, given in (("dicom", dicom),) if given]
     if task_of(bundle) == "segmentation":
-        asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify}
+        asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify and not outputs}
         _refuse("a segmentation", asked | {"--draws": draws is not None})
+        segmenter = load_segmentation_bundle(bundle, device)
         answer = segment_patient(
             patient_dir,
-            load_segmentation_bundle(bundle, device),
+            segmenter,
             out,
             probabilities=probabilities,
             flips=flips,
@@ -453,6 +463,7 @@ def predict(
             treat_refused_as_missing=without_refused,
         )
         _tell_segmentation(answer, out, Reporter(quiet))
+        _export(out, outputs, patient_dir, None, identify, segmenter.specs, Reporter(quiet))
         return
     _refuse("a classification or regression", {"--probabilities": probabilities, "--flips": flips})
     model = load_bundle(bundle, device)
@@ -489,6 +500,55 @@ def predict(
     reporter.say(f"report: {out / 'report.html'}")
     if pdf:
         reporter.say(f"pdf: {out / 'report.pdf'}")
+    _export(out, outputs, patient_dir, None, identify, model.specs, reporter)
+
+
+def _export(
+    folder: Path,
+    names: Sequence[str],
+    patient_dir: Path | None,
+    out: Path | None,
+    identify: bool,
+    specs: Sequence[ModalitySpec],
+    reporter: Reporter,
+) -> None:
+    """Write a prediction in other standards, and say where."""
+    if not names:
+        return
+    from dymo_med.outputs import export as run
+
+    files = {spec.name: spec.file for spec in specs}
+    places, notes = run(folder, names, patient_dir, out=out, identify=identify, files=files)
+    for note in notes:
+        reporter.say(f"note: {note}")
+    for name, place in zip(names, places, strict=True):
+        reporter.say(f"{name}: {place}")
+
+
+@app.command()
+def export(
+    prediction: Annotated[Path, typer.Argument(help="Folder that `dymo-med predict` wrote.")],
+    patient_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--patient-dir",
+            "-i",
+            help="The patient directory it was made from, so that DICOM refers to its images.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to; default: beside the prediction."),
+    ] = None,
+    dicom: Dicom = False,
+    identify: Identify = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write an earlier prediction for other systems: DICOM."""
+    outputs = [name for name, given in (("dicom", dicom),) if given]
+    if not outputs:
+        raise typer.BadParameter("say which: --dicom", param_hint="export")
+    _export(prediction, outputs, patient_dir, out, identify, (), Reporter(quiet))
 
 
 def _tell_segmentation(answer: Segmentation, out: Path, reporter: Reporter) -> None:

@@ -94,7 +94,9 @@ _MOST_FILES = 10  # that are named in a sentence
 COMPARED = ("observed_only", "trust_all", "dymo")
 STEP_COLUMNS = tuple(SelectionStep.__dataclass_fields__)
 RECOVERED = "recovered"
-_WRITTEN = ("prediction.json", "selection.csv", "report.html", "report.pdf", RECOVERED)
+# What `dymo-med export` puts beside a prediction; a new prediction replaces it too.
+EXPORTED = ("dicom", "fhir", "bids")
+_WRITTEN = ("prediction.json", "selection.csv", "report.html", "report.pdf", RECOVERED, *EXPORTED)
 
 
 @dataclass(frozen=True)

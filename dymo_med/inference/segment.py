@@ -43,6 +43,7 @@ from dymo_med.files import (
 )
 from dymo_med.inference.overlays import COLOURS, cut_place, outlined
 from dymo_med.inference.predict import (
+    EXPORTED,
     RECOVERED,
     STEP_COLUMNS,
     gate_results,
@@ -255,7 +256,7 @@ def segment_patient(
     """
     written = ("prediction.json", "selection.csv", "report.html", RECOVERED, SEGMENTATION)
     maps = tuple(f"probability_{name}.nii.gz" for name in bundle.task.classes)
-    known = (*written, *maps)
+    known = (*written, *maps, *EXPORTED)
     if out is not None:
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector

@@ -29,7 +29,9 @@ def write_dicom(study: Study, folder: Path) -> list[str]:
     if evidence or study.sources:
         write_sr(study, folder, evidence)
     else:
-        notes.append("dicom: there is no structured report, because nothing that it rests on is DICOM")
+        notes.append(
+            "dicom: there is no structured report, because nothing that it rests on is DICOM"
+        )
     if isinstance(study.file, SegmentationFile) and not outlines:
         notes.append(
             "dicom: there is no segmentation object, because the scan that was outlined is no"

@@ -1,9 +1,9 @@
-"""DICOM: recovered images as secondary captures that nobody can take for acquired ones.
+r"""DICOM: recovered images as secondary captures that nobody can take for acquired ones.
 
 A Multi-frame Grayscale Word Secondary Capture (PS3.3 A.8.4) claims no scanner, no sequence and no
 acquisition, and its conversion type has a value for this: SYN, synthetic image. It states its
 geometry, so a viewer can lay it beside the patient's scans. SYNTHETIC is burnt into every slice,
-the series description begins with it, and the image type is DERIVED\\SECONDARY.
+the series description begins with it, and the image type is DERIVED\SECONDARY.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pydicom.uid import UID
 from pydicom.valuerep import DSfloat
 
 from dymo_med.inference.pictures import mark
-from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.modalities.made_up import SYNTHETIC
 from dymo_med.outputs.dicom_pdf import reference
 from dymo_med.outputs.states import State, states
@@ -48,8 +47,8 @@ def write_secondary(study: Study, folder: Path) -> list[Dataset]:
     """
     made = []
     known = {state.name: state for state in states(study.file)}
-    for number, (name, part) in enumerate(study.file.recovered_files.items()):
-        path = study.folder / part.file
+    for number, name in enumerate(study.file.recovered_files):
+        path = study.folder / study.file.recovered_files[name].file
         state = known[name]
         if path.name.endswith(".nii.gz"):
             dataset = _volume(study, state, path)

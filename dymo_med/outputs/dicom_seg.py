@@ -91,13 +91,9 @@ def _segmentation(
     import highdicom
     from pydicom.sr.codedict import codes
 
-    slices = inside.transpose(2, 1, 0)
-    pixels = np.zeros_like(slices)
-    if len(source.images) == 1:  # a multi-frame file: in the order of its frames
-        for place, (_, frame) in enumerate(source.frames):
-            pixels[frame] = slices[place]
-    else:
-        pixels = slices  # files are in the order of slices
+    pixels = inside.transpose(2, 1, 0)
+    if "NumberOfFrames" in source.images[0]:  # a multi-frame file: in the order of its frames
+        pixels = pixels[np.argsort([frame for _, frame in source.frames])]
     who = highdicom.AlgorithmIdentificationSequence(
         NAME, family=codes.DCM.ArtificialIntelligence, version=__version__, source=NAME
     )
@@ -136,5 +132,8 @@ def _segmentation(
 
 
 def _same(source: Source, affine: np.ndarray, shape: tuple[int, int, int]) -> bool:
-    """Return whether a series has the grid of the outline."""
+    """Return whether a series, all of it, has the grid of the outline."""
+    frames = sum(int(image.get("NumberOfFrames") or 1) for image in source.images)
+    if frames != len(source.frames):
+        return False
     return source.size == tuple(shape) and apart_mm(source.affine, affine, shape) <= _MOST_MM

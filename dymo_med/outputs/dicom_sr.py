@@ -133,15 +133,13 @@ def _classes(study: Study, file: PredictionFile) -> list[Any]:
         ]
         if alone is not None:
             numbers.append(_number("probability-measured", alone[k]))
-        groups.append(
-            _group(study, f"class {name}", _class(file, name), said, numbers, ())
-        )
+        groups.append(_group(study, f"class {name}", _class(file, name), said, numbers, ()))
     return groups
 
 
 def _modality(study: Study, state: State) -> Any:
     """Return the group of a modality: what became of it, and its images."""
-    said = [(_own("modality-state"), _coded(f"state-{state.code}", state.meaning))]
+    said = [(_own("modality-state"), _coded(state.code, state.meaning))]
     if state.refused:
         said.append((_own("quality"), _own("refused")))
     elif isinstance(study.file, PredictionFile) and state.name in study.file.quality:
@@ -156,7 +154,6 @@ def _outlines(study: Study, evidence: Sequence[Dataset]) -> list[Any]:
     """Return a group per region that was outlined: its volume, and the segment if there is one."""
     from highdicom.sr import (
         Measurement,
-        ReferencedSegment,
         VolumetricROIMeasurementsAndQualitativeEvaluations,
     )
     from pydicom.sr.codedict import codes
@@ -186,13 +183,27 @@ def _outlines(study: Study, evidence: Sequence[Dataset]) -> list[Any]:
         groups.append(
             VolumetricROIMeasurementsAndQualitativeEvaluations(
                 tracking_identifier=_tracking(study, name),
-                referenced_segment=ReferencedSegment.from_segmentation(segments[region.name], 1),
+                referenced_segment=_segment(segments[region.name]),
                 finding_type=codes.SCT.Lesion,
                 algorithm_id=_algorithm(study),
                 measurements=volumes,
             )
         )
     return groups
+
+
+def _segment(seg: Dataset) -> Any:
+    """Return a reference to the one segment of an object, and to the series it was drawn on."""
+    from highdicom.sr import ReferencedSegment, SourceSeriesForSegmentation
+
+    return ReferencedSegment(
+        sop_class_uid=seg.SOPClassUID,
+        sop_instance_uid=seg.SOPInstanceUID,
+        segment_number=1,
+        source_series=SourceSeriesForSegmentation(
+            seg.ReferencedSeriesSequence[0].SeriesInstanceUID
+        ),
+    )
 
 
 def _group(

@@ -9,18 +9,20 @@ of new objects are hashes of what they hold, and the time is that of the predict
 from __future__ import annotations
 
 import io
+import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
 from dymo_med import __version__
 from dymo_med.errors import ConfigError, PatientDataError, Problem
@@ -123,7 +125,7 @@ class Study:
             stated = source.images[0].get("FrameOfReferenceUID")
             if stated:
                 return str(stated)
-        return self.new_uid("frame of reference")
+        return str(self.new_uid("frame of reference"))
 
     @property
     def bundle(self) -> str:
@@ -181,7 +183,7 @@ def read_study(
     patient, owner = _patient(file, headers, identify)
     made = datetime.fromtimestamp(int(path.stat().st_mtime), UTC).astimezone(_zone(headers))
     sources = {
-        name: Source(tuple(_clean(h, patient) for h in images), frames, affine, size)
+        name: Source(tuple(_clean(h, patient, affine) for h in images), frames, affine, size)
         for name, (images, frames, affine, size) in headers.items()
     }
     study = Study(
@@ -303,7 +305,7 @@ def _zone(headers: Mapping[str, _Found]) -> timezone | None:
     return None
 
 
-def _clean(header: Dataset, patient: Mapping[str, str]) -> Dataset:
+def _clean(header: Dataset, patient: Mapping[str, str], affine: np.ndarray) -> Dataset:
     """Return what others need of an image's header, with the patient as shown."""
     clean = Dataset()
     for keyword in _IMAGE:
@@ -319,6 +321,10 @@ def _clean(header: Dataset, patient: Mapping[str, str]) -> Dataset:
                         item[kept] = group[kept]
                 items.append(item)
             setattr(clean, keyword, pydicom.Sequence(items))
+    if "NumberOfFrames" not in clean and not clean.get("SliceThickness"):
+        # It need not be stated; highdicom asks for it.
+        step = float(np.linalg.norm(affine[:3, 2]))
+        clean.SliceThickness = DSfloat(step, auto_format=True)
     clean.file_meta = getattr(header, "file_meta", None)
     clean.StudyInstanceUID = header.StudyInstanceUID
     put_patient(clean, patient)
@@ -451,10 +457,4 @@ def _as_shown(
         del content["content_sha256"]
         return PredictionFile.make({**content, "sources": sources})
     content = {**file.model_dump(mode="json"), "sources": sources}
-    return cast(SegmentationFile, SegmentationFile.model_validate_json(_json(content)))
-
-
-def _json(content: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(content)
+    return SegmentationFile.model_validate_json(json.dumps(content))
