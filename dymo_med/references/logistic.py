@@ -69,16 +69,10 @@ class Logistic(Reference):
     def probabilities(self, features: Tensor) -> Tensor:
         """See `Reference.probabilities`."""
         inputs = self._inputs(features.double())
-        d = max(inputs.shape[1], 1)
         known, owner = (~inputs.isnan()).unique(dim=0, return_inverse=True)
         a = self._arrays
-        scores = a["coefficients"].shape[1]
-        weights = torch.zeros(len(known), inputs.shape[1], scores, dtype=torch.float64)
-        roots = torch.zeros(len(known), scores, scores, dtype=torch.float64)
-        for part in torch.arange(len(known)).split(max(1, _CHUNK_NUMBERS // d**2)):
-            whole, left = gaussian.conditional(a["covariance"], known[part])
-            weights[part] = whole @ a["coefficients"]
-            roots[part] = _root(a["coefficients"].T @ left @ a["coefficients"])
+        weights, left = gaussian.projected(a["covariance"], known, a["coefficients"])
+        roots = _root(left)
         gap = (inputs - a["mean"]).nan_to_num(0.0)
         mean = a["intercept"] + a["mean"] @ a["coefficients"]
         mean = mean + (gap[:, :, None] * weights[owner]).sum(1)  # (R, S)
@@ -86,7 +80,7 @@ class Logistic(Reference):
             own = roots[owner, 0, 0].square() + a["deviation"].square()
             return self.spread(mean[:, 0], own.sqrt())
         drawn = mean[:, None] + torch.einsum("rst,mt->rms", roots[owner], a["draws"])
-        if scores == 1:
+        if drawn.shape[-1] == 1:
             drawn = torch.cat([torch.zeros_like(drawn), drawn], dim=-1)
         return torch.softmax(drawn, dim=-1).mean(1)
 

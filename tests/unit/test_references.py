@@ -136,6 +136,20 @@ def test_joint_normal_distribution_finds_what_made_the_rows():
     assert left[0, 0, 0] == 0 < left[0, 1, 1] < covariance[1, 1]
 
 
+@pytest.mark.parametrize("sums", [1, 3])
+def test_what_is_known_tells_of_sums_what_it_tells_of_their_parts(sums):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 12, generator=g).double() @ torch.randn(12, 12, generator=g).double()
+    covariance = gaussian.fit(x / x.std(0))[1]
+    coefficients = torch.randn(12, sums, generator=g).double()
+    known = torch.rand(40, 12, generator=g) < torch.rand(40, 1, generator=g)
+    known[0], known[1] = False, True
+    weights, left = gaussian.conditional(covariance, known)
+    of_sums, spread = gaussian.projected(covariance, known, coefficients)
+    assert torch.allclose(of_sums, weights @ coefficients, atol=1e-10)
+    assert torch.allclose(spread, coefficients.T @ left @ coefficients, atol=1e-10)
+
+
 # --- Mixing ---------------------------------------------------------------------------------------
 
 
