@@ -104,6 +104,12 @@ Dicom = Annotated[
         "--dicom", help="Write DICOM: structured report, page, recovered scans, outlines."
     ),
 ]
+Fhir = Annotated[
+    bool, typer.Option("--fhir", help="Write a FHIR R4 Bundle: report, risk, device, provenance.")
+]
+Bids = Annotated[
+    bool, typer.Option("--bids", help="Of a BIDS dataset: write recovered scans as derivatives.")
+]
 Identify = Annotated[
     bool,
     typer.Option(
@@ -429,6 +435,8 @@ def predict(
     ] = None,
     pdf: Pdf = False,
     dicom: Dicom = False,
+    fhir: Fhir = False,
+    bids: Bids = False,
     identify: Identify = False,
     without_refused: WithoutRefused = False,
     probabilities: Annotated[
@@ -447,7 +455,7 @@ def predict(
     from dymo_med.inference.predict import predict_patient
     from dymo_med.inference.segment import segment_patient
 
-    outputs = [name for name, given in (("dicom", dicom),) if given]
+    outputs = _asked(dicom=dicom, fhir=fhir, bids=bids)
     if task_of(bundle) == "segmentation":
         asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify and not outputs}
         _refuse("a segmentation", asked | {"--draws": draws is not None})
@@ -540,15 +548,33 @@ def export(
         Path | None,
         typer.Option("--out", "-o", help="Where to; default: beside the prediction."),
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", "-b", help="The bundle: knows how BIDS names its modalities."),
+    ] = None,
     dicom: Dicom = False,
+    fhir: Fhir = False,
+    bids: Bids = False,
     identify: Identify = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write an earlier prediction for other systems: DICOM."""
-    outputs = [name for name, given in (("dicom", dicom),) if given]
+    """Write an earlier prediction for other systems: DICOM, FHIR, BIDS."""
+    outputs = _asked(dicom=dicom, fhir=fhir, bids=bids)
     if not outputs:
-        raise typer.BadParameter("say which: --dicom", param_hint="export")
-    _export(prediction, outputs, patient_dir, out, identify, (), Reporter(quiet))
+        raise typer.BadParameter("say which: --dicom, --fhir or --bids", param_hint="export")
+    specs: Sequence[ModalitySpec] = ()
+    if bundle is not None:
+        from dymo_med.bundle import load_bundle, task_of
+        from dymo_med.bundle_segmentation import load_segmentation_bundle
+
+        load = load_segmentation_bundle if task_of(bundle) == "segmentation" else load_bundle
+        specs = load(bundle, "cpu").specs
+    _export(prediction, outputs, patient_dir, out, identify, specs, Reporter(quiet))
+
+
+def _asked(**outputs: bool) -> list[str]:
+    """Return the outputs for other systems that were asked for."""
+    return [name for name, given in outputs.items() if given]
 
 
 def _tell_segmentation(answer: Segmentation, out: Path, reporter: Reporter) -> None:

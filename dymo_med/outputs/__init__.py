@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dymo_med.files import check_replaceable, complete_folder
+from dymo_med.outputs.bids import DESCRIPTION, write_bids
 from dymo_med.outputs.dicom import write_dicom
+from dymo_med.outputs.fhir import FILE, write_fhir
 from dymo_med.outputs.study import Study, read_study
 
 
@@ -36,6 +38,8 @@ OUTPUTS = {
     o.name: o
     for o in (
         Output("dicom", "sr.dcm", write_dicom, "a structured report, its page, images, outlines"),
+        Output("bids", DESCRIPTION, write_bids, "recovered scans and outlines, as derivatives"),
+        Output("fhir", FILE, write_fhir, "a Bundle of R4: report, risk, device, provenance"),
     )
 }
 

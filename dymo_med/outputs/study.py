@@ -93,6 +93,7 @@ class Study:
         made: When the prediction was made.
         files: Files that the modalities of the model are looked for in, by modality; known where
             the bundle is.
+        patient_dir: The patient directory, if it is at hand.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ class Study:
     sources: Mapping[str, Source]
     made: datetime
     files: Mapping[str, str] = field(default_factory=dict)
+    patient_dir: Path | None = None
 
     @cached_property
     def key(self) -> str:
@@ -195,6 +197,7 @@ def read_study(
         sources=sources,
         made=made,
         files=dict(files or {}),
+        patient_dir=patient_dir,
     )
     first = next(iter(sources.values()), None)
     uid = str(first.images[0].StudyInstanceUID) if first is not None else study.new_uid("study")
