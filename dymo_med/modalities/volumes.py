@@ -33,10 +33,19 @@ NRRD = (".nrrd", ".nhdr")
 EXTENSIONS = (*NRRD, ".mha", ".mhd")
 
 _PATTERN = re.compile(r"(\S*%0?\d{0,2}d\S*) (-?\d{1,6}) (-?\d{1,6}) (-?\d{1,6})(?: \d+)?")
-_ANATOMICAL = re.compile(
-    r"(right-anterior-superior|left-anterior-superior|left-posterior-superior|ras|las|lps)(-time)?",
-    re.IGNORECASE,
-)
+# NRRD's anatomical spaces, spelled with hyphens, spaces or neither: the first two axes as multiples
+# of LPS.
+_ANATOMICAL = {
+    "ras": (-1.0, -1.0),
+    "las": (1.0, -1.0),
+    "lps": (1.0, 1.0),
+    "rightanteriorsuperior": (-1.0, -1.0),
+    "leftanteriorsuperior": (1.0, -1.0),
+    "leftposteriorsuperior": (1.0, 1.0),
+}
+_WITH_TIME = {
+    name + ("t" if len(name) == 3 else "time"): axes for name, axes in _ANATOMICAL.items()
+}
 
 
 def read(path: Path) -> StoredScan:
@@ -97,6 +106,9 @@ def read(path: Path) -> StoredScan:
     n = min(3, n)
     lps[:n, :n] = directions[:n, :n]
     lps[:n, 3] = reader.GetOrigin()[:n]
+    # SimpleITK turns RAS and LAS to LPS, and the same spaces with time not.
+    turns = _WITH_TIME.get(_space(fields), (1.0, 1.0)) if nrrd else (1.0, 1.0)
+    lps = np.diag([*turns, 1.0, 1.0]) @ lps
     affine = to_ras(lps)
     warnings = (warning,) if warning and min(values.shape) > 1 else ()
     facts = ScanFacts(values.shape, str(values.dtype), spacing_of(affine), warnings)
@@ -143,6 +155,11 @@ def _packing(fields: Mapping[str, str], nrrd: bool) -> str:
 def _is_true(text: str) -> bool:
     """Return whether MetaIO takes a value for true."""
     return text[:1] in ("T", "t", "1")
+
+
+def _space(fields: Mapping[str, str]) -> str:
+    """Return the NRRD space in which directions and origin are given, whatever its spelling."""
+    return re.sub(r"[ -]", "", fields.get("space", "")).lower()
 
 
 def _skips(fields: Mapping[str, str]) -> tuple[int, int]:
@@ -286,7 +303,7 @@ def _check_fields(path: Path, fields: dict[str, str]) -> str:
     """
     if path.suffix.lower() in NRRD:
         units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
-        stated = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
+        stated = _space(fields) in (_ANATOMICAL | _WITH_TIME)
         stated = stated and "space directions" in fields
     else:
         units = {fields["distanceunits"]} if fields.get("distanceunits") else set()

@@ -134,6 +134,40 @@ def test_an_unstated_orientation_is_a_warning(tmp_path, name, text):
     assert "does not state its orientation" in volumes.read(tmp_path / name).facts.warnings[0]
 
 
+@pytest.mark.parametrize("spelling", [str, str.upper, lambda s: s.replace("-", " ")])
+@pytest.mark.parametrize(
+    ("space", "with_time", "turns"),
+    [
+        ("right-anterior-superior", "right-anterior-superior-time", (1, 1)),
+        ("left-anterior-superior", "left-anterior-superior-time", (-1, 1)),
+        ("left-posterior-superior", "left-posterior-superior-time", (-1, -1)),
+        ("RAS", "RAST", (1, 1)),
+        ("LAS", "LAST", (-1, 1)),
+        ("LPS", "LPST", (-1, -1)),
+    ],
+)
+def test_a_nrrd_with_one_point_in_time_lies_where_the_volume_lies(
+    tmp_path, space, with_time, turns, spelling
+):
+    (tmp_path / "t1.raw").write_bytes(RAW)
+    volume = {"space": spelling(space), "space origin": "(10,20,30)"}
+    (tmp_path / "a.nhdr").write_text(nhdr("t1.raw", **volume))
+    times = {
+        "dimension": "4",
+        "sizes": "9 8 7 1",
+        "space": spelling(with_time),
+        "space directions": "(1,0,0,0) (0,1,0,0) (0,0,2,0) (0,0,0,3)",
+        "space origin": "(10,20,30,0)",
+    }
+    (tmp_path / "b.nhdr").write_text(nhdr("t1.raw", **times))
+    for name in ("a.nhdr", "b.nhdr"):
+        scan = volumes.read(tmp_path / name)
+        x, y = turns
+        expected = [[x, 0, 0, 10 * x], [0, y, 0, 20 * y], [0, 0, 2, 30], [0, 0, 0, 1]]
+        assert np.allclose(scan.affine, expected), name
+        assert scan.facts.warnings == () and np.array_equal(scan.values, VALUES)
+
+
 def test_a_slice_in_two_axes_stands_for_a_picture(tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(VALUES[:, :, 0].T), tmp_path / "film.mha")
     spec = ModalitySpec("film", "image", "film.png", (1, 9, 9), (), "none")
