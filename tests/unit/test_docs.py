@@ -25,7 +25,12 @@ from dymo_med.types import Prediction
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    {*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "cohorts").rglob("*.md")},
+    {
+        *ROOT.glob("*.md"),
+        *DOCS.rglob("*.md"),
+        *(ROOT / "cohorts").rglob("*.md"),
+        *(ROOT / "findings").glob("*.md"),
+    },
 )
 COMMANDS = typer.main.get_command(app).commands
 
@@ -58,6 +63,18 @@ def test_every_page_is_in_the_index():
     index = (DOCS / "README.md").read_text(encoding="utf-8")
     pages = [p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")]
     assert not [p for p in pages if p != "README.md" and f"({p})" not in index]
+
+
+def test_every_finding_is_listed_and_says_what_dymo_med_does():
+    listed = (ROOT / "findings" / "README.md").read_text(encoding="utf-8")
+    answered = (DOCS / "reference" / "outside.md").read_text(encoding="utf-8")
+    scripts = sorted((ROOT / "findings").glob("*.sh"))
+    assert scripts
+    for script in scripts:
+        head, *body = script.read_text(encoding="utf-8").split("\nset -eu\n")
+        assert [line for line in body if "mktemp -d" in line and "trap" in line], script.name
+        assert all(f"# {part}: " in head for part in ("Expected", "Found", "Who meets it"))
+        assert f"({script.name})" in listed and f"/findings/{script.name})" in answered
 
 
 @pytest.mark.parametrize("command", COMMANDS)
