@@ -40,8 +40,8 @@ from dymo_med import load_bundle, read_cohort
 from dymo_med.bundle import ModelBundle, hashed_id
 from dymo_med.data.patient import read_record
 from dymo_med.data.simulate import DEPICTS, pieces, posterior_high
+from dymo_med.inference.answer import answer, explain_record
 from dymo_med.inference.pictures import SIGMA
-from dymo_med.inference.predict import answer, explain_record
 from dymo_med.types import Cohort, CohortRecord
 
 DRAWS = 2000

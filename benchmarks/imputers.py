@@ -34,7 +34,7 @@ from dymo_med.data.missingness import apply, parse_scenario
 from dymo_med.data.patient import read_record
 from dymo_med.files import write_json
 from dymo_med.imputers import IMPUTERS, Imputer
-from dymo_med.inference.predict import answer
+from dymo_med.inference.answer import answer
 from dymo_med.inference.quality import EVERYTHING, measure
 from dymo_med.metrics import bootstrap_means
 from dymo_med.training.loop import Log, train_stage

@@ -818,7 +818,7 @@ def impute(
     """Write only the recovered scans and tables of one patient."""
     from dymo_med.bundle import load_bundle, task_of
     from dymo_med.bundle_segmentation import load_segmentation_bundle
-    from dymo_med.inference.predict import impute_patient
+    from dymo_med.inference.recovered import impute_patient
     from dymo_med.inference.segment import impute_segmented
 
     if task_of(bundle) == "segmentation":

@@ -24,8 +24,8 @@ from dymo_med.data.survey import Survey
 from dymo_med.errors import BundleError, ConfigError, DymoMedError, PatientDataError, Problem
 from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
-from dymo_med.inference.evaluate import matched_specs
 from dymo_med.inference.failures import unexpected
+from dymo_med.inference.matching import matched_specs
 from dymo_med.inference.segment import audit_pages
 from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
 from dymo_med.modalities import Whose

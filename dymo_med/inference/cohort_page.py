@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dymo_med.files import write_text
+from dymo_med.inference.answer import COMPARED
 from dymo_med.inference.cohort_plots import (
     plot_admission,
     plot_auroc,
@@ -23,7 +24,6 @@ from dymo_med.inference.cohort_plots import (
     plot_rates,
     rates,
 )
-from dymo_med.inference.predict import COMPARED
 from dymo_med.inference.report import environment, guarded, words
 from dymo_med.inference.scores import Scores
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dymo_med.inference.predict import COMPARED
+from dymo_med.inference.answer import COMPARED
 from dymo_med.inference.report import words
 from dymo_med.inference.scores import ORACLE, Scores
 from dymo_med.metrics import patient_weights, reliability

@@ -10,14 +10,11 @@ batch is numbers, so memory does not grow with scans. One bad patient costs a ro
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,47 +24,41 @@ import torch
 from torch import Tensor
 
 from dymo_med import __version__
-from dymo_med.bundle import ModelBundle, hashed_id
-from dymo_med.bundle_segmentation import SegmentationBundle
+from dymo_med.bundle import ModelBundle
 from dymo_med.data.cohort import level
-from dymo_med.data.missingness import (
-    HIDDEN_COLUMNS,
-    Scenario,
-    apply,
-    expanded,
-    hidden,
-    hidden_share,
-    parse_scenario,
-    planned,
-)
-from dymo_med.data.patient import Intake, examine_record, usable
-from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
-from dymo_med.files import (
-    csv_stream,
-    naming,
-    read_json,
-    remove_abandoned,
-    write_csv,
-    write_json,
-)
+from dymo_med.data.missingness import HIDDEN_COLUMNS, Scenario, apply, hidden, planned
+from dymo_med.errors import BundleError, PatientDataError, Problem
+from dymo_med.files import csv_stream, naming, write_csv, write_json
 from dymo_med.inference import quality
+from dymo_med.inference.answer import COMPARED, Answers, answer, explain_record
+from dymo_med.inference.assemble import STEP_COLUMNS, assemble, selection_steps, value_of
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.compare import comparator_probabilities
-from dymo_med.inference.failures import ALL, Failures, concerns_all
+from dymo_med.inference.compose import prediction_file
 from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
+from dymo_med.inference.failures import Failures, concerns_all
+from dymo_med.inference.matching import (
+    known_split,
+    labelled_records,
+    matched_specs,
+    patients_seen,
+    require_distinct,
+    require_unseen,
+    scenario_notes,
+    scenarios_of,
+)
 from dymo_med.inference.number_page import write_number_page
-from dymo_med.inference.predict import (
-    COMPARED,
-    STEP_COLUMNS,
-    Answers,
-    answer,
-    assemble,
-    explain_record,
-    prediction_file,
-    selection_steps,
-    value_of,
-    versions,
-    write_prediction,
+from dymo_med.inference.predict import write_prediction
+from dymo_med.inference.read_ahead import Chunk, Reading, reading_ahead
+from dymo_med.inference.run_folder import (
+    PROGRESS,
+    EvaluateResult,
+    batch_file,
+    check_part,
+    described,
+    digest_of,
+    prepare_folder,
+    read_written,
 )
 from dymo_med.inference.scores import (
     METRIC_COLUMNS,
@@ -80,46 +71,11 @@ from dymo_med.inference.scores import (
     by_subgroup,
     metrics,
 )
-from dymo_med.registry import nearest
-from dymo_med.types import (
-    SPLITS,
-    Cohort,
-    CohortRecord,
-    ModalitySpec,
-    Norms,
-    PatientRecord,
-    Scale,
-    Split,
-)
+from dymo_med.inference.software import versions
+from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord, Scale
 
-PROGRESS = ".progress"
-_ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
-_AHEAD = 2  # batches that are read while one is answered
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """What an evaluation came to.
-
-    Attributes:
-        out: Folder of its files.
-        records: Labelled records in the split.
-        failures: Records that could not be answered in every scenario.
-        unexpected: Of these, records that met a bug, or too little memory.
-        metrics: Rows of `metrics.csv`; empty while parts are open.
-        open_batches: Batches that other parts still have to do; 0 = everything is written.
-        notes: Where scenarios hide another share than they are asked for.
-    """
-
-    out: Path
-    records: int
-    failures: int
-    metrics: tuple[Row, ...]
-    open_batches: int = 0
-    notes: tuple[str, ...] = ()
-    unexpected: int = 0
 
 
 def evaluate(
@@ -189,15 +145,15 @@ def evaluate(
     """
     start = time.perf_counter()
     specs = matched_specs(bundle, cohort)
-    rules = _rules(scenarios, specs, cohort)
-    records = _labelled(cohort, split)
+    rules = scenarios_of(scenarios, specs, cohort)
+    records = labelled_records(cohort, split)
     ids = [record.record_id for record in records]
     rules = tuple(planned(rule, ids, specs, seed) for rule in rules)
     for name in methods:
         bundle.with_selector(name)  # an unknown one is refused before anything is written
     quality.check_draws(draws)
     check_part(part_id, num_parts)
-    _distinct((bundle, *against))
+    require_distinct((bundle, *against))
     for other in against:
         if {s.name for s in matched_specs(other, cohort)} != {s.name for s in specs}:
             raise BundleError(
@@ -242,7 +198,7 @@ def evaluate(
     chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
 
     def open_rules(number: int) -> list[Scenario]:
-        return [r for r in rules if not (out / PROGRESS / _file_name(r, number)).is_file()]
+        return [r for r in rules if not (out / PROGRESS / batch_file(r, number)).is_file()]
 
     mine = range(part_id, len(chunks), num_parts)
     todo = [n for n in mine if open_rules(n)]
@@ -250,15 +206,15 @@ def evaluate(
     done = total - len(rules) * sum(len(chunks[n]) for n in todo)
     if progress is not None and done:
         progress(done, total)
-    how = _Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
-    for number, chunk in _read_ahead([(n, chunks[n]) for n in todo], how):
+    how = Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
+    for number, chunk in reading_ahead([(n, chunks[n]) for n in todo], how):
         still = set(open_rules(number))
         for rule in rules:
             if rule in still:
                 folder = out / "reports" if rule is rules[0] else None
                 part = run.batch(rule, chunk, folder, number * batch_size)
                 part["quality"] = chunk.judged if rule is rules[0] else []
-                write_json(out / PROGRESS / _file_name(rule, number), part)
+                write_json(out / PROGRESS / batch_file(rule, number), part)
             done += len(chunks[number])
             if progress is not None:
                 progress(done, total)
@@ -334,8 +290,8 @@ def _write(
         }
         for rule, collector in zip(rules, collectors, strict=True):
             for number in range(batches):
-                path = out / PROGRESS / _file_name(rule, number)
-                part = _written(path)
+                path = out / PROGRESS / batch_file(rule, number)
+                part = read_written(path)
                 for kind in columns:
                     append[kind](part[kind])
                     lines[kind] += len(part[kind])
@@ -434,7 +390,7 @@ class _Run:
     against: tuple[ModelBundle, ...] = ()
 
     def batch(
-        self, rule: Scenario, chunk: _Chunk, reports: Path | None, first: int
+        self, rule: Scenario, chunk: Chunk, reports: Path | None, first: int
     ) -> dict[str, Any]:
         """Return the rows of one batch under one scenario, and write its reports.
 
@@ -691,457 +647,3 @@ def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[st
         *(f"prob_{c}" for c in classes),
         *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
     )
-
-
-def known_split(name: str) -> Split:
-    """Return a split's name once it is known to be one.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    for known in SPLITS:
-        if name == known:
-            return known
-    raise ConfigError(
-        Problem(
-            "--split",
-            f"there is no split '{name}'",
-            expected=" or ".join(SPLITS),
-            remedy=nearest(name, list(SPLITS)),
-        )
-    )
-
-
-def _rules(
-    scenarios: Sequence[str], specs: Sequence[ModalitySpec], cohort: Cohort
-) -> tuple[Scenario, ...]:
-    """Return the scenarios, each once.
-
-    Raises:
-        ConfigError: If one is unknown, or replays would mix or hide nothing.
-    """
-    texts = expanded(scenarios, specs)
-    rules = tuple(dict.fromkeys(parse_scenario(text, specs) for text in texts))
-    ids = {record.record_id for record in cohort.records}
-    problems = []
-    for rule in rules:
-        where = f"scenario '{rule.text}'"
-        if sum(other.text == rule.text for other in rules) > 1:
-            problems.append(
-                Problem(
-                    where,
-                    "two different files hide under this name",
-                    expected="one file per scenario",
-                    remedy="Replay one",
-                )
-            )
-        if rule.kind == "replay" and not ids & set(rule.taken):
-            problems.append(
-                Problem(
-                    where,
-                    f"it names no record of cohort {cohort.name}",
-                    expected="record ids of this cohort",
-                    remedy="Replay what was hidden from this cohort",
-                )
-            )
-    if problems:
-        raise ConfigError(*problems)
-    return rules
-
-
-def scenario_notes(rules: Sequence[Scenario], modalities: int) -> tuple[str, ...]:
-    """Return a sentence for every scenario that hides far from the share it is asked for.
-
-    That of `rate`, which rounds, is told only where it hides nothing.
-
-    Args:
-        rules: Scenarios.
-        modalities: M.
-    """
-    notes = []
-    for rule in rules:
-        share = hidden_share(rule, modalities)
-        if share is None or abs(share - rule.share) < 0.0005:
-            continue
-        of = f"of a complete record's {modalities} modalities"
-        if rule.kind != "rate":
-            notes.append(f"{rule.text} hides {share:.3f} {of}: one always stays.")
-        elif share == 0:
-            notes.append(f"{rule.text} hides nothing {of}: it rounds. See mean-rate.")
-    return tuple(notes)
-
-
-def _labelled(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
-    """Return the records to evaluate.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    records = tuple(r for r in cohort.in_split(known_split(split)) if r.label is not None)
-    if not records:
-        raise ConfigError(
-            Problem(
-                f"cohort {cohort.name}",
-                f"split '{split}' has no record whose {cohort.task.target} is known",
-                expected="a record to judge an answer by",
-                remedy="Choose another split, or add labels",
-            )
-        )
-    return records
-
-
-def matched_specs(
-    bundle: ModelBundle | SegmentationBundle, cohort: Cohort
-) -> tuple[ModalitySpec, ...]:
-    """Return the bundle's modalities, to be read from the cohort's files.
-
-    What networks were trained on must be the same; how files are written, and where in them a
-    modality is, is the cohort's own business.
-
-    Raises:
-        BundleError: If the cohort is about something else; every difference at once.
-    """
-    theirs = {spec.name: spec for spec in cohort.specs}
-    where = f"bundle {bundle.name}, cohort {cohort.name}"
-    problems = []
-    if cohort.task.type != bundle.task.type:
-        got = f"a {cohort.task.type}"
-        remedy = "Give the cohort description whose task is the bundle's"
-        raise BundleError(Problem(where, "the tasks differ", f"a {bundle.task.type}", got, remedy))
-    if (cohort.task.classes, cohort.task.scale) != (bundle.task.classes, bundle.task.scale):
-        problems.append(
-            Problem(
-                where,
-                "the classes differ",
-                expected=", ".join(bundle.task.classes),
-                got=", ".join(cohort.task.classes),
-                remedy=_ANOTHER,
-            )
-        )
-    for spec in bundle.specs:
-        other = theirs.get(spec.name)
-        if other is None:
-            problems.append(
-                Problem(
-                    where,
-                    f"the cohort does not describe modality '{spec.name}'",
-                    expected="every modality of the bundle",
-                    remedy=_ANOTHER,
-                )
-            )
-        elif _form(other) != _form(spec):
-            problems.append(
-                Problem(
-                    where,
-                    f"modality '{spec.name}' is described differently",
-                    expected=_form_text(spec),
-                    got=_form_text(other),
-                    remedy=_ANOTHER,
-                )
-            )
-    if problems:
-        raise BundleError(*problems)
-    return tuple(_written_as(spec, theirs[spec.name]) for spec in bundle.specs)
-
-
-def _written_as(spec: ModalitySpec, other: ModalitySpec) -> ModalitySpec:
-    """Return a bundle's modality, to be read from files as a cohort says they are written.
-
-    That is which file, series and columns are meant, how cells are written, where a volume's grid
-    lies, and what is not plausible in a column.
-    """
-    columns = tuple(
-        replace(own, rules=theirs.rules, range=theirs.range or own.range)
-        for own, theirs in zip(spec.columns, other.columns, strict=True)
-    )
-    return replace(
-        spec,
-        file=other.file,
-        rules=other.rules,
-        columns=columns,
-        dicom=other.dicom,
-        grid=other.grid,
-    )
-
-
-def _form(spec: ModalitySpec) -> tuple[object, ...]:
-    """Return what a network depends on."""
-    columns = tuple((c.name, c.type, c.unit, c.values) for c in spec.columns)
-    steps = spec.steps and (spec.steps.pooling, spec.steps.standardise)
-    return spec.kind, spec.shape, spec.spacing_mm, spec.intensity, columns, steps
-
-
-def _form_text(spec: ModalitySpec) -> str:
-    shape = " x ".join(str(n) for n in spec.shape)
-    columns = ", ".join(
-        f"{c.name} {c.type}" + f" in {c.unit}" * bool(c.unit) + f" {'/'.join(c.values)}".rstrip()
-        for c in spec.columns
-    )
-    detail = columns or f"spacing {spec.spacing_mm} mm, intensity {spec.intensity}"
-    if spec.steps is not None:
-        detail = f"pooling {spec.steps.pooling}, standardise {spec.steps.standardise}".lower()
-    return f"{spec.kind} {shape} ({detail})"
-
-
-def _distinct(bundles: Sequence[ModelBundle]) -> None:
-    """Refuse bundles that one cannot tell apart by name.
-
-    Raises:
-        ConfigError: If two have the same.
-    """
-    names = [bundle.name for bundle in bundles]
-    same = sorted({name for name in names if names.count(name) > 1})
-    if same:
-        raise ConfigError(
-            Problem(
-                "--against",
-                f"several bundles are called {', '.join(same)}",
-                expected="bundles of different names",
-                remedy="Give each recipe a name of its own, and train again",
-            )
-        )
-
-
-def patients_seen(bundle: ModelBundle | SegmentationBundle, records: Sequence[CohortRecord]) -> int:
-    """Return how many of the patients the bundle was fitted on."""
-    fitted = {patient for ids in bundle.provenance.get("patients", {}).values() for patient in ids}
-    return len({r.patient_id for r in records if hashed_id(bundle.name, r.patient_id) in fitted})
-
-
-def require_unseen(seen: Mapping[str, int], cohort: Cohort, split: str) -> None:
-    """Refuse figures about patients whom a bundle was fitted on.
-
-    Args:
-        seen: How many of the patients, by the bundle's name.
-        cohort: The cohort.
-        split: Of which the patients are.
-
-    Raises:
-        ConfigError: If there are any; every such bundle at once.
-    """
-    problems = [
-        Problem(
-            f"cohort {cohort.name}, split {split}",
-            f"{number} of its patients were used to make bundle {name}",
-            expected="patients whom the bundle has never seen",
-            remedy="Choose another split, or add --allow-overlap to see flattering figures",
-        )
-        for name, number in seen.items()
-        if number
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
-def check_part(part_id: int, num_parts: int) -> None:
-    """Check that there is such a part.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if not 0 <= part_id < num_parts:
-        raise ConfigError(
-            Problem(
-                "--part-id",
-                "there is no such part",
-                expected=f"0 to {num_parts - 1}",
-                got=str(part_id),
-                remedy="Count parts from 0",
-            )
-        )
-
-
-def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
-    """Prepare the folder: a new one, or one that may be gone on with.
-
-    Raises:
-        ConfigError: If it holds something else, or an evaluation with other settings.
-    """
-    marker = out / PROGRESS / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise ConfigError(
-            Problem(str(out), "is a file", expected="a folder", remedy="Name a folder with --out")
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    # A start that was killed before its settings took their name has left nothing to go on with.
-    remove_abandoned(out)
-    if not any(p for p in out.iterdir() if not p.name.startswith(f"{PROGRESS}.")):
-        # Settings appear with their folder or not at all: other parts may start right now.
-        new = out / f"{PROGRESS}.{secrets.token_hex(4)}"
-        new.mkdir()
-        try:
-            write_json(new / marker.name, known)
-            new.rename(marker.parent)
-        except OSError:
-            if not marker.is_file():
-                raise
-        else:
-            return
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    # The parts of one evaluation meet in one folder, whichever starts first.
-    if not resume and num_parts == 1:
-        remedy = "Go on with it by --resume, or name another folder with --out"
-        raise ConfigError(
-            Problem(str(out), "is not empty", expected="a new or empty folder", remedy=remedy)
-        )
-    if not marker.is_file():
-        raise ConfigError(
-            Problem(
-                str(out),
-                "holds no evaluation to go on with",
-                expected="an evaluation that was interrupted",
-                remedy="Name another folder with --out",
-            )
-        )
-    earlier = _written(marker)
-    now = json.loads(json.dumps(known))
-    differing = [key for key in now if earlier.get(key) != now[key]]
-    if differing:
-        raise ConfigError(
-            Problem(
-                str(out),
-                f"holds an evaluation with another {', '.join(differing)}",
-                expected="an evaluation with the same settings",
-                remedy="Repeat its settings, or name another folder with --out",
-            )
-        )
-
-
-def _written(path: Path) -> Any:
-    """Return what an evaluation kept of its settings or of a finished batch.
-
-    Raises:
-        ConfigError: If the file is damaged.
-    """
-    try:
-        return read_json(path, most_bytes=1 << 31)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem(
-                str(path),
-                "what was finished cannot be read",
-                expected="JSON that this evaluation wrote",
-                got=type(error).__name__ if isinstance(error, OSError) else str(error),
-                remedy="Remove a batch's file and go on with --resume; without settings.json, begin"
-                " again in another folder",
-            )
-        ) from None
-
-
-def digest_of(records: Sequence[CohortRecord]) -> str:
-    """Return a hash of what finished batches say of their records besides the answers."""
-    rows = [
-        # A corrected number may stay within its band.
-        (r.record_id, r.patient_id, r.label, *(() if r.value is None else (r.value,)))
-        for r in records
-    ]
-    return sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def described(specs: Sequence[ModalitySpec], cohort: Cohort) -> str:
-    """Return a hash of how a cohort's files are read: another way may give other answers.
-
-    Args:
-        specs: Modalities, as `matched_specs` returns them.
-        cohort: The cohort.
-    """
-    told = [spec.to_dict() for spec in specs], cohort.missing_values
-    return sha256(json.dumps(told, default=str).encode()).hexdigest()
-
-
-def _file_name(rule: Scenario, number: int) -> str:
-    """Return the progress file of a batch; the text may hold what file names must not."""
-    digest = sha256((rule.text + rule.digest).encode()).hexdigest()[:8]
-    return f"{rule.kind}-{digest}-{number:05d}.json"
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """What could be read of a batch.
-
-    Attributes:
-        read: Position in the batch, entry and record.
-        failures: Those that could not.
-        judged: Rows of `quality.csv`.
-    """
-
-    read: list[tuple[int, CohortRecord, PatientRecord]] = field(default_factory=list)
-    failures: Failures = field(default_factory=Failures)
-    judged: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How records are read.
-
-    Attributes:
-        specs: Modalities, with fitted constants.
-        missing_values: Strings that mean "blank".
-        norms: For the quality gate.
-        treat_refused_as_missing: Go on without what it refuses.
-    """
-
-    specs: Sequence[ModalitySpec]
-    missing_values: Sequence[str]
-    norms: Norms | None
-    treat_refused_as_missing: bool
-
-
-def _read_ahead(
-    chunks: Sequence[tuple[int, Sequence[CohortRecord]]], how: _Reading
-) -> Iterator[tuple[int, _Chunk]]:
-    """Yield batches in order, the next ones being read in the background meanwhile.
-
-    Args:
-        chunks: Number and records of each batch.
-        how: How to read them.
-    """
-    stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        waiting: list[tuple[int, Future[_Chunk]]] = []
-        try:
-            for number, chunk in chunks:
-                waiting.append((number, reader.submit(_read, chunk, how, stop)))
-                if len(waiting) > _AHEAD:
-                    first, future = waiting.pop(0)
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.pop(0)
-                yield first, future.result()
-        finally:
-            stop.set()
-            for _, future in waiting:
-                future.cancel()
-
-
-def _read(chunk: Sequence[CohortRecord], how: _Reading, stop: threading.Event) -> _Chunk:
-    """Return the records that can be read with their positions, the failures, and gate results.
-
-    Once `stop` is set nobody waits for them, and the rest is left.
-    """
-    found = _Chunk()
-    for position, entry in enumerate(chunk):
-        if stop.is_set():
-            break
-        with found.failures.of(entry.record_id, ALL, "read"):
-            intake = examine_record(entry, how.specs, how.missing_values, norms=how.norms)
-            found.judged.extend(_quality(intake))
-            record = usable(
-                intake, how.specs, treat_refused_as_missing=how.treat_refused_as_missing
-            )
-            found.read.append((position, entry, record))
-    return found
-
-
-def _quality(found: Intake) -> list[Row]:
-    """Return one record's rows of `quality.csv`: a finding each, or a modality that passes."""
-    rows: list[Row] = []
-    for name, result in found.results.items():
-        about = {"record_id": found.record.record_id, "modality": name, "state": result.state}
-        nothing = {"check": "", "got": "", "expected": ""}
-        rows += [
-            {**about, "check": f.check, "got": f.got, "expected": f.expected}
-            for f in result.findings
-        ] or [{**about, **nothing}]
-    return rows

@@ -12,7 +12,7 @@ import numpy as np
 
 from dymo_med.conformal import COVERAGE
 from dymo_med.files import write_text
-from dymo_med.inference.predict import COMPARED
+from dymo_med.inference.answer import COMPARED
 from dymo_med.inference.report import environment, guarded, percent, words
 from dymo_med.inference.scores import Scores
 

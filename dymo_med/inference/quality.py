@@ -30,8 +30,8 @@ from dymo_med.backbones import encode_versions
 from dymo_med.bundle import ModelBundle
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import write_csv
+from dymo_med.inference.answer import Answers
 from dymo_med.inference.pictures import png, slices, watermark
-from dymo_med.inference.predict import Answers
 from dymo_med.inference.report import words
 from dymo_med.metrics import bootstrap_means
 from dymo_med.modalities.table import Table

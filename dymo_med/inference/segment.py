@@ -41,18 +41,15 @@ from dymo_med.files import (
     write_json,
     write_text,
 )
-from dymo_med.inference.overlays import COLOURS, cut_place, outlined
-from dymo_med.inference.predict import (
-    EXPORTED,
-    RECOVERED,
+from dymo_med.inference.assemble import (
     STEP_COLUMNS,
     gate_results,
-    read_for,
     selection_steps,
     unused_sentences,
-    versions,
 )
+from dymo_med.inference.overlays import COLOURS, cut_place, outlined
 from dymo_med.inference.prediction_file import SourcePart, StepPart
+from dymo_med.inference.recovered import EXPORTED, RECOVERED, read_for
 from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.segmentation_file import (
     SCHEMA_VERSION,
@@ -65,6 +62,7 @@ from dymo_med.inference.segmentation_file import (
     SegmentationFile,
     read_segmentation,
 )
+from dymo_med.inference.software import versions
 from dymo_med.modalities import modality
 from dymo_med.selection import Selector
 from dymo_med.selection.fixed import ObservedOnly

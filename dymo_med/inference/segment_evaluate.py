@@ -28,25 +28,22 @@ from dymo_med.data.masks import dice, own_grid, read_known, read_mask, regions_o
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.files import csv_stream, write_csv, write_json, write_text
-from dymo_med.inference.evaluate import (
+from dymo_med.inference.evaluate import joined
+from dymo_med.inference.failures import ALL, Failures
+from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
+from dymo_med.inference.matching import known_split, matched_specs, patients_seen, require_unseen
+from dymo_med.inference.report import environment, guarded
+from dymo_med.inference.run_folder import (
     PROGRESS,
     EvaluateResult,
     check_part,
     described,
     digest_of,
-    joined,
-    known_split,
-    matched_specs,
-    patients_seen,
     prepare_folder,
-    require_unseen,
 )
-from dymo_med.inference.failures import ALL, Failures
-from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
-from dymo_med.inference.predict import versions
-from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.scores import ORACLE, Row
 from dymo_med.inference.segment import Segmented, finish, segment_record
+from dymo_med.inference.software import versions
 from dymo_med.metrics import Estimate, bootstrap_means
 from dymo_med.modalities.image import file_in
 from dymo_med.types import Cohort, CohortRecord, MaskSpec, PatientRecord

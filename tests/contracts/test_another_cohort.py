@@ -14,7 +14,9 @@ from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import BundleError, ConfigError
 from dymo_med.inference import evaluate as module
 from dymo_med.inference.check import check
-from dymo_med.inference.evaluate import digest_of, evaluate, matched_specs
+from dymo_med.inference.evaluate import evaluate
+from dymo_med.inference.matching import matched_specs
+from dymo_med.inference.run_folder import digest_of
 from dymo_med.inference.segment_evaluate import evaluate_segmentation
 from dymo_med.types import (
     CellRules,

@@ -9,16 +9,16 @@ from dymo_med.bundle import load_bundle
 from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import BundleError, Problem
-from dymo_med.inference import check, evaluate, quality, segment_evaluate
+from dymo_med.inference import check, evaluate, quality, read_ahead, segment_evaluate
 from tests.contracts.conftest import LACKS, TASKS
 
 VICTIM, SCENARIO = "p18", "rate:0.6"
 HIDDEN = "hidden value 12"  # what no message may repeat
 BUNDLES = {"segmentation": ("segmentation", "shared_unet", "synthesis")}
 BUGS = {
-    "read": ("read", evaluate, "examine_record", RuntimeError(HIDDEN)),
-    "a library's error of files": ("read", evaluate, "examine_record", OSError(HIDDEN)),
-    "a file the disk does not give": ("read", evaluate, "examine_record", OSError(5, HIDDEN)),
+    "read": ("read", read_ahead, "examine_record", RuntimeError(HIDDEN)),
+    "a library's error of files": ("read", read_ahead, "examine_record", OSError(HIDDEN)),
+    "a file the disk does not give": ("read", read_ahead, "examine_record", OSError(5, HIDDEN)),
     "hide": ("hide", evaluate, "apply", IndexError(HIDDEN)),
     "answer": ("predict", evaluate, "answer", RuntimeError(HIDDEN)),
     "memory of a GPU": (

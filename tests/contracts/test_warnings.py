@@ -12,7 +12,7 @@ from dymo_med.bundle import load_bundle
 from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.inference import evaluate as module
-from dymo_med.inference import predict
+from dymo_med.inference import predict, recovered
 from dymo_med.logs import LIBRARIES, OURS, heard
 from dymo_med.selection.gate import Gate
 from dymo_med.training import selectors
@@ -63,7 +63,7 @@ def commands(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["predict", "impute", "evaluate"])
 def test_warnings_of_libraries_are_shown_on_request(tiny, capsys, tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "write_pages", lambda *_, **__: None)
-    owner = module if name == "evaluate" else predict
+    owner = {"evaluate": module, "predict": predict, "impute": recovered}[name]
     warning_of(monkeypatch, owner, "answer", "an axis is\n  deprecated")
     arguments = commands(tiny, tmp_path)[name]
     printed = run(capsys, *arguments, "--verbose")

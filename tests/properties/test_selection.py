@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dymo_med.backbones import BACKBONES, encode_versions
 from dymo_med.files import write_csv
-from dymo_med.inference.predict import STEP_COLUMNS, selection_steps
+from dymo_med.inference.assemble import STEP_COLUMNS, selection_steps
 from dymo_med.selection import SELECTORS, fit_statistics
 from dymo_med.selection.reward import log_tail, reward, similarity_factor
 from dymo_med.selection.statistics import lookup

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from dymo_med.bundle import load_bundle
 from dymo_med.data.batch import collate
 from dymo_med.errors import BundleError, ConfigError
+from dymo_med.inference.answer import answer
 from dymo_med.inference.evaluate import evaluate
-from dymo_med.inference.predict import answer, predict_batch
+from dymo_med.inference.predict import predict_batch
 from dymo_med.training.train import train
 
 LATENTS = {"length": 2, "dim": 8, "hidden": 8, "bottleneck": 6, "residual_dims": [4], "width": 4}

@@ -16,7 +16,7 @@ from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
 from dymo_med.imputers import IMPUTERS
-from dymo_med.inference.predict import STEP_COLUMNS
+from dymo_med.inference.assemble import STEP_COLUMNS
 from dymo_med.metrics import METRICS
 from dymo_med.modalities.table import ColumnEntry, TableEntry
 from dymo_med.modalities.units import MOLAR_MASS

@@ -11,8 +11,9 @@ from dymo_med.backbones import CyclicFusion, Ensemble, FusionTransformer, as_one
 from dymo_med.bundle import load_bundle
 from dymo_med.data.batch import collate
 from dymo_med.errors import ConfigError
+from dymo_med.inference.answer import answer
 from dymo_med.inference.explain import Subject, image_saliency
-from dymo_med.inference.predict import answer, predict_patient
+from dymo_med.inference.predict import predict_patient
 from dymo_med.training.train import fit_specs, train
 
 RECIPE = {

@@ -12,6 +12,7 @@ from dymo_med.data.missingness import apply, parse_scenario
 from dymo_med.data.patient import read_record
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
 from dymo_med.inference import evaluate as module
+from dymo_med.inference import read_ahead
 from dymo_med.inference.cohort_page import write_pages
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.predict import predict_batch
@@ -209,9 +210,9 @@ def test_an_interrupted_run_goes_on_to_the_same_files(done, bundle, cohort, tmp_
     with pytest.raises(ConfigError, match="another seed"):
         evaluate(bundle, cohort, out, **given, seed=1, resume=True)
     read = []
-    original = module.examine_record
+    original = read_ahead.examine_record
     monkeypatch.setattr(
-        module,
+        read_ahead,
         "examine_record",
         lambda *a, **k: (read.append(a[0].record_id), original(*a, **k))[1],
     )

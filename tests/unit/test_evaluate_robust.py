@@ -26,6 +26,7 @@ from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.inference import evaluate as module
+from dymo_med.inference import read_ahead
 from dymo_med.inference.evaluate import evaluate
 from dymo_med.training.train import train
 from tests.killed import killed
@@ -326,7 +327,7 @@ def test_one_whose_whole_record_cannot_be_answered_costs_a_row(
 
 
 def test_an_interruption_does_not_wait_for_what_is_being_read(model, clinic, tmp_path, monkeypatch):
-    original, read = module.examine_record, []
+    original, read = read_ahead.examine_record, []
     interrupted = threading.Event()
 
     def slow(entry, *others, **given):
@@ -341,7 +342,7 @@ def test_an_interruption_does_not_wait_for_what_is_being_read(model, clinic, tmp
         interrupted.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "examine_record", slow)
+    monkeypatch.setattr(read_ahead, "examine_record", slow)
     cohort = read_cohort(clinic)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, cohort, tmp_path / "o", batch_size=4, reports=False, progress=stop)

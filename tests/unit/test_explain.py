@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dymo_med.backbones import encode_versions
+from dymo_med.inference.answer import answer
 from dymo_med.inference.explain import (
     MOST_ERROR,
     Subject,
@@ -15,7 +16,7 @@ from dymo_med.inference.explain import (
     image_saliency,
     modality_shapley,
 )
-from dymo_med.inference.predict import answer, predict_batch
+from dymo_med.inference.predict import predict_batch
 
 
 def subject_of(bundle, answers, row=0):

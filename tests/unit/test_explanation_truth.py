@@ -9,7 +9,7 @@ from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import simulate
 from dymo_med.demo import shipped_bundle
-from dymo_med.inference.predict import answer, explain_record
+from dymo_med.inference.answer import answer, explain_record
 
 
 @pytest.mark.slow

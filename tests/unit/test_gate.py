@@ -19,8 +19,9 @@ from dymo_med.demo import shipped_bundle
 from dymo_med.errors import ConfigError, PatientDataError, RefusedError
 from dymo_med.inference.audit import audit
 from dymo_med.inference.evaluate import evaluate
-from dymo_med.inference.predict import impute_patient, predict_patient
+from dymo_med.inference.predict import predict_patient
 from dymo_med.inference.prediction_file import read_prediction
+from dymo_med.inference.recovered import impute_patient
 from dymo_med.inference.report import words
 from dymo_med.modalities import modality
 from dymo_med.modalities.native import native, otsu

@@ -14,7 +14,8 @@ from dymo_med.cli import main
 from dymo_med.data.patient import read_patient, unused_files
 from dymo_med.errors import RefusedError
 from dymo_med.inference.check import check
-from dymo_med.inference.predict import impute_patient, predict_patient
+from dymo_med.inference.predict import predict_patient
+from dymo_med.inference.recovered import impute_patient
 from dymo_med.modalities.made_up import SYNTHETIC
 from tests.dicom_files import enhanced, series
 

@@ -11,14 +11,13 @@ import torch
 
 from dymo_med.errors import ConfigError, PatientDataError
 from dymo_med.files import complete_folder, write_csv, write_json
+from dymo_med.inference import answer as answer_module
+from dymo_med.inference import assemble
 from dymo_med.inference import predict as module
-from dymo_med.inference.predict import (
-    answer,
-    impute_patient,
-    predict_batch,
-    predict_patient,
-    selection_steps,
-)
+from dymo_med.inference.answer import answer
+from dymo_med.inference.assemble import selection_steps
+from dymo_med.inference.predict import predict_batch, predict_patient
+from dymo_med.inference.recovered import impute_patient, write_recovered
 from dymo_med.selection import SELECTORS
 from dymo_med.types import FusionOutput, SelectionTrace
 
@@ -166,7 +165,7 @@ def test_a_class_flip_is_a_warning(bundle, records):
     (p,) = predict_batch(bundle, records[:1], explain=False)
     own, other = (0.9, 0.1), (0.2, 0.8)
     args = (bundle, records[0], own, {"observed_only": other, "trust_all": own}, p.steps, {})
-    assert any("Measurements alone would say high" in w for w in module._warnings(*args))
+    assert any("Measurements alone would say high" in w for w in assemble._warnings(*args))
 
 
 def test_out_of_training_range_is_a_warning_without_the_value(bundle, records):
@@ -226,7 +225,7 @@ def test_without_explanation_nothing_is_attributed(bundle, cohort_dir, tmp_path,
     def forbidden(*_, **__):
         raise AssertionError("explained although not asked to")
 
-    monkeypatch.setattr(module, "explain", forbidden)
+    monkeypatch.setattr(answer_module, "explain", forbidden)
     p = predict_patient(cohort_dir / "patients" / "p003", bundle, tmp_path / "o", explain=False)
     assert p.attributions == ()
     assert "not computed" in (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
@@ -300,7 +299,7 @@ def test_recovered_volumes_lie_on_the_observed_grid(bundle, records, tmp_path):
 
     record = next(r for r in records if {"t1", "t2"} <= set(r.modalities)).without(["t2"])
     answers = answer(bundle, [record])
-    files = module.write_recovered(bundle, record, answers, 0, tmp_path / "recovered")
+    files = write_recovered(bundle, record, answers, 0, tmp_path / "recovered")
     image = nibabel.load(tmp_path / files["t2"])
     np.testing.assert_allclose(image.affine, record.modalities["t1"].source.affine)
     np.testing.assert_array_equal(

@@ -10,8 +10,11 @@ import torch
 from dymo_med.bundle import checksums_of, load_bundle
 from dymo_med.cli import main
 from dymo_med.errors import PatientDataError
-from dymo_med.inference import predict as module
-from dymo_med.inference.predict import answer, predict_patient
+from dymo_med.inference.answer import answer
+from dymo_med.inference.assemble import assemble
+from dymo_med.inference.compose import prediction_file
+from dymo_med.inference.draws import draw_answers
+from dymo_med.inference.predict import predict_patient
 from dymo_med.inference.prediction_file import (
     PredictionFile,
     entropy_bits,
@@ -41,8 +44,8 @@ def file(out):
 
 def file_for(bundle, record, draws=0, explanation=None):
     answers = answer(bundle, [record])
-    prediction = module.assemble(bundle, record, answers, 0, explanation, seed=0)
-    return answers, module.prediction_file(
+    prediction = assemble(bundle, record, answers, 0, explanation, seed=0)
+    return answers, prediction_file(
         bundle, record, answers, 0, explanation, prediction, draws=draws
     )
 
@@ -159,7 +162,7 @@ def test_draws_do_not_depend_on_neighbours(bundle, records):
     incomplete = [r for r in records if len(r.modalities) < len(bundle.specs)][:4]
     together = answer(bundle, incomplete)
     for row, record in enumerate(incomplete):
-        own, acquire = module.draw_answers(bundle, together, row, draws=3, seed=0)
+        own, acquire = draw_answers(bundle, together, row, draws=3, seed=0)
         _, alone = file_for(bundle, record, draws=3)
         for a, b in zip(own.own.probabilities, alone.draws.own.probabilities, strict=True):
             assert a == pytest.approx(b, abs=1e-5)

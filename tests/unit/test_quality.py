@@ -10,8 +10,8 @@ from monai.metrics.regression import compute_ssim_and_cs
 from dymo_med.data.missingness import apply, parse_scenario
 from dymo_med.errors import ConfigError
 from dymo_med.inference import quality
+from dymo_med.inference.answer import answer
 from dymo_med.inference.evaluate import evaluate
-from dymo_med.inference.predict import answer
 from dymo_med.inference.quality import (
     EVERYTHING,
     body,

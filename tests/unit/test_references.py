@@ -7,8 +7,8 @@ import torch
 from dymo_med import gaussian
 from dymo_med.bundle import load_bundle
 from dymo_med.calibration import supported
+from dymo_med.inference.answer import answer
 from dymo_med.inference.compare import comparator_probabilities
-from dymo_med.inference.predict import answer
 from dymo_med.references import (
     REFERENCES,
     FittedReference,

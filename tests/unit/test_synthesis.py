@@ -20,7 +20,8 @@ from dymo_med.errors import ConfigError
 from dymo_med.imputers import require_recovery
 from dymo_med.imputers.synthesis import Synthesis, random_proper_subsets
 from dymo_med.imputers.template import Template
-from dymo_med.inference.predict import impute_patient, predict_patient
+from dymo_med.inference.predict import predict_patient
+from dymo_med.inference.recovered import impute_patient
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
 NAMES = ("a", "b", "c")

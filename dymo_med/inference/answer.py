@@ -1,0 +1,114 @@
+"""What every method says of a batch, from one recovery and one encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dymo_med.backbones import EncodedVersions, encode_versions
+from dymo_med.bundle import ModelBundle
+from dymo_med.data.batch import collate
+from dymo_med.inference.explain import Explanation, Subject, explain
+from dymo_med.references import Mixed
+from dymo_med.types import Batch, Fuse, PatientRecord, Recovery, SelectionTrace
+
+# Always answered side by side: discard, trust everything, the published rule.
+COMPARED = ("observed_only", "trust_all", "dymo")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What every method says of a batch, from one recovery and one encoding.
+
+    Attributes:
+        batch: B records, on the bundle's device.
+        recovery: What was proposed for what they lack.
+        method: The bundle's default selector.
+        traces: Selection by method: `COMPARED`, the bundle's default, and what else was asked for.
+        probabilities: Calibrated, float64 `(B, K)` on the CPU, by method.
+        fuse: Over the B records, for further questions: the network, or the network and the
+            reference that has a part in the bundle's answers.
+        network: The network alone, over the same records.
+    """
+
+    batch: Batch
+    recovery: Recovery
+    method: str
+    traces: Mapping[str, SelectionTrace]
+    probabilities: Mapping[str, Tensor]
+    fuse: Fuse
+    network: EncodedVersions
+
+    @property
+    def own(self) -> SelectionTrace:
+        """The trace of the bundle's default selector."""
+        return self.traces[self.method]
+
+
+def answer(
+    bundle: ModelBundle,
+    records: Sequence[PatientRecord],
+    *,
+    seed: int = 0,
+    methods: Sequence[str] = (),
+) -> Answers:
+    """Answer for several records at once, with every method.
+
+    Args:
+        bundle: The model.
+        records: B records, each with at least one modality.
+        seed: Seed of whatever is random in the imputer.
+        methods: Selectors to ask besides `COMPARED` and the bundle's default.
+
+    Returns:
+        The answers; a record's own do not depend on its neighbours.
+
+    Raises:
+        PatientDataError: If a record has nothing observed.
+    """
+    with torch.inference_mode():
+        batch = collate(records, bundle.specs).to(bundle.device)
+        recovery = bundle.imputer.recover(batch, seed=seed)
+        network = encode_versions(bundle.backbone, batch, recovery)
+        fuse = bundle.answering(network, batch, recovery)
+        traces = {
+            name: bundle.selectors[name].select(
+                fuse, batch.observed, recovery.candidates, bundle.statistics
+            )
+            for name in dict.fromkeys((*COMPARED, *methods, bundle.choice.name))
+        }
+        probabilities = {
+            name: bundle.calibration.probabilities(trace.output.logits.cpu())
+            for name, trace in traces.items()
+        }
+    return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse, network)
+
+
+def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int) -> Explanation:
+    """Explain the answer of the bundle's own selector for one record.
+
+    Args:
+        bundle: The model.
+        answers: Of a batch.
+        row: Which record of it.
+        seed: Seed of sampled orders, where there are too many modalities to list all subsets.
+    """
+    subject = Subject(
+        bundle.backbone,
+        answers.batch,
+        answers.recovery,
+        answers.own,
+        row,
+        calibration=bundle.calibration,
+        base_rates=bundle.base_rates,
+        mixed=answers.fuse if isinstance(answers.fuse, Mixed) else None,
+    )
+    fields = answers.batch.observed_fields
+    observed = {
+        name: fields[name][row].clone() if name in fields else None
+        for name in answers.batch.observed.of(row)
+    }
+    return explain(subject, observed, seed=seed)

@@ -1,0 +1,385 @@
+"""Everything that is written about one prediction, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import isfinite
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+
+from dymo_med.bundle import ModelBundle
+from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
+from dymo_med.inference.answer import Answers
+from dymo_med.inference.draws import draw_answers
+from dymo_med.inference.explain import MOST_ERROR, Explanation
+from dymo_med.inference.pictures import SIGMA, Scan, draw
+from dymo_med.inference.prediction_file import (
+    FEW_PATIENTS,
+    SCHEMA_VERSION,
+    CellPart,
+    ContrastPart,
+    ConvergencePart,
+    ExhibitsPart,
+    FiguresPart,
+    IntervalPart,
+    PerformancePart,
+    PredictionFile,
+    PredictionSetPart,
+    RulePart,
+    State,
+    StepPart,
+    frequency,
+    gate_reasons,
+    quality_parts,
+    status_of,
+)
+from dymo_med.inference.report import percentile
+from dymo_med.inference.software import versions
+from dymo_med.references import features_of
+from dymo_med.selection.average import SubsetAverage
+from dymo_med.selection.fixed import TrustAll
+from dymo_med.selection.gate import Gate
+from dymo_med.selection.greedy import Dymo, Simultaneous, published_calibration
+from dymo_med.selection.reward import SimilarityCalibration
+from dymo_med.types import (
+    Column,
+    ModalitySpec,
+    PatientRecord,
+    PerformanceRow,
+    Prediction,
+    SelectionTrace,
+)
+
+
+def exhibits_of(
+    bundle: ModelBundle,
+    record: PatientRecord,
+    answers: Answers,
+    row: int,
+    explanation: Explanation | None,
+) -> ExhibitsPart:
+    """Gather what a report shows besides the prediction: pictures, cells and facts.
+
+    Args:
+        bundle: The model.
+        record: The record in that row.
+        answers: Of a batch.
+        row: Which record of it.
+        explanation: None = no saliency.
+    """
+    trace, recovery, batch = answers.own, answers.recovery, answers.batch
+    saliency = explanation.saliency if explanation is not None else None
+    scans: list[Scan] = []
+    cells: list[CellPart] = []
+    for m, spec in enumerate(bundle.specs):
+        observed, candidate = bool(trace.observed[row, m]), bool(recovery.candidates[row, m])
+        if not observed and not candidate:
+            continue
+        values = recovery.values[spec.name][row].cpu()
+        if spec.columns:
+            filled = batch.observed_fields[spec.name][row].tolist()
+            cells += [
+                _cell(
+                    spec,
+                    column,
+                    value,
+                    measured=measured,
+                    known=measured or (candidate and column.known),
+                )
+                for column, value, measured in zip(
+                    spec.columns, values.tolist(), filled, strict=True
+                )
+            ]
+        picture = bundle.modalities[spec.name].picture(values)
+        if picture is not None:
+            state: State = (
+                "observed" if observed else "trusted" if trace.admitted[row, m] else "rejected"
+            )
+            maps = {} if saliency is None else saliency.maps if observed else saliency.recovered
+            shown = maps.get(spec.name)
+            scans.append(
+                Scan(
+                    modality=spec.name,
+                    values=picture.numpy(),
+                    spacing_mm=spec.spacing_mm,
+                    state=state,
+                    zero_is_background=spec.intensity == "zscore",
+                    saliency=None if shown is None else shown.cpu().numpy(),
+                )
+            )
+    return ExhibitsPart(
+        bundle_description=bundle.description,
+        scans=draw(scans),
+        cells=tuple(cells),
+        smoothed_voxels=SIGMA,
+        convergence=None
+        if saliency is None
+        else ConvergencePart(error=saliency.convergence, bound=MOST_ERROR, points=saliency.points),
+        contrast=()
+        if saliency is None
+        else tuple(
+            ContrastPart(modality=name, recovered=made, value=value)
+            for (name, made), value in saliency.contrast.items()
+        ),
+    )
+
+
+def prediction_file(
+    bundle: ModelBundle,
+    record: PatientRecord,
+    answers: Answers,
+    row: int,
+    explanation: Explanation | None,
+    prediction: Prediction,
+    *,
+    draws: int = 0,
+    files: Mapping[str, tuple[str, str]] | None = None,
+    command: str | None = None,
+) -> PredictionFile:
+    """Return everything about one record's prediction, ready to be written.
+
+    Args:
+        bundle: The model behind it.
+        record: The record in that row.
+        answers: Of a batch.
+        row: Which record of it.
+        explanation: None = no attributions.
+        prediction: What `assemble` returned for it.
+        draws: How many draws of the recoveries to answer from.
+        files: File of each recovered modality, relative to the output folder, and its SHA-256.
+        command: How to get the same again; None = by no single command.
+    """
+    trace = answers.own
+    names = trace.names
+    chosen = int(np.argmax(prediction.probabilities))
+    observed = trace.observed[row].tolist()
+    pattern = "+".join(n for n, seen in zip(names, observed, strict=True) if seen)
+    steps = tuple(
+        StepPart(**(asdict(s) | {"threshold": _bound(s.threshold)})) for s in prediction.steps
+    )
+    alone = answers.probabilities["observed_only"][row].tolist()
+    drawn, acquire = draw_answers(bundle, answers, row, draws=draws, seed=prediction.seed)
+    found = _prediction_set(bundle, answers, row, pattern)
+    tested = _performance(bundle, answers.method, pattern)
+    quality = quality_parts(prediction.quality)
+    status, why = status_of(
+        prediction.classes,
+        prediction.probabilities,
+        alone,
+        found,
+        drawn,
+        tested,
+        steps,
+        gate_reasons(quality),
+    )
+    provenance = bundle.provenance
+    shares = _subset_answers(bundle, answers, row, prediction)
+    return PredictionFile.make(
+        {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(prediction),
+            "quality": {name: part.model_dump() for name, part in quality.items()},
+            "target": bundle.task.target,
+            "predicted": prediction.classes[chosen],
+            "status": status,
+            "status_reasons": [r.model_dump() for r in why],
+            "frequency": frequency(
+                prediction.classes[chosen],
+                prediction.probabilities[chosen],
+                *bundle.calibration.count(answers.method, prediction.probabilities[chosen]),
+            ).model_dump(),
+            "prediction_set": found and found.model_dump(),
+            "method_why": bundle.choice.why,
+            "rule": _rule(bundle, trace).model_dump(),
+            "steps": [s.model_dump() for s in steps],
+            "subsets": [
+                {**asdict(s), "probabilities": p}
+                for s, p in zip(prediction.subsets, shares, strict=True)
+            ],
+            "draws": drawn and drawn.model_dump(),
+            "acquire": acquire and acquire.model_dump(),
+            "performance": tested and tested.model_dump(),
+            "limits": {
+                "task": f"{bundle.task.type}: {bundle.task.target}",
+                "cohort": provenance["cohort"],
+                "records": provenance["records"],
+                "patients": {s: len(p) for s, p in provenance["patients"].items()},
+                "fitted_on": bundle.calibration.fitted_on,
+                "held_back": _held_back(bundle),
+                "observed_share": provenance["observed_share"],
+            },
+            "recovered_files": {
+                name: {"file": path, "sha256": sha256}
+                for name, (path, sha256) in (files or {}).items()
+            },
+            "bundle_version": bundle.version,
+            "device": str(bundle.device),
+            "versions": versions(),
+            "command": command,
+            "exhibits": exhibits_of(bundle, record, answers, row, explanation).model_dump(),
+            "plain": _plain(bundle, answers, row),
+        }
+    )
+
+
+def _plain(bundle: ModelBundle, answers: Answers, row: int) -> dict[str, Any] | None:
+    """Return what references say of one record, and which modalities the model uses."""
+    if bundle.references is None:
+        return None
+    alone = answers.batch.rows(torch.tensor([row], device=answers.own.observed.device))
+    with torch.inference_mode():
+        features = features_of(alone, bundle.specs)
+        said = {
+            n: r.probabilities(features)[0].clamp(0, 1).tolist()
+            for n, r in bundle.references.fitted.items()
+        }
+    rows = () if bundle.use is None else bundle.use.rows
+    return {
+        "references": said,
+        "weight": bundle.references.weight,
+        "partner": bundle.references.partner if bundle.references.mixed is not None else "",
+        "use": {r.part: r.verdict for r in rows},
+        "change": {r.part: r.change for r in rows},
+    }
+
+
+def _subset_answers(
+    bundle: ModelBundle, answers: Answers, row: int, prediction: Prediction
+) -> list[list[float]]:
+    """Return `(A, K)`: what each subset that was averaged over says by itself."""
+    subsets = prediction.subsets
+    if not subsets:
+        return []
+    device = answers.own.observed.device
+    admitted = torch.tensor([[n in s.admitted for n in answers.own.names] for s in subsets])
+    admitted = admitted.to(device)
+    rows = torch.full((len(subsets),), row, device=device)
+    with torch.inference_mode():
+        used = answers.own.observed[row] | admitted
+        logits = answers.fuse(rows, used, admitted).logits
+    return bundle.calibration.probabilities(logits.cpu()).tolist()
+
+
+def _prediction_set(
+    bundle: ModelBundle, answers: Answers, row: int, pattern: str
+) -> PredictionSetPart | None:
+    """Return the classes that cannot be ruled out; None where the bundle cannot tell."""
+    conformal, method = bundle.conformal, answers.method
+    if conformal is None or method not in conformal.scores:
+        return None
+    found = conformal.sets(method, answers.probabilities[method][[row]].numpy(), [pattern])
+    return PredictionSetPart(
+        classes=tuple(
+            c for c, inside in zip(bundle.task.classes, found.members[0], strict=True) if inside
+        ),
+        coverage=COVERAGE,
+        compared_with=cast(Literal["pattern", "all"], found.group[0]),
+        calibrated_on=int(found.calibrated_on[0]),
+        least=FEWEST,
+    )
+
+
+def _held_back(bundle: ModelBundle) -> int:
+    """Return on how many patients, on whom nothing was fitted, prediction sets rest."""
+    if bundle.conformal is None:
+        return 0
+    bounds = bundle.conformal.scores.get(bundle.choice.name, {})
+    return bounds[AS_THEY_CAME].patients if AS_THEY_CAME in bounds else 0
+
+
+def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformancePart | None:
+    """Return how good a selector is for such patients; None where the bundle does not say."""
+    known = bundle.performance
+    own = known.row(method, pattern) if known is not None else None
+    if known is None or own is None:
+        return None
+    alone = next(
+        (
+            r
+            for r in known.rows
+            if (r.method, r.level, r.group) == ("observed_only", own.level, own.group)
+        ),
+        None,
+    )
+
+    def figures(row: PerformanceRow) -> FiguresPart:
+        auroc, brier, ece = (
+            IntervalPart(**asdict(interval)) for interval in (row.auroc, row.brier, row.ece)
+        )
+        return FiguresPart(method=row.method, auroc=auroc, brier=brier, ece=ece)
+
+    number = known.patients.get(pattern, 0)
+    return PerformancePart(
+        level=own.level,
+        group=own.group,
+        patients=own.patients,
+        cases=own.cases,
+        own=figures(own),
+        observed_only=None if alone is None else figures(alone),
+        pattern_patients=number,
+        tested_fewer_than_30=number < FEW_PATIENTS,
+    )
+
+
+def _rule(bundle: ModelBundle, trace: SelectionTrace) -> RulePart:
+    """Return how the bundle's selector decides."""
+    selector = bundle.selector
+    if isinstance(selector, SubsetAverage):
+        return RulePart(
+            decides_by="weights", admits="all", calibration=_calibration(bundle), threshold=0.5
+        )
+    if not isinstance(selector, Dymo):
+        everything = isinstance(selector, TrustAll)
+        return RulePart(
+            decides_by="rule",
+            admits="everything" if everything else "nothing",
+            calibration=None,
+            threshold=0.0,
+        )
+    return RulePart(
+        decides_by="trust" if isinstance(selector, Gate) else "reward",
+        admits="all" if isinstance(selector, Simultaneous) else "one",
+        calibration=_calibration(bundle),
+        threshold=_bound(trace.threshold),
+    )
+
+
+def _calibration(bundle: ModelBundle) -> SimilarityCalibration:
+    """Return the similarity calibration of a selector by reward."""
+    asked: SimilarityCalibration | None = bundle.selector.options.calibration
+    return asked or published_calibration(bundle.statistics.distance)
+
+
+def _bound(threshold: float) -> float | None:
+    """Return a threshold as JSON knows it: it has no infinity."""
+    return threshold if isfinite(threshold) else None
+
+
+def _cell(
+    spec: ModalitySpec, column: Column, value: float, *, measured: bool, known: bool
+) -> CellPart:
+    """Return one table cell for the report; `known` = there is a value at all."""
+    what: float | str | None = value if known else None
+    text, share, rank = "", None, None
+    if column.type == "categorical":
+        index = round(value)
+        inside = known and 0 <= index < len(column.values)
+        text = column.values[index] if inside else ""
+        what = text if inside else None
+        share = column.frequencies[index] if inside and column.frequencies else None
+    elif known:
+        text = f"{value:.4g}"
+        rank = percentile(value, column.percentiles) if column.percentiles else None
+    return CellPart(
+        modality=spec.name,
+        column=column.name,
+        value=what,
+        text=text,
+        unit=column.unit if column.type == "continuous" else "",
+        percentile=rank,
+        share=share,
+        measured=measured,
+    )
