@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dymo_med import load_bundle, read_cohort
-from dymo_med.bundle import hashed_id
+from dymo_med.bundle import hashed_id, save_bundle
 from dymo_med.data.gate import fit_norms
 from dymo_med.data.patient import read_record
 
@@ -35,7 +35,7 @@ def main() -> None:
     ]
     records = [record for record in records if record.modalities]
     norms = fit_norms(bundle.specs, records, cohort.quality)
-    print(replace(bundle, norms=norms).save(given.out))
+    print(save_bundle(replace(bundle, norms=norms), given.out))
     before = {p.relative_to(given.bundle): p.read_bytes() for p in given.bundle.rglob("*.*")}
     after = {p.relative_to(given.out): p.read_bytes() for p in given.out.rglob("*.*")}
     changed = sorted(str(p) for p in {*before, *after} if before.get(p) != after.get(p))

@@ -41,7 +41,7 @@ from dymo_med.bundle import (
     table_entry,
     verified,
 )
-from dymo_med.bundle_checks import (
+from dymo_med.bundle.checks import (
     check_files,
     check_place,
     check_windows,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import dymo_med
 from dymo_med.backbones import BACKBONES, FusionBackbone, as_one
-from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device
+from dymo_med.bundle import ModelBundle, hashed_id, read_recipe, resolve_device, save_bundle
 from dymo_med.calibration import Calibration
 from dymo_med.config import Named, Recipe
 from dymo_med.conformal import Conformal
@@ -385,7 +385,7 @@ def _fit(
         provenance=_provenance(plan, described, data, labelled, log),
         norms=fit_norms(specs, records["train"], described.quality),
     )
-    bundle.save(out / "bundle")
+    save_bundle(bundle, out / "bundle")
     if warn is not None:
         for text in filter(None, [warning_of(answering.references), *warnings_of(answering.use)]):
             warn(text)

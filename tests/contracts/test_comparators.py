@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from dymo_med.bundle import TABLES, checksums_of, load_bundle
+from dymo_med.bundle import TABLES, checksums_of, load_bundle, save_bundle
 from dymo_med.calibration import supported
 from dymo_med.comparators import COMPARATORS
 from dymo_med.comparators.base import narrowed, only
@@ -492,7 +492,7 @@ def test_a_bundle_holds_its_comparators(trained, compared, tmp_path):
         assert not fitted.network.training
     card = (trained[2] / "docs" / "README.md").read_text(encoding="utf-8")
     assert f"| unimodal | {unimodal.validation['log_loss']:.3f} |" in card
-    assert compared.save(tmp_path / "copy") == compared.bundle_id
+    assert save_bundle(compared, tmp_path / "copy") == compared.bundle_id
     log = (trained[2].parent / "log.csv").read_text(encoding="utf-8").splitlines()
     assert len(log) == 1 + 3 * (1 + len(names) + 1)  # the template imputer is not trained
 

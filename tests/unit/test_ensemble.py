@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dymo_med.backbones import CyclicFusion, Ensemble, FusionTransformer, as_one, encode_versions
-from dymo_med.bundle import load_bundle
+from dymo_med.bundle import load_bundle, save_bundle
 from dymo_med.data.batch import collate
 from dymo_med.errors import ConfigError
 from dymo_med.inference.answer import answer
@@ -96,7 +96,7 @@ def test_members_are_trained_apart_stored_together_and_explained(run, cohort_dir
     assert {c["modality"] for c in told["exhibits"]["contrast"]} <= {"t1", "t2", "photo"}
     error = told["exhibits"]["convergence"]
     assert abs(error["error"]) <= error["bound"]
-    assert bundle.save(tmp_path / "copy") == bundle.bundle_id
+    assert save_bundle(bundle, tmp_path / "copy") == bundle.bundle_id
 
 
 def test_a_recipe_that_averages_recovering_networks_is_refused(cohort_dir, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dymo_med.bundle import load_bundle
+from dymo_med.bundle import load_bundle, save_bundle
 from dymo_med.config import Strict
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import CHECKS, FEWEST, Limits, fit_norms, judge, measure
@@ -423,6 +423,6 @@ def test_a_bundle_keeps_what_training_scans_were_like(bundle, shipped, tmp_path)
     assert bundle.norms is not None and not bundle.norms.ranges  # too few records
     assert set(shipped.norms.ranges) == {spec.name for spec in shipped.specs}
     limited = dataclasses.replace(shipped.norms, limits={"coarser_warn": 2.0})
-    dataclasses.replace(shipped, norms=limited).save(tmp_path / "copy")
+    save_bundle(dataclasses.replace(shipped, norms=limited), tmp_path / "copy")
     assert load_bundle(tmp_path / "copy", "cpu").norms == limited
     assert modality(shipped.specs[0]).spec == shipped.specs[0]

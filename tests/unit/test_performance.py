@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dymo_med.bundle import load_bundle
+from dymo_med.bundle import load_bundle, save_bundle
 from dymo_med.conformal import AS_THEY_CAME
 from dymo_med.metrics import METRICS, patient_weights
 from dymo_med.training.held_back import TriedOut
@@ -76,9 +76,9 @@ def test_a_bundle_keeps_it_and_an_old_one_has_none(bundle, bundle_dir, tmp_path)
     assert {r.method for r in bundle.performance.rows} == {bundle.choice.name, "observed_only"}
     assert all(r.level == "all" for r in bundle.performance.rows)  # three patients
     assert sum(bundle.performance.patients.values()) >= 3
-    bundle.save(tmp_path / "again")
+    save_bundle(bundle, tmp_path / "again")
     assert load_bundle(tmp_path / "again", "cpu").performance == bundle.performance
-    dataclasses.replace(bundle, performance=None).save(tmp_path / "old")
+    save_bundle(dataclasses.replace(bundle, performance=None), tmp_path / "old")
     assert not (tmp_path / "old" / "configs" / "performance.json").exists()
     assert load_bundle(tmp_path / "old", "cpu").performance is None
 

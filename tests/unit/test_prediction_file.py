@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dymo_med.bundle import checksums_of, load_bundle
+from dymo_med.bundle import checksums_of, load_bundle, save_bundle
 from dymo_med.cli import main
 from dymo_med.errors import PatientDataError
 from dymo_med.inference.answer import answer
@@ -320,7 +320,7 @@ def test_a_bundle_with_three_calibration_patients_rules_nothing_out(bundle, reco
 
 def test_a_bundle_from_before_patients_were_counted_promises_no_sets(bundle, records, tmp_path):
     folder = tmp_path / "old"
-    bundle.save(folder)
+    save_bundle(bundle, folder)
     (folder / "configs" / "calibration.json").unlink()
     cases = {"patterns": ["t1"] * 30, "scores": {"dymo": [0.1] * 30}}
     (folder / "configs" / "conformal.json").write_text(json.dumps(cases))
@@ -334,7 +334,7 @@ def test_a_bundle_from_before_patients_were_counted_promises_no_sets(bundle, rec
 
 
 def test_a_saved_bundle_keeps_what_its_answers_rest_on(bundle, tmp_path):
-    bundle.save(tmp_path / "again")
+    save_bundle(bundle, tmp_path / "again")
     again = load_bundle(tmp_path / "again", "cpu")
     assert again.calibration == bundle.calibration and again.conformal == bundle.conformal
     card = (tmp_path / "again" / "docs" / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dymo_med import gaussian
-from dymo_med.bundle import load_bundle
+from dymo_med.bundle import load_bundle, save_bundle
 from dymo_med.calibration import supported
 from dymo_med.inference.answer import answer
 from dymo_med.inference.compare import comparator_probabilities
@@ -238,7 +238,7 @@ def test_a_mixed_bundle_answers_by_both(bundle, records, weight, tmp_path):
 
     references = replace(bundle.references, weight=weight, partner="logistic", why="For a test.")
     mixed = replace(bundle, references=references)
-    mixed.save(tmp_path / "bundle")
+    save_bundle(mixed, tmp_path / "bundle")
     mixed = load_bundle(tmp_path / "bundle", "cpu")
     alone = answer(replace(bundle, references=None), records)
     both = answer(mixed, records)
