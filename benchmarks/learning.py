@@ -38,6 +38,7 @@ from dymo_med.data.truth import TRUTH, read_truth
 from dymo_med.references import features_of, under
 from dymo_med.references.mixed import mixed_logits
 from dymo_med.training.calibration import fit_temperature
+from dymo_med.training.fit_specs import fit_specs
 from dymo_med.training.loop import Log, new_weights, train_stage
 from dymo_med.training.objectives import (
     FusionObjective,
@@ -47,7 +48,6 @@ from dymo_med.training.objectives import (
     subset_logits,
 )
 from dymo_med.training.references import Held, train_references, weigh
-from dymo_med.training.train import fit_specs
 from dymo_med.types import Batch, ModalitySpec
 
 SIZES = {"dim": 64, "heads": 4, "layers": 2, "projection": 32, "width": 8}

@@ -18,7 +18,7 @@ _PUBLIC = {
     "train": "dymo_med.training.train",
     "predict_patient": "dymo_med.inference.predict",
     "evaluate": "dymo_med.inference.evaluate",
-    "impute_patient": "dymo_med.inference.predict",
+    "impute_patient": "dymo_med.inference.recovered",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -12,6 +12,7 @@ from dymo_med.bundle_segmentation import load_segmentation_bundle
 from dymo_med.cli import main
 from dymo_med.comparators import COMPARATORS
 from dymo_med.errors import ConfigError
+from dymo_med.training import fusion
 from dymo_med.training import train as training
 from tests.contracts.conftest import recipe_of
 from tests.contracts.test_comparators import SMALL as SMALL_COMPARATORS
@@ -132,13 +133,13 @@ def test_gradients_that_diverge_alone_are_noticed(tiny, tmp_path, monkeypatch, g
 
 @pytest.mark.parametrize("name", COMPARATORS)
 def test_a_comparator_that_diverges_says_which(tiny, tmp_path, monkeypatch, name):
-    original = training.train_comparators
+    original = fusion.train_comparators
 
     def far(plan, *rest):  # the schedule is the backbone's: let it diverge here alone
         schedule = plan.backbone_training.model_copy(update={"learning_rate": FAR})
         return original(plan.model_copy(update={"backbone_training": schedule}), *rest)
 
-    monkeypatch.setattr(training, "train_comparators", far)
+    monkeypatch.setattr(fusion, "train_comparators", far)
     recipe = recipe_of("classification", "transformer", "template")
     recipe["comparators"] = [{"name": name, **SMALL_COMPARATORS.get(name, {})}]
     with pytest.raises(ConfigError, match=f"training of comparator {name}.*diverges"):

@@ -15,10 +15,10 @@ from dymo_med.config import BackboneTraining
 from dymo_med.cyclic import CrossModalFusion, CyclicLatents, LatentOptions, kl_per_token
 from dymo_med.errors import ConfigError
 from dymo_med.imputers import IMPUTERS
+from dymo_med.training.fusion import class_weights
 from dymo_med.training.loop import Step
 from dymo_med.training.losses import distinct_subsets
 from dymo_med.training.objectives import FusionObjective
-from dymo_med.training.train import class_weights
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec, Scale
 
 K = 3

@@ -14,7 +14,8 @@ from dymo_med.errors import ConfigError
 from dymo_med.inference.answer import answer
 from dymo_med.inference.explain import Subject, image_saliency
 from dymo_med.inference.predict import predict_patient
-from dymo_med.training.train import fit_specs, train
+from dymo_med.training.fit_specs import fit_specs
+from dymo_med.training.train import train
 
 RECIPE = {
     "name": "pair",

@@ -12,8 +12,8 @@ import torch
 from dymo_med.calibration import Calibration
 from dymo_med.conformal import AS_THEY_CAME, COVERAGE
 from dymo_med.selection import SELECTORS
+from dymo_med.training.answers import part
 from dymo_med.training.held_back import combinations, draw_cases, only, try_out
-from dymo_med.training.train import part
 from dymo_med.types import ModalityMask
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from dymo_med.bundle import load_bundle
 from dymo_med.data.missingness import parse_scenario
 from dymo_med.demo import shipped_bundle
 from dymo_med.errors import ConfigError
-from dymo_med.training.train import fit_importances
+from dymo_med.training.fit_specs import fit_importances
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
 
 

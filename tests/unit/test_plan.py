@@ -11,7 +11,8 @@ from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
 from dymo_med.training import plan
-from dymo_med.training.train import fit_specs, train
+from dymo_med.training.fit_specs import fit_specs
+from dymo_med.training.train import train
 from tests.conftest import write_cohort
 
 

@@ -1,0 +1,161 @@
+"""The records that something is fitted on, read and found enough."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+import dymo_med
+from dymo_med.bundle import hashed_id
+from dymo_med.config import Recipe
+from dymo_med.data.gate import WITHOUT_IT
+from dymo_med.data.masks import read_known
+from dymo_med.errors import ConfigError, PatientDataError, Problem
+from dymo_med.training.loop import Log
+from dymo_med.training.segmentation import LEAST_MASKS
+from dymo_med.types import Batch, Cohort, PatientRecord, Scale, Split
+
+FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
+
+
+def provenance_of(
+    plan: Recipe,
+    described: Cohort,
+    data: Mapping[Split, Batch],
+    labelled: Mapping[Split, Batch],
+    log: Log,
+) -> dict[str, Any]:
+    """Return what a bundle remembers of how it came about."""
+    return {
+        "cohort": described.name,
+        "recipe": plan.model_dump(),
+        "records": {s: len(b) for s, b in data.items()},
+        "labelled_records": {s: len(b) for s, b in labelled.items()},
+        "patients": {
+            s: sorted({hashed_id(plan.name, p) for p in b.patient_ids}) for s, b in data.items()
+        },
+        "observed_share": {
+            spec.name: round(float(data["train"].observed.available[:, m].double().mean()), 4)
+            for m, spec in enumerate(described.specs)
+        },
+        "best_epoch": {stage: log.best_epoch(stage) for stage in log.stages},
+        "versions": {
+            "dymo_med": dymo_med.__version__,
+            **{name: version(name) for name in ("torch", "monai", "numpy")},
+        },
+    }
+
+
+def read_fitted_on(
+    cohort: Cohort, reading: Callable[[int, int], None] | None
+) -> dict[Split, list[PatientRecord]]:
+    """Read every record that something is fitted on; ones with nothing observed are left out."""
+    listed = [(split, entry) for split in FITTED_ON for entry in cohort.in_split(split)]
+    records: dict[Split, list[PatientRecord]] = {split: [] for split in FITTED_ON}
+    problems: list[Problem] = []
+    for done, (split, entry) in enumerate(listed, start=1):
+        try:
+            record = read_known(entry, cohort, require_something=False)
+        except PatientDataError as error:
+            problems += error.problems
+            continue
+        if record.modalities:
+            records[split].append(record)
+        if reading is not None:
+            reading(done, len(listed))
+    if problems:
+        # Other commands go on without what is refused; this one has no such option.
+        raise PatientDataError(
+            *(replace(p, remedy=p.remedy.replace(f"; {WITHOUT_IT}", "")) for p in problems)
+        )
+    return records
+
+
+def with_shares(batch: Batch, records: Sequence[PatientRecord], scale: Scale | None) -> Batch:
+    """Return the batch with what a regression is trained on."""
+    if scale is None:
+        return batch
+    nan = float("nan")
+    values = [nan if r.value is None else r.value for r in records]
+    return replace(batch, shares=scale.shares(torch.tensor(values, dtype=torch.float64)))
+
+
+def require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) -> None:
+    """Check that every class occurs in a split; of a regression's bands, in training alone.
+
+    Raises:
+        ConfigError: If one does not.
+    """
+    counts = Counter(labels)
+    absent = [c for k, c in enumerate(cohort.task.classes) if not counts[k]]
+    if cohort.task.scale is not None:
+        if absent and split == "train":
+            raise ConfigError(
+                Problem(
+                    f"Cohort {cohort.name}",
+                    f"no labelled training record is {', '.join(absent)}",
+                    expected="a record that is nearest to each of the bands' centres",
+                    remedy="List other centres under bands in cohort.yaml, or fewer",
+                )
+            )
+        absent = [] if len(absent) < len(cohort.task.classes) else absent
+    if absent:
+        raise ConfigError(
+            Problem(
+                f"Cohort {cohort.name}",
+                f"split '{split}' has no labelled record of class {', '.join(absent)}",
+                expected="each class in each split but test",
+                remedy="Move patients between splits in splits.csv",
+            )
+        )
+
+
+def require_masks(cohort: Cohort, split: Split, records: Sequence[PatientRecord]) -> None:
+    """Check that a split has as many masks as something is fitted on.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    needed = LEAST_MASKS if split == "train" else 1
+    count = sum(r.mask is not None for r in records)
+    if count < needed:
+        raise ConfigError(
+            Problem(
+                f"Cohort {cohort.name}",
+                f"split '{split}' has too few records with a mask",
+                expected=f"at least {needed}",
+                got=str(count),
+                remedy="Move patients between splits in splits.csv, or add masks",
+            )
+        )
+
+
+def fingerprint_of(
+    recipe: Recipe, cohort: Cohort, records: Mapping[Split, Sequence[PatientRecord]]
+) -> str:
+    """Return a hash of everything a resumed run must have in common with the first one."""
+    about: dict[str, Any] = {
+        "recipe": recipe.model_dump(),
+        "specs": [spec.to_dict() for spec in cohort.specs],
+        "records": [
+            [split, r.record_id, r.label, {n: v.source.sha256 for n, v in r.modalities.items()}]
+            for split, part in records.items()
+            for r in part
+        ],
+        "versions": [dymo_med.__version__, torch.__version__],
+    }
+    if cohort.task.mask is not None:
+        about["task"] = cohort.task.to_dict()
+        about["masks"] = [
+            None if r.mask is None else hashlib.sha256(r.mask.numpy().tobytes()).hexdigest()
+            for part in records.values()
+            for r in part
+        ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
