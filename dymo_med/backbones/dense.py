@@ -153,6 +153,7 @@ def dense_versions(
     windows: Windows,
     recovery: Recovery | None = None,
     readout: Readout | None = None,
+    seen: DenseVersions | None = None,
 ) -> DenseVersions:
     """Segment a batch from each scan alone; what was recovered apart from what was observed.
 
@@ -162,12 +163,18 @@ def dense_versions(
         windows: How to look at them.
         recovery: Proposals for what is missing; None = observed scans only.
         readout: See `DenseVersions`.
+        seen: The same records looked at in the same way with these scans or more, none of them
+            changed: what a scan shows does not depend on which others are there, so no observed
+            scan is looked at again.
     """
     observed: list[ModalityOutput | None] = []
     recovered: list[ModalityOutput | None] = []
     for m, spec in enumerate(network.specs):
         there = batch.observed.available[:, m]
-        observed.append(_look(network, spec.name, batch.values[spec.name], there, windows))
+        if seen is not None:
+            observed.append(seen.observed[m] if bool(there.any()) else None)
+        else:
+            observed.append(_look(network, spec.name, batch.values[spec.name], there, windows))
         if recovery is None:
             recovered.append(None)
         else:

@@ -155,6 +155,7 @@ def segment_record(
     methods: Sequence[str] = (),
     flips: bool = False,
     seed: int = 0,
+    seen: Segmented | None = None,
 ) -> Segmented:
     """Segment one record with several methods.
 
@@ -164,6 +165,8 @@ def segment_record(
         methods: Selectors to ask besides discarding everything and the bundle's default.
         flips: Average over all mirrorings of the scans.
         seed: Of whatever is random in the imputer.
+        seen: The same record with these scans or more, segmented with the same `flips`; its
+            scans are not looked at again.
 
     Raises:
         PatientDataError: If nothing was observed, or scans lie on different grids.
@@ -182,6 +185,7 @@ def segment_record(
             replace(bundle.windows, flips=flips),
             recovery,
             None if trust is None else trust.readout,
+            None if seen is None else seen.versions,
         )
         statistics = _NOTHING if trust is None else trust.statistics
         # Those of the bundle, with the options it was made with.

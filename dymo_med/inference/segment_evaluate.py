@@ -51,14 +51,16 @@ from dymo_med.types import Cohort, CohortRecord, MaskSpec, PatientRecord
 SUBSETS = "subsets"
 MEAN = "mean"  # regions averaged case by case
 DISCARD = "observed_only"
+FOUND, MISSED, INVENTED, NEITHER = "found", "missed", "invented", "neither"
 BATCH = 4  # volumes over which the published soft Dice sums
 CASE_COLUMNS = (
     *("scenario", "record_id", "patient_id", "split", "observed", "method", "trusted", "region"),
     *("dice", "hd95_mm", "volume_ml", "true_volume_ml", "volume_error_ml", "soft_dice_batch4"),
+    "outcome",
 )
 METRIC_COLUMNS = (
     *("scenario", "observed", "method", "region", "metric", "value", "low", "high"),
-    *("records", "patients", "undefined"),
+    *("records", "patients", "undefined", MISSED, INVENTED),
 )
 _KINDS = ("as-is", "rate", "drop", "replay")
 
@@ -291,7 +293,12 @@ class _Run:
                     ),
                 }
                 part = segment_record(
-                    bundle, variant.record, methods=self.methods, flips=self.flips, seed=self.seed
+                    bundle,
+                    variant.record,
+                    methods=self.methods,
+                    flips=self.flips,
+                    seed=self.seed,
+                    seen=whole,
                 )
                 rows += [
                     about | row for row in self._measured(part, {m: m for m in part.traces}, truth)
@@ -345,6 +352,7 @@ class _Run:
                     "region": region,
                     "dice": overlap[r],
                     "hd95_mm": distance[r],
+                    "outcome": outcome_of(found[r], truth.own[r]),
                     "volume_ml": volume,
                     "true_volume_ml": true,
                     "volume_error_ml": volume - true,
@@ -377,23 +385,32 @@ class _Truth:
     seen: Tensor
 
 
-def hd95(found: Tensor, true: Tensor, spacing_mm: Sequence[float]) -> list[float | None]:
+def hd95(found: Tensor, true: Tensor, spacing_mm: Sequence[float]) -> list[float]:
     """Return the 95th percentile of the Hausdorff distance of each region, in mm.
 
     That is the larger of the two directed ones, between the edges of the regions (MONAI). 0 where
-    both are empty; None where one is, as there is no distance.
+    both are empty. Where one is, there is no distance: a region that is missed entirely, or made
+    up, counts with the diagonal of the grid, which no distance exceeds, so that missing a lesion
+    is never better than outlining it badly.
 
     Args:
         found: Bool `(R, X, Y, Z)`.
         true: Likewise.
         spacing_mm: Voxel size.
+
+    References:
+        Maier-Hein et al., Metrics reloaded, Nature Methods 21, 2024 (worst value where a metric
+        is undefined).
     """
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
-    result: list[float | None] = []
+    sides = zip(found.shape[1:], spacing_mm, strict=True)
+    furthest = math.hypot(*((n - 1) * mm for n, mm in sides))
+    result: list[float] = []
     for a, b in zip(found, true, strict=True):
-        if not (bool(a.any()) and bool(b.any())):
-            result.append(0.0 if bool(a.any()) == bool(b.any()) else None)
+        outcome = outcome_of(a, b)
+        if outcome != FOUND:
+            result.append(0.0 if outcome == NEITHER else furthest)
             continue
         value = compute_hausdorff_distance(
             a[None, None].float(),
@@ -404,6 +421,18 @@ def hd95(found: Tensor, true: Tensor, spacing_mm: Sequence[float]) -> list[float
         )
         result.append(float(value))
     return result
+
+
+def outcome_of(found: Tensor, true: Tensor) -> str:
+    """Return `found`, `missed`, `invented` or `neither`, by which of two outlines is empty.
+
+    Args:
+        found: Bool, of one region.
+        true: Likewise.
+    """
+    if bool(true.any()):
+        return FOUND if bool(found.any()) else MISSED
+    return INVENTED if bool(found.any()) else NEITHER
 
 
 def _digest_of_masks(records: Sequence[CohortRecord], mask: MaskSpec) -> str:
@@ -511,8 +540,8 @@ def _by_case(cases: Sequence[Row], regions: Sequence[str]) -> list[Row]:
         )
         for metric in ("dice", "hd95_mm", "volume_error_ml", "soft_dice_batch4"):
             values = kept.setdefault(metric, np.full(len(regions), np.nan))
-            if row[metric] is not None:
-                values[regions.index(row["region"])] = row[metric]
+            values[regions.index(row["region"])] = row[metric]
+        kept.setdefault("outcomes", {})[row["region"]] = row["outcome"]
     for (scenario, record_id, observed, _), row in found.items():
         base = found.get((scenario, record_id, observed, DISCARD))
         row["dice_gain"] = (
@@ -533,6 +562,17 @@ def _group(
     owners = [row["patient_id"] for row in rows]
     named = (*regions, MEAN)
     about = {"scenario": scenario, "observed": observed, "method": method}
+    # How often a region was missed or made up; of the mean, how often any of them was.
+    outcomes = {
+        region: {
+            what: sum(
+                what in (row["outcomes"].values() if region == MEAN else (row["outcomes"][region],))
+                for row in rows
+            )
+            for what in (MISSED, INVENTED)
+        }
+        for region in named
+    }
     counts = {
         "records": len({row["record_id"] for row in rows}),
         "patients": len(set(owners)),
@@ -548,7 +588,7 @@ def _group(
         estimates: list[Estimate] = bootstrap_means(with_mean, owners, seed=seed)
         for j, (region, e) in enumerate(zip(named, estimates, strict=True)):
             undefined = int(np.isnan(with_mean[:, j]).sum())
-            yield about | counts | {
+            yield about | counts | outcomes[region] | {
                 "region": region,
                 "metric": metric,
                 "value": e.value,
@@ -563,7 +603,7 @@ def _group(
         for row, value in zip(rows, soft[:, j].tolist(), strict=True):
             by_subset.setdefault(row["observed"] if scenario == SUBSETS else "", []).append(value)
         batches = [v for line in by_subset.values() for v in line[::BATCH]]
-        yield about | counts | {
+        yield about | counts | outcomes[region] | {
             "region": region,
             "metric": "soft_dice_batch4",
             "value": float(np.mean(batches)),
@@ -634,6 +674,9 @@ def _write_page(
                     for r in regions
                 ],
                 "hd95": [_shown(found.get((scenario, method, "hd95_mm", r)), 1) for r in regions],
+                "outcomes": [
+                    _outcomes(found.get((scenario, method, "hd95_mm", r))) for r in regions
+                ],
                 "volume": [
                     _shown(found.get((scenario, method, "volume_error_abs_ml", r)), 1)
                     for r in regions
@@ -653,6 +696,11 @@ def _write_page(
             )
         ),
     )
+
+
+def _outcomes(row: Row | None) -> tuple[str, str]:
+    """Return how often a region was missed, and how often it was made up, as text."""
+    return ("", "") if row is None else (f"{row[MISSED]} / {row[INVENTED]}", "")
 
 
 def _shown(row: Row | None, digits: int, *, signed: bool = False) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import nibabel as nib
@@ -19,7 +20,7 @@ from dymo_med.backbones.shared_unet import ModalityOutput
 from dymo_med.cli import main
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import measure
-from dymo_med.data.masks import dice
+from dymo_med.data.masks import dice, read_known
 from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import BundleError, ConfigError, RefusedError
@@ -29,8 +30,9 @@ from dymo_med.inference.segment import (
     impute_segmented,
     render_segmentation,
     segment_patient,
+    segment_record,
 )
-from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95
+from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95, outcome_of
 from dymo_med.inference.segmentation_file import read_segmentation
 from dymo_med.types import Norms
 from tests.segmentation import (  # noqa: F401
@@ -213,8 +215,74 @@ def test_distances_follow_the_conventions():
     a[0, 2:4, 2:4, 2:4] = True
     b[0, 2:4, 2:4, 5:7] = True
     a[1, 0, 0, 0] = True
+    diagonal = np.hypot(np.hypot(7, 7), 14)
     found = hd95(a, b, (1.0, 1.0, 2.0))
-    assert found == [pytest.approx(6.0), None, 0.0]
+    assert found == [pytest.approx(6.0), pytest.approx(diagonal), 0.0]
+    assert hd95(b, a, (1.0, 1.0, 2.0)) == found  # missed counts as made up does
+    assert [outcome_of(x, y) for x, y in zip(a, b, strict=True)] == ["found", "invented", "neither"]
+    assert outcome_of(b[1], a[1]) == "missed"
+    # No outline, however bad, is further off than none.
+    corners = torch.zeros(1, 8, 8, 8, dtype=torch.bool)
+    corners[0, 0, 0, 0] = True
+    far = hd95(corners, corners.flip(1, 2, 3), (1.0, 1.0, 2.0))
+    assert far == [pytest.approx(diagonal)]
+
+
+class Nothing(Thresholds):
+    """A network that finds nothing."""
+
+    def run(self, name, values):
+        found = super().run(name, values)
+        return found._replace(logits=found.logits * 0 - 9)
+
+
+def test_missed_lesions_are_counted_and_do_not_flatter(bundle, masked_cohort, tmp_path):  # noqa: F811
+    options = SharedUNet.Options(widths=(8, 16), width_ratio=0.5, groups=2)
+    blind = Nothing(bundle.network.specs, 3, options).eval()
+    alone = replace(bundle, trust=None, network=blind)
+    evaluate_segmentation(alone, masked_cohort, tmp_path / "out", scenarios=("as-is",))
+    cases = table(tmp_path / "out" / "cases.csv")
+    missed = [float(r["true_volume_ml"]) > 0 for r in cases]
+    assert [r["outcome"] == "missed" for r in cases] == missed and sum(missed) > 8
+    for row in table(tmp_path / "out" / "metrics.csv"):
+        assert row["invented"] == "0" and int(row["missed"]) <= 4
+    rows = [r for r in table(tmp_path / "out" / "metrics.csv") if r["metric"] == "hd95_mm"]
+    assert {r["region"] for r in rows} == {"WT", "TC", "ET", "mean"}
+    whole = rows[0]
+    assert (whole["missed"], whole["undefined"]) == ("4", "0")
+    sides = 15 * masked_cohort.specs[0].spacing_mm[0]
+    assert float(whole["value"]) >= 0.9 * np.sqrt(3) * sides
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "counts with the diagonal of the scan" in page and "4 / 0" in page
+
+
+def test_each_scan_is_looked_at_once_whatever_the_subsets(
+    bundle,
+    masked_cohort,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Four passes for four scans and fifteen subsets; the same answers as of each subset alone."""
+    looked = []
+    run = Thresholds.run
+    monkeypatch.setattr(
+        Thresholds, "run", lambda self, name, x: looked.append(name) or run(self, name, x)
+    )
+    alone = replace(bundle, trust=None)
+    evaluate_segmentation(alone, masked_cohort, tmp_path / "out")
+    records = masked_cohort.in_split("test")
+    assert Counter(looked) == dict.fromkeys((s.name for s in bundle.specs), len(records))
+    record = read_known(records[0], masked_cohort)
+    for recovers in (alone, bundle):
+        whole = segment_record(recovers, record, methods=["observed_only"])
+        some = record.without(["t1", "flair"])
+        again = segment_record(recovers, some, methods=["observed_only"])
+        looked.clear()
+        reused = segment_record(recovers, some, methods=["observed_only"], seen=whole)
+        made = [] if recovers.trust is None else ["t1", "flair"]  # what is recovered is another
+        assert looked == made
+        for method in again.traces:
+            assert torch.equal(reused.probabilities(method), again.probabilities(method))
 
 
 @pytest.fixture(scope="module")
