@@ -78,8 +78,9 @@ def main() -> None:
     print("| | passes | CPU s |\n|---|---|---|")
     print(f"| every subset for itself (whole record included) | {n_before} | {slow:.2f} |")
     print(f"| each scan once | {n_after} | {fast:.2f} |")
+    machine = platform.processor() or platform.machine()
     print(f"| ratio | {n_before / n_after:.1f} | {slow / fast:.1f} |")
-    print(f"same bits: {same}; {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(f"same bits: {same}; {machine}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
