@@ -1,23 +1,35 @@
-"""Does the network learn from the scans? Beside plain references, on the same patients.
+"""Does it learn from few patients? The product beside plain references, on the same patients.
 
 python benchmarks/learning.py simulated WORK --seeds 5 --patients 400 --size 32 --setting hard
-python benchmarks/learning.py cohort COHORT WORK --seeds 5
+python benchmarks/learning.py cohort COHORT WORK --seeds 5 --budget 4m [--moddrop]
 
-Of every seed: the network that `train` without a recipe would begin with (descriptors, a table as
-one row, three networks), the network of earlier versions (strided encoder, a token per column), the
-references of the product, and the answer of a bundle, which may rest on network and reference.
-Imputers have no part in it: everybody is answered from what he has, and from parts of it. Simulated
-patients are new in every seed; those of a cohort keep their splits. Differences are paired, their
-intervals from a bootstrap over patients, all seeds together. Where there is a `truth.csv` with
-posteriors of subsets, KL is the divergence of the answer from the exact one, in nats.
+`simulated` draws new patients in every seed: the network that `train` without a recipe would begin
+with (descriptors, a table as one row, three networks), the network of earlier versions (strided
+encoder, a token per column), the references of the product, and the answer of a bundle, which may
+rest on network and reference. Imputers have no part in it: everybody is answered from what he has,
+and from parts of it. KL is the divergence from the exact posterior, in nats.
+
+`cohort` deals the patients of a cohort into as many parts as there are seeds, by label; each part
+is the test set of one whole `train` without a recipe, so that every patient is tested once.
+`product` is what the bundle answers by its default selector, recoveries and all; `network` its
+network alone.
+
+Patients count the same, however many records they have. Differences are paired, their intervals
+from a bootstrap over patients, all seeds together. Answers are kept in WORK by seed, and a seed
+that is there is not computed again; with `--seed` one is computed alone.
 """
 
 import argparse
 import csv
+import os
 import platform
+import random
+import shutil
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +42,18 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from dymo_med import read_cohort, simulate
-from dymo_med.backbones import FusionBackbone, FusionTransformer, as_one
-from dymo_med.config import BackboneTraining
+from dymo_med.backbones import FusionBackbone, FusionTransformer, as_one, encode_versions
+from dymo_med.bundle import ModelBundle, load_bundle, read_recipe
+from dymo_med.comparators.base import only
+from dymo_med.config import BackboneTraining, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_record
 from dymo_med.data.truth import TRUTH, read_truth
 from dymo_med.references import features_of, under
 from dymo_med.references.mixed import mixed_logits
+from dymo_med.training.answers import part
 from dymo_med.training.calibration import fit_temperature
+from dymo_med.training.comparators import train_comparators
 from dymo_med.training.fit_specs import fit_specs
 from dymo_med.training.loop import Log, new_weights, train_stage
 from dymo_med.training.objectives import (
@@ -48,7 +64,8 @@ from dymo_med.training.objectives import (
     subset_logits,
 )
 from dymo_med.training.references import Held, train_references, weigh
-from dymo_med.types import Batch, ModalitySpec
+from dymo_med.training.train import train
+from dymo_med.types import Batch, Cohort, ModalitySpec
 
 SIZES = {"dim": 64, "heads": 4, "layers": 2, "projection": 32, "width": 8}
 TRAINING = {
@@ -72,6 +89,9 @@ NETWORKS = {
     ),
 }
 REFERENCES = ("boosting", "logistic", "reference_mean")
+ORDER = ("product", "answer", *NETWORKS, "moddrop", *REFERENCES, "blanks only")
+SPLITS = ("train", "validation", "calibration", "test")
+HELD = {"validation": 0.2, "calibration": 0.2}  # of those who are not tested
 CPU = torch.device("cpu")
 Specs = tuple[ModalitySpec, ...]
 Batches = dict[str, Batch]
@@ -141,18 +161,60 @@ def scenarios(specs: Specs, available: Tensor, seed: int) -> dict[str, Tensor]:
     return found
 
 
+def read_batches(cohort: Cohort) -> Batches:
+    """Return every split's records that have anything."""
+    found = {}
+    for split in SPLITS:
+        records = [
+            read_record(e, cohort.specs, cohort.missing_values, require_something=False)
+            for e in cohort.in_split(split)
+        ]
+        found[split] = collate([r for r in records if r.modalities], cohort.specs)
+    return found
+
+
+def with_labels(data: Batches) -> Batches:
+    return {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+
+
+class Adding:
+    """Adds what a method answers for test patients to the results."""
+
+    def __init__(self, results: Results, test: Batch, prefix: str = "", truth: Any = None) -> None:
+        self.results, self.test, self.prefix, self.truth = results, test, prefix, truth
+
+    def __call__(self, method: str, scenario: str, mask: Tensor, probabilities: Any) -> None:
+        names, truth = self.test.observed.names, self.truth
+        rows = mask.any(1).nonzero().squeeze(1)
+        kept = self.results.setdefault((scenario, method), Answers())
+        for i, p in zip(rows.tolist(), probabilities, strict=True):
+            kept.patients.append(f"{self.prefix}{self.test.patient_ids[i]}")
+            kept.labels.append(int(self.test.labels[i]))
+            kept.probability.append(float(p))
+            left = [n for n, m in zip(names, mask[i].tolist(), strict=True) if m]
+            exact = truth.of(self.test.record_ids[i], left) if truth else float("nan")
+            kept.exact.append(exact)
+
+
+def add_blanks(
+    add: Adding, train: Batch, weights: Tensor, test: Batch, masks: dict[str, Tensor], seed: int
+) -> None:
+    """Answer from what is there and what is blank alone."""
+    model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=6, random_state=seed)
+    known = blank_table(train, train.observed.available)
+    model.fit(known, train.labels.numpy(), sample_weight=weights.numpy())
+    for scenario, mask in masks.items():
+        rows = mask.any(1).nonzero().squeeze(1)
+        told = model.predict_proba(blank_table(test, mask)[rows])[:, -1]
+        add("blanks only", scenario, mask, told)
+
+
 def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[float]]) -> None:
     """Train and test everything once; add the test patients' answers to `results`."""
     cohort = read_cohort(folder)
-    data = {
-        split: collate(
-            [read_record(e, cohort.specs, cohort.missing_values) for e in cohort.in_split(split)],
-            cohort.specs,
-        )
-        for split in ("train", "validation", "calibration", "test")
-    }
+    data = read_batches(cohort)
     specs, classes = fit_specs(cohort.specs, data["train"]), len(cohort.task.classes)
-    labelled = {s: b.rows((b.labels >= 0).nonzero().squeeze(1)) for s, b in data.items()}
+    labelled = with_labels(data)
     weights = record_weights(labelled["train"])
     began = time.process_time()
     references = train_references(specs, classes, None, data["train"], labelled, weights, seed)
@@ -160,19 +222,8 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
     test, held = labelled["test"], labelled["calibration"]
     masks = scenarios(specs, test.observed.available, seed)
     truth = read_truth(folder) if (folder / TRUTH).is_file() else None
-    names = [spec.name for spec in specs]
     features = features_of(test, specs)
-
-    def add(method: str, scenario: str, mask: Tensor, probabilities: Any) -> None:
-        rows = mask.any(1).nonzero().squeeze(1)
-        kept = results.setdefault((scenario, method), Answers())
-        for i, p in zip(rows.tolist(), probabilities, strict=True):
-            kept.patients.append(f"{seed}/{test.patient_ids[i]}" if truth else test.patient_ids[i])
-            kept.labels.append(int(test.labels[i]))
-            kept.probability.append(float(p))
-            left = [n for n, m in zip(names, mask[i].tolist(), strict=True) if m]
-            kept.exact.append(truth.of(test.record_ids[i], left) if truth else float("nan"))
-
+    add = Adding(results, test, f"{seed}/", truth)
     for scenario, mask in masks.items():
         rows = mask.any(1).nonzero().squeeze(1)
         for name in REFERENCES:
@@ -180,11 +231,7 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
                 under(features[rows], references.layout, mask[rows])
             )
             add(name, scenario, mask, told[:, -1])
-        blanks = blank_table(labelled["train"], labelled["train"].observed.available)
-        model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=6, random_state=seed)
-        model.fit(blanks, labelled["train"].labels.numpy(), sample_weight=weights.numpy())
-        told = model.predict_proba(blank_table(test, mask)[rows])[:, -1]
-        add("blanks only", scenario, mask, told)
+    add_blanks(add, labelled["train"], weights, test, masks, seed)
     for method, (options, settings) in NETWORKS.items():
         network, cost = trained(specs, labelled, classes, options, settings, seed)
         seconds.setdefault(method, []).append(cost)
@@ -219,6 +266,116 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
                     add("answer", scenario, mask, answer.softmax(1)[:, -1])
 
 
+def dealt(source: Path, folder: Path, part_number: int, parts: int) -> None:
+    """Write a cohort again, of which one part of the patients is the test set."""
+    cohort = read_cohort(source)
+    label_of: dict[str, str] = {}
+    for record in cohort.records:
+        known = label_of.get(record.patient_id, "None")
+        label_of[record.patient_id] = str(record.label) if known == "None" else known
+    generator = random.Random(0)
+    lines = ["patient_id,split"]
+    for label in sorted(set(label_of.values())):
+        group = sorted(p for p, own in label_of.items() if own == label)
+        generator.shuffle(group)
+        tested = group[part_number::parts]
+        others = [p for p in group if p not in set(tested)]
+        random.Random(part_number).shuffle(others)
+        at = 0
+        for split, share in HELD.items():
+            count = round(share * len(others))
+            lines += [f"{p},{split}" for p in others[at : at + count]]
+            at += count
+        lines += [f"{p},train" for p in others[at:]]
+        lines += [f"{p},test" for p in tested]
+    place = source if source.is_dir() else source.parent
+    shutil.copytree(place, folder, copy_function=os.link)
+    (folder / "splits.csv").unlink()
+    (folder / "splits.csv").write_text("\n".join(lines) + "\n")
+
+
+@torch.no_grad()
+def one_part(
+    folder: Path,
+    run: Path,
+    seed: int,
+    budget_s: float,
+    moddrop: bool,
+    results: Results,
+    seconds: dict[str, list[float]],
+) -> None:
+    """Train on a cohort without a recipe, and add the test patients' answers to `results`."""
+    began = time.process_time()
+    with torch.enable_grad():
+        made = train(None, folder, run, device="cpu", seed=seed, budget_s=budget_s, resume=True)
+    seconds.setdefault("train", []).append(time.process_time() - began)
+    bundle = load_bundle(made, device="cpu")
+    assert bundle.references is not None
+    print(f"seed {seed}: {bundle.references.why} {bundle.choice.why}", flush=True)
+    labelled = with_labels(read_batches(read_cohort(folder)))
+    test = labelled["test"]
+    masks = scenarios(bundle.specs, test.observed.available, seed)
+    add = Adding(results, test)
+    weights = {s: record_weights(b) for s, b in labelled.items()}
+    add_blanks(add, labelled["train"], weights["train"], test, masks, seed)
+    for scenario, mask in masks.items():
+        rows = mask.any(1).nonzero().squeeze(1)
+        for method, told in _answers(bundle, test.rows(rows), mask[rows]).items():
+            add(method, scenario, mask, told[:, -1])
+    if moddrop:
+        with torch.enable_grad():
+            comparator = _moddrop(bundle, labelled, run, seed)
+        for scenario, mask in masks.items():
+            rows = mask.any(1).nonzero().squeeze(1)
+            logits = comparator.network(only(test.rows(rows), mask[rows])).double()
+            add("moddrop", scenario, mask, (logits / comparator.temperature).softmax(1)[:, -1])
+
+
+def _answers(bundle: ModelBundle, batch: Batch, mask: Tensor) -> dict[str, Tensor]:
+    """Return probabilities `(R, K)` by method."""
+    assert bundle.references is not None
+    of_part = only(batch, mask)
+    recovery = bundle.imputer.recover(of_part)
+    network = encode_versions(bundle.backbone, of_part, recovery)
+    fuse = bundle.answering(network, of_part, recovery)
+    rows, nothing = torch.arange(len(mask)), torch.zeros_like(mask)
+    temperature = bundle.calibration.temperature
+    trace = bundle.selector.select(fuse, of_part.observed, recovery.candidates, bundle.statistics)
+    features = features_of(of_part, bundle.specs)
+    return {
+        "product": bundle.calibration.probabilities(trace.output.logits),
+        "answer": (fuse(rows, mask, nothing).logits.double() / temperature).softmax(1),
+        "network": (network(rows, mask, nothing).logits.double() / temperature).softmax(1),
+        **{n: bundle.references.fitted[n].probabilities(features) for n in REFERENCES},
+    }
+
+
+def _moddrop(bundle: ModelBundle, labelled: Batches, run: Path, seed: int) -> Any:
+    """Return a ModDrop network, trained and calibrated as `train` would."""
+    recipe = read_recipe(run / "recipe.yaml").model_dump(exclude_none=True)
+    plan = Recipe.model_validate({**recipe, "comparators": ["moddrop"]})
+    adjusting, _ = part(labelled["validation"], labelled["calibration"], seed)
+    log = Log(run / "moddrop.csv")
+    found = train_comparators(
+        plan,
+        bundle.specs,
+        len(bundle.task.classes),
+        {**labelled, "calibration": adjusting},
+        {s: record_weights(b) for s, b in labelled.items()},
+        partial(
+            train_stage,
+            seed=seed,
+            fabric=Fabric(accelerator="cpu", devices=1),
+            fingerprint="benchmark",
+            log=log,
+        ),
+        log,
+        run / "moddrop",
+        CPU,
+    )
+    return found["moddrop"]
+
+
 def blank_table(batch: Batch, mask: Tensor) -> Floats:
     """Return what is there and what is blank, and nothing else, `(n, M + F)`."""
     fields = [batch.observed_fields[n] for n in batch.observed.names if n in batch.observed_fields]
@@ -233,54 +390,85 @@ def log_losses(y: Floats, p: Floats) -> Floats:
 def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
     """Return rows of the table: figures, and paired differences to the better reference."""
     rows = []
-    order = ["answer", *NETWORKS, *REFERENCES, "blanks only"]
     for scenario in dict.fromkeys(s for s, _ in results):
         losses = {}
-        for method in order:
+        for method in (m for m in ORDER if (scenario, m) in results):
             a = results[scenario, method]
             y, p = np.array(a.labels), np.array(a.probability)
             losses[method] = (y, p, np.array(a.exact), np.array(a.patients))
-        best = min(REFERENCES, key=lambda m: log_losses(*losses[m][:2]).mean())
+        people = losses[REFERENCES[0]][3]
+        counts = Counter(people.tolist())
+        weight = np.array([1 / counts[p] for p in people])
+        best = min(REFERENCES, key=lambda m: np.average(log_losses(*losses[m][:2]), weights=weight))
         reference = losses[best]
-        people, index = np.unique(reference[3], return_inverse=True)
-        of_person = [np.flatnonzero(index == i) for i in range(len(people))]
+        names, index = np.unique(people, return_inverse=True)
+        of_person = [np.flatnonzero(index == i) for i in range(len(names))]
         rng = np.random.default_rng(0)
         samples = [
-            np.concatenate([of_person[i] for i in rng.integers(0, len(people), len(people))])
+            np.concatenate([of_person[i] for i in rng.integers(0, len(names), len(names))])
             for _ in range(draws)
         ]
-        for method in order:
-            y, p, exact, _ = losses[method]
+        for method, (y, p, exact, _) in losses.items():
             row = {
                 "scenario": scenario,
                 "method": method,
-                "patients": len(people),
-                "auroc": roc_auc_score(y, p),
-                "log_loss": log_losses(y, p).mean(),
-                "kl": divergence(exact, np.clip(p, 1e-6, 1 - 1e-6)).mean(),
-                "exact_auroc": roc_auc_score(y, exact) if np.isfinite(exact).all() else np.nan,
+                "patients": len(names),
+                "auroc": roc_auc_score(y, p, sample_weight=weight),
+                "log_loss": np.average(log_losses(y, p), weights=weight),
             }
-            if method not in REFERENCES:
+            if np.isfinite(exact).all():
+                row["kl"] = divergence(exact, np.clip(p, 1e-6, 1 - 1e-6)).mean()
+                row["exact_auroc"] = roc_auc_score(y, exact)
+            if method != best:
                 apart = log_losses(y, p) - log_losses(*reference[:2])
-                in_loss = np.quantile([apart[s].mean() for s in samples], (0.025, 0.975))
+                means = [np.average(apart[s], weights=weight[s]) for s in samples]
+                in_loss = np.quantile(means, (0.025, 0.975))
                 gains = [
-                    roc_auc_score(y[s], p[s]) - roc_auc_score(y[s], reference[1][s])
+                    roc_auc_score(y[s], p[s], sample_weight=weight[s])
+                    - roc_auc_score(y[s], reference[1][s], sample_weight=weight[s])
                     for s in samples[:300]
                     if len(set(y[s])) > 1
                 ]
                 low, high = np.quantile(gains, (0.025, 0.975))
-                gain = row["auroc"] - roc_auc_score(y, reference[1])
+                gain = row["auroc"] - roc_auc_score(y, reference[1], sample_weight=weight)
                 row |= {
                     "against": best,
                     "auroc_gain": f"{gain:+.3f} ({low:+.3f} to {high:+.3f})",
-                    "log_loss_gain": f"{apart.mean():+.3f}"
+                    "log_loss_gain": f"{np.average(apart, weights=weight):+.3f}"
                     f" ({in_loss[0]:+.3f} to {in_loss[1]:+.3f})",
                 }
             rows.append(row)
     return rows
 
 
-def report(results: Results, seconds: dict[str, list[float]], work: Path, seeds: int) -> None:
+COLUMNS = ("scenario", "method", "patient", "label", "probability", "exact")
+
+
+def keep(results: Results, path: Path) -> None:
+    """Write one seed's answers."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for (scenario, method), a in results.items():
+            for row in zip(a.patients, a.labels, a.probability, a.exact, strict=True):
+                writer.writerow([scenario, method, *row])
+
+
+def kept(paths: list[Path]) -> Results:
+    """Return the answers of some seeds."""
+    results: Results = {}
+    for path in paths:
+        with path.open(newline="") as stream:
+            for row in csv.DictReader(stream):
+                a = results.setdefault((row["scenario"], row["method"]), Answers())
+                a.patients.append(row["patient"])
+                a.labels.append(int(row["label"]))
+                a.probability.append(float(row["probability"]))
+                a.exact.append(float(row["exact"]))
+    return results
+
+
+def report(results: Results, work: Path, seeds: int) -> None:
     """Print and write the table of all seeds so far."""
     rows = table(results)
     with (work / "learning.csv").open("w", newline="") as stream:
@@ -288,48 +476,69 @@ def report(results: Results, seconds: dict[str, list[float]], work: Path, seeds:
         writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print("\n| scenario | method | AUROC | log-loss | KL | AUROC gain | log-loss gain |")
-    print("|---|---|---|---|---|---|---|")
+    exact = any("kl" in row for row in rows)
+    print(
+        f"\n| scenario | method | AUROC | log-loss |{' KL |' * exact} AUROC gain | log-loss gain |"
+    )
+    print(f"|---|---|---|---|{'---|' * exact}---|---|")
     for r in rows:
-        gains = f"{r.get('auroc_gain', '')} | {r.get('log_loss_gain', '')}"
+        divergence_of = f" {r['kl']:.3f} |" if exact else ""
         print(
-            f"| {r['scenario']} | {r['method']} | {r['auroc']:.3f} | {r['log_loss']:.3f}"
-            f" | {r['kl']:.3f} | {gains} |"
+            f"| {r['scenario']} | {r['method']} | {r['auroc']:.3f} | {r['log_loss']:.3f} |"
+            f"{divergence_of} {r.get('auroc_gain', '–')} | {r.get('log_loss_gain', '–')} |"
         )
     print(
         "\ngains against the reference of lowest log-loss of each scenario;"
         f" {rows[0]['patients']} test patients, {seeds} seeds"
     )
-    for name, costs in seconds.items():
-        print(f"{name}: {sum(costs) / len(costs):.0f} s of CPU a seed")
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of `90s` or `4m`."""
+    return float(text[:-1]) * {"s": 1, "m": 60}[text[-1]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("simulated", "cohort"))
     parser.add_argument("places", type=Path, nargs="+", help="WORK, or COHORT WORK")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="of a cohort also its parts")
+    parser.add_argument("--seed", type=int, help="compute this one alone")
     parser.add_argument("--patients", type=int, default=400)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--setting", default="hard")
+    parser.add_argument("--budget", default="4m", help="of every train, as 90s or 4m")
+    parser.add_argument("--moddrop", action="store_true", help="train a ModDrop network too")
     a = parser.parse_args()
     work = a.places[-1]
     work.mkdir(parents=True, exist_ok=True)
-    results, seconds = {}, {}
     torch.set_num_threads(1)
-    for seed in range(a.seeds):
+    files = {seed: work / f"answers-{seed}.csv" for seed in range(a.seeds)}
+    for seed in files if a.seed is None else [a.seed]:
+        if files[seed].exists():
+            continue
+        folder = work / f"cohort-{seed}"
+        results: Results = {}
+        seconds: dict[str, list[float]] = {}
         if a.kind == "simulated":
             from dymo_med.data.dials import setting
 
-            folder = work / f"cohort-{seed}"
             if not folder.exists():
                 dials = setting(a.setting)
                 simulate(folder, a.patients, seed=2000 + seed, size=a.size, dials=dials)
+            one_seed(folder, seed, results, seconds)
         else:
-            folder = a.places[0]
-        one_seed(folder, seed, results, seconds)
-        report(results, seconds, work, seed + 1)
+            if not folder.exists():
+                dealt(a.places[0], folder, seed, a.seeds)
+            run = work / f"run-{seed}"
+            budget = seconds_of(a.budget)
+            one_part(folder, run, seed, budget, a.moddrop, results, seconds)
+        keep(results, files[seed])
+        for name, costs in seconds.items():
+            print(f"seed {seed}, {name}: {sum(costs):.0f} s of CPU")
+    done = [path for path in files.values() if path.exists()]
+    report(kept(done), work, len(done))
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

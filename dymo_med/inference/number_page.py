@@ -108,7 +108,27 @@ def _view(
             for row in listed
             if row["method"] == own
         ],
+        "use": [_use(row) for row in facts.get("use", ())],
         "failures": failures,
+    }
+
+
+def _use(row: Row) -> dict[str, Any]:
+    """Return a row of the use audit as text."""
+
+    def told(value: float | None) -> tuple[str, str]:
+        return ("–", "") if value is None else (f"{value:.3f}", "")
+
+    loss = row["loss"]
+    return {
+        "part": row["part"],
+        "verdict": row["verdict"],
+        "patients": row["patients"],
+        "values": [
+            told(row["change"]),
+            told(None) if loss["value"] is None else _estimate(loss),
+            told(row["p"]),
+        ],
     }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dymo_med.config import Document, TaskEntry
 from dymo_med.conformal import AS_THEY_CAME, calibrate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import ConfigError
+from dymo_med.inference.number_page import _use
 from dymo_med.training.losses import answer_loss
 from dymo_med.training.objectives import regression_figures
 from dymo_med.types import Scale, Task
@@ -337,3 +339,17 @@ def test_the_page_of_numbers(evaluated):
     assert 'href="reports/v74/report.html"' in page
     quality = {r["metric"] for r in rows_of(evaluated.out / "recovery.csv")}
     assert {"cosine", "mae_sd"} <= quality
+
+
+def test_the_page_of_numbers_says_which_modalities_are_used(evaluated):
+    page = (evaluated.out / "index.html").read_text(encoding="utf-8")
+    use = json.loads((evaluated.out / "run.json").read_text(encoding="utf-8"))["use"]
+    table = page.split('id="use"')[1].split("</section>")[0]
+    assert "Mean absolute error added" in table
+    rows = re.findall(r'<th scope="row">(.+?)</th><td>(.+?)</td><td class="n">(.+?)</td>', table)
+    assert rows == [(r["part"], r["verdict"], str(r["patients"])) for r in use]
+    assert all(r["change"] is None for r in use) and "–" in table  # too few patients to tell
+    interval = {"value": 0.1234, "low": 0.05, "high": 0.2}
+    row = {"part": "sound", "verdict": "used", "patients": 40, "change": 0.31, "p": 0.025}
+    told = _use({**row, "loss": interval})
+    assert told["values"] == [("0.310", ""), ("0.123", "0.050 to 0.200"), ("0.025", "")]
