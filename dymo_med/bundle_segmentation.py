@@ -4,6 +4,7 @@ BUNDLE/configs/metadata.json      who, what, versions, modalities, labels and re
 BUNDLE/configs/inference.json     imputer (if any), backbone, default selector, windows
 BUNDLE/configs/selectors.json     how the selectors compared; why which one is the default
 BUNDLE/configs/quality.json       what modalities of training records were like
+BUNDLE/configs/outline.json       what calibration patients say: volumes, wide outlines, overlap
 BUNDLE/models/backbone.safetensors
 BUNDLE/models/imputer.safetensors, statistics.safetensors   if there is an imputer
 BUNDLE/docs/README.md             model card
@@ -48,9 +49,11 @@ from dymo_med.bundle.checks import (
     read_specs,
     within_weights,
 )
+from dymo_med.conformal import COVERAGE
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.imputers import Imputer
+from dymo_med.outline_bounds import MISSED, OutlineBounds
 from dymo_med.registry import nearest
 from dymo_med.selection import Selector
 from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics, Task
@@ -101,6 +104,8 @@ class SegmentationBundle:
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         norms: What training records were like, for the quality gate; None in bundles made before
             it was kept.
+        bounds: What can be promised of its outlines, from calibration patients; None in bundles
+            made before it was kept.
         bundle_id: SHA-256 over the checksums; empty before saving.
         device: Where the networks are.
     """
@@ -116,6 +121,7 @@ class SegmentationBundle:
     trust: Trust | None
     provenance: Mapping[str, Any]
     norms: Norms | None = None
+    bounds: OutlineBounds | None = None
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -174,6 +180,11 @@ class SegmentationBundle:
             write_json(work / "configs" / "inference.json", self._inference())
             if self.norms is not None:
                 write_json(work / "configs" / "quality.json", asdict(self.norms))
+            if self.bounds is not None:
+                write_json(
+                    work / "configs" / "outline.json",
+                    {"coverage": COVERAGE, "missed": MISSED, **self.bounds.to_dict()},
+                )
             tensors = {"backbone": self.network.state_dict()}
             if self.trust is not None:
                 choice = self.trust.choice
@@ -327,6 +338,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
             trust=_load_trust(path, inference, network),
             provenance=metadata["provenance"],
             norms=load_norms(path),
+            bounds=_load_bounds(path),
             bundle_id=identity(sums),
         )
     except UNREADABLE as error:
@@ -335,6 +347,16 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
     trust = bundle.trust
     placed(path, where, network, *(() if trust is None else (trust.imputer,)))
     return replace(bundle, trust=None if trust is None else trust.to(where), device=where)
+
+
+def _load_bounds(path: Path) -> OutlineBounds | None:
+    """Return what can be promised of outlines; None where a bundle does not say."""
+    if not (path / "configs" / "outline.json").is_file():
+        return None
+    stored = read_part(path, "configs/outline.json")
+    if (stored["coverage"], stored["missed"]) != (COVERAGE, MISSED):
+        raise ValueError("other promises than this version makes")
+    return OutlineBounds.from_dict(stored)
 
 
 def _load_trust(path: Path, inference: Mapping[str, Any], network: SharedUNet) -> Trust | None:

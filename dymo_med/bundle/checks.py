@@ -40,6 +40,7 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     "configs/selectors.json": ("why", "calibration", "entries"),
     "configs/calibration.json": ("fitted_on", "patients", "confidence", "right"),
     "configs/conformal.json": ("patterns", "coverage", "scores", "errors"),
+    "configs/outline.json": ("coverage", "missed", "volumes", "thresholds", "overlap"),
     "configs/performance.json": ("rows", "patients", "fewest"),
     "configs/quality.json": ("limits", "ranges", "records"),
     "configs/comparators.json": None,

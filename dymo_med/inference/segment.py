@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,16 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dymo_med import __version__
-from dymo_med.backbones import DenseVersions, dense_versions
 from dymo_med.bundle_segmentation import SegmentationBundle
-from dymo_med.data.batch import collate
 from dymo_med.data.gate import CHECKS
 from dymo_med.data.masks import (
     Grid,
     compose,
     decided,
-    network_grid,
-    own_grid,
     to_grid,
     volumes_ml,
     write_volume,
@@ -64,51 +60,11 @@ from dymo_med.inference.segmentation_file import (
 )
 from dymo_med.inference.software import versions
 from dymo_med.modalities import modality
-from dymo_med.selection import Selector
-from dymo_med.selection.fixed import ObservedOnly
-from dymo_med.types import (
-    Batch,
-    PatientRecord,
-    Recovery,
-    SelectionStep,
-    SelectionTrace,
-    SubsetStatistics,
-)
+from dymo_med.outline import DISCARD, Segmented, finish, segment_record
+from dymo_med.types import PatientRecord, SelectionStep
 
 _LOG = logging.getLogger(__name__)
-_DISCARD = "observed_only"
-# Without an imputer there is nothing to judge.
-_NOTHING = SubsetStatistics("cosine", *(torch.zeros(0) for _ in range(6)))
 _RECOVERED_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Segmented:
-    """What every method finds in one record, from one look at each scan.
-
-    Attributes:
-        record: The record.
-        batch: The record alone, on the bundle's device.
-        recovery: What was proposed for the scans it lacks; None where nothing could be.
-        traces: Selection by method.
-        versions: Logits of any set of its scans.
-        seen: The network's grid in this patient.
-        own: The grid of the patient's reference scan.
-    """
-
-    record: PatientRecord
-    batch: Batch
-    recovery: Recovery | None
-    traces: Mapping[str, SelectionTrace]
-    versions: DenseVersions
-    seen: Grid
-    own: Grid
-
-    def probabilities(self, method: str) -> Tensor:
-        """Return a method's probabilities on the network's grid, `(R, *seen.shape)`."""
-        trace = self.traces[method]
-        row = torch.zeros(1, dtype=torch.int64, device=trace.used.device)
-        return torch.sigmoid(self.versions.logits(row, trace.used, trace.admitted)[0])
 
 
 @dataclass(frozen=True)
@@ -146,82 +102,6 @@ class Segmentation:
     method: str
     steps: tuple[SelectionStep, ...]
     warnings: tuple[str, ...]
-
-
-def segment_record(
-    bundle: SegmentationBundle,
-    record: PatientRecord,
-    *,
-    methods: Sequence[str] = (),
-    flips: bool = False,
-    seed: int = 0,
-    seen: Segmented | None = None,
-) -> Segmented:
-    """Segment one record with several methods.
-
-    Args:
-        bundle: The model.
-        record: With one scan at least.
-        methods: Selectors to ask besides discarding everything and the bundle's default.
-        flips: Average over all mirrorings of the scans.
-        seed: Of whatever is random in the imputer.
-        seen: The same record with these scans or more, segmented with the same `flips`; its
-            scans are not looked at again.
-
-    Raises:
-        PatientDataError: If nothing was observed, or scans lie on different grids.
-    """
-    asked = dict.fromkeys((_DISCARD, bundle.selector, *methods))
-    with torch.inference_mode():
-        batch = collate([record], bundle.specs).to(bundle.device)
-        trust, recovery = bundle.trust, None
-        candidates = torch.zeros_like(batch.observed.available)
-        if trust is not None and not bool(batch.observed.available.all()):
-            recovery = trust.imputer.recover(batch, seed=seed)
-            candidates = recovery.candidates
-        looked = dense_versions(
-            bundle.network,
-            batch,
-            replace(bundle.windows, flips=flips),
-            recovery,
-            None if trust is None else trust.readout,
-            None if seen is None else seen.versions,
-        )
-        statistics = _NOTHING if trust is None else trust.statistics
-        # Those of the bundle, with the options it was made with.
-        known: dict[str, Selector] = {
-            _DISCARD: ObservedOnly(),
-            **({} if trust is None else trust.selectors),
-        }
-        traces = {
-            name: known[name].select(looked, batch.observed, candidates, statistics)
-            for name in asked
-        }
-    return Segmented(
-        record,
-        batch,
-        recovery,
-        traces,
-        looked,
-        network_grid(record),
-        own_grid(record, bundle.specs),
-    )
-
-
-def finish(bundle: SegmentationBundle, segmented: Segmented, method: str) -> tuple[Tensor, Tensor]:
-    """Return a method's probabilities and regions on the patient's own grid.
-
-    Args:
-        bundle: The model.
-        segmented: One record.
-        method: One of its traces.
-
-    Returns:
-        Float `(R, *own.shape)` and bool of the same shape, inner regions within outer ones.
-    """
-    with torch.inference_mode():
-        there = to_grid(segmented.probabilities(method), segmented.seen, segmented.own)
-        return there, decided(there, bundle.mask)
 
 
 def segment_patient(
@@ -429,7 +309,7 @@ def segmentation_file(
         seed: Of the run.
     """
     record, spec = segmented.record, bundle.specs[0]
-    _, alone = finish(bundle, segmented, _DISCARD)
+    _, alone = finish(bundle, segmented, DISCARD)
     regions = decided(segmented.probabilities(answer.method), bundle.mask).cpu().numpy()
     shown: dict[str, Tensor] = {n: v.values for n, v in record.modalities.items()}
     if segmented.recovery is not None:

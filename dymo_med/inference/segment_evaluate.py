@@ -42,15 +42,14 @@ from dymo_med.inference.run_folder import (
     prepare_folder,
 )
 from dymo_med.inference.scores import ORACLE, Row
-from dymo_med.inference.segment import Segmented, finish, segment_record
 from dymo_med.inference.software import versions
 from dymo_med.metrics import Estimate, bootstrap_means
 from dymo_med.modalities.image import file_in
+from dymo_med.outline import DISCARD, Segmented, finish, segment_record
 from dymo_med.types import Cohort, CohortRecord, MaskSpec, PatientRecord
 
 SUBSETS = "subsets"
 MEAN = "mean"  # regions averaged case by case
-DISCARD = "observed_only"
 FOUND, MISSED, INVENTED, NEITHER = "found", "missed", "invented", "neither"
 BATCH = 4  # volumes over which the published soft Dice sums
 CASE_COLUMNS = (

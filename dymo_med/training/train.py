@@ -20,6 +20,7 @@ from dymo_med.data.survey import survey
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import write_text
 from dymo_med.logs import kept
+from dymo_med.outline_bounds import calibrate_outlines
 from dymo_med.training.curves import draw_curves
 from dymo_med.training.fit_specs import fit_importances, fit_specs
 from dymo_med.training.fusion import fit_fusion
@@ -28,6 +29,7 @@ from dymo_med.training.objectives import (
     mask_known,
     record_weights,
 )
+from dymo_med.training.outline_bounds import outline_cases
 from dymo_med.training.plan import propose
 from dymo_med.training.records import (
     FITTED_ON,
@@ -210,9 +212,11 @@ def _fit_outline(run: Run) -> Path:
         run.checkpoints,
         run.device,
     )
+    cases = outline_cases(segmenter, run.cohort, run.records["calibration"])
     replace(
         segmenter,
         provenance=provenance_of(run.plan, run.cohort, run.data, known, run.log),
         norms=fit_norms(run.specs, run.records["train"], run.cohort.quality),
+        bounds=calibrate_outlines(cases, run.cohort.task.classes, run.plan.seed),
     ).save(run.out / "bundle")
     return run.out / "bundle"

@@ -30,10 +30,10 @@ from dymo_med.inference.segment import (
     impute_segmented,
     render_segmentation,
     segment_patient,
-    segment_record,
 )
 from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95, outcome_of
 from dymo_med.inference.segmentation_file import read_segmentation
+from dymo_med.outline import segment_record
 from dymo_med.types import Norms
 from tests.segmentation import (  # noqa: F401
     masked_cohort,
