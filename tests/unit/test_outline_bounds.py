@@ -12,7 +12,6 @@ from dymo_med.outline_bounds import (
     MISSED,
     Case,
     OutlineBounds,
-    Overlap,
     Threshold,
     calibrate_outlines,
     missed_share,
@@ -106,7 +105,9 @@ def test_the_stricter_group_counts_and_a_patient_once():
     assert wide.group == "pattern" and wide.high == pytest.approx(20.0)
     assert near is None  # no calibration patient was looked at so
     assert bounds.threshold("m", "r", "t1").patients == 12
-    assert bounds.overlap["m"][AS_THEY_CAME] == Overlap(12, 0.8, 0.8, 0.8)
+    overlap = bounds.overlap["m"][AS_THEY_CAME]
+    assert (overlap.patients, overlap.value) == (12, pytest.approx(0.8))
+    assert overlap.low == pytest.approx(0.8) == overlap.high
     few = calibrate_outlines({"m": came[:8] + alone[:8]}, ["r"])
     assert few.interval("m", "r", "t1", 10.0) is None
     assert few.threshold("m", "r", "t1") is None
