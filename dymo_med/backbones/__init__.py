@@ -8,7 +8,12 @@ from dymo_med.backbones.dense import DenseVersions, Readout, Windows, dense_vers
 from dymo_med.backbones.ensemble import Ensemble, as_one
 from dymo_med.backbones.shared_unet import SharedUNet
 from dymo_med.backbones.transformer import FusionTransformer
-from dymo_med.backbones.versions import EncodedVersions, encode_observed, encode_versions
+from dymo_med.backbones.versions import (
+    EncodedVersions,
+    encode_draw,
+    encode_observed,
+    encode_versions,
+)
 from dymo_med.registry import Registry
 
 BACKBONES: Registry[FusionBackbone] = Registry(
@@ -30,6 +35,7 @@ __all__ = [
     "Windows",
     "as_one",
     "dense_versions",
+    "encode_draw",
     "encode_observed",
     "encode_versions",
 ]

@@ -77,21 +77,33 @@ def encode_versions(
         changes nothing.
     """
     observed = encode_observed(backbone, batch)
-    recovered = []
-    if recovery is not None:
-        for m, spec in enumerate(backbone.specs):
-            version = observed[m].values
-            rows = recovery.candidates[:, m].nonzero().squeeze(1)
-            if len(rows):
-                proposal = recovered_tokens(backbone, recovery, spec, rows)
-                version = version.index_copy(0, rows, proposal)
-            recovered.append(version)
-    return EncodedVersions(
+    versions = EncodedVersions(
         backbone,
         torch.cat([tokens.values for tokens in observed], dim=1),
         torch.cat([tokens.available for tokens in observed], dim=1),
-        torch.cat(recovered, dim=1) if recovered else None,
+        None,
     )
+    return versions if recovery is None else encode_draw(versions, recovery)
+
+
+def encode_draw(versions: EncodedVersions, recovery: Recovery) -> EncodedVersions:
+    """Return the same observed versions beside other recovered ones.
+
+    Args:
+        versions: Over B records.
+        recovery: Of these: the best guess, or a draw.
+    """
+    backbone = versions.backbone
+    recovered = versions.observed
+    for m, spec in enumerate(backbone.specs):
+        rows = recovery.candidates[:, m].nonzero().squeeze(1)
+        if len(rows):
+            own = (backbone.token_modality == m).nonzero().squeeze(1)
+            if recovered is versions.observed:
+                recovered = recovered.clone()
+            proposal = recovered_tokens(backbone, recovery, spec, rows)
+            recovered[rows[:, None], own] = proposal.to(recovered.dtype)
+    return EncodedVersions(backbone, versions.observed, versions.observed_available, recovered)
 
 
 def encode_observed(backbone: FusionBackbone, batch: Batch) -> list[Tokens]:

@@ -32,12 +32,13 @@ class Imputer(nn.Module, ABC):
         Options: Its part of a recipe.
         specs: Modalities in canonical order.
         probabilistic: Whether `propose` can draw.
-        neighbours_matter: Whether a record's draws depend on the batch it is drawn in.
+        closed_form: Whether a draw costs next to nothing and does not depend on a record's
+            neighbours, so that answers can be averaged over draws everywhere.
     """
 
     Options: ClassVar[type[BaseModel]]
     probabilistic: ClassVar[bool]
-    neighbours_matter: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = False
     specs: tuple[ModalitySpec, ...]
 
     @abstractmethod
@@ -273,9 +274,9 @@ class Imputer(nn.Module, ABC):
                 found = [
                     self._drawn(part, wanted, skipped, seed * 100_003 + i)
                     for part in (
-                        (batch.rows(torch.tensor([b])) for b in range(len(batch)))
-                        if self.neighbours_matter
-                        else (batch,)
+                        (batch,)
+                        if self.closed_form
+                        else (batch.rows(torch.tensor([b])) for b in range(len(batch)))
                     )
                 ]
                 values, told = (

@@ -81,7 +81,7 @@ class Conditional(Imputer):
         shrinkage: Annotated[float, Field(gt=0)] = 1.0
 
     probabilistic = True
-    neighbours_matter = False
+    closed_form = True
     records: Tensor
     known: Tensor
     mean: Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dymo_med.registry import Registry
 from dymo_med.selection.average import SubsetAverage
-from dymo_med.selection.base import Cases, Selector
+from dymo_med.selection.base import Cases, Selector, WithDraws
+from dymo_med.selection.draws import Average, Guarded, Integrated, joined, over_draws
 from dymo_med.selection.fixed import ObservedOnly, TrustAll
 from dymo_med.selection.gate import Gate
 from dymo_med.selection.greedy import Dymo, DymoMargin, DymoRatio, DymoUncalibrated, Simultaneous
@@ -22,7 +23,19 @@ SELECTORS: Registry[Selector] = Registry(
         "dymo_margin": DymoMargin,
         "gate": Gate,
         "subset_average": SubsetAverage,
+        "average": Average,
+        "guarded": Guarded,
     },
 )
 
-__all__ = ["SELECTORS", "Cases", "Selector", "fit_statistics"]
+__all__ = [
+    "SELECTORS",
+    "Cases",
+    "Guarded",
+    "Integrated",
+    "Selector",
+    "WithDraws",
+    "fit_statistics",
+    "joined",
+    "over_draws",
+]

@@ -17,6 +17,40 @@ ModelT = TypeVar("ModelT")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A `Fuse` over some of another's patients.
+
+    Attributes:
+        whole: Over B patients.
+        index: Int64 `(R,)`: which of them.
+    """
+
+    whole: Fuse
+    index: Tensor
+
+    def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        """See `dymo_med.types.Fuse`."""
+        return self.whole(self.index[rows], used, admitted)
+
+
+@dataclass(frozen=True)
+class WithDraws:
+    """A `Fuse` of best guesses that knows draws of them as well.
+
+    Attributes:
+        single: Of the best guesses; what is asked without further ado.
+        drawn: The mean over draws.
+    """
+
+    single: Fuse
+    drawn: Fuse
+
+    def __call__(self, rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
+        """See `dymo_med.types.Fuse`."""
+        return self.single(rows, used, admitted)
+
+
+@dataclass(frozen=True)
 class Cases:
     """Held-back patients whose answer is known, with what was hidden from them recovered.
 
@@ -30,6 +64,7 @@ class Cases:
         shares: Where labels do not say all, as in `Batch`: `(B, K)`.
         stands_for: `(B,)`: of survival, how many patients one whose bin is known stands for; None
             = all classes are known.
+        patients: Whose case each is; none given = everybody is another patient.
     """
 
     fuse: Fuse
@@ -40,6 +75,7 @@ class Cases:
     temperature: float
     shares: Tensor | None = None
     stands_for: Tensor | None = None
+    patients: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return B."""
@@ -48,19 +84,19 @@ class Cases:
     def rows(self, index: Tensor) -> Cases:
         """Return the cases at integer positions `index` `(R,)`."""
         whole = self.fuse
-
-        def fuse(rows: Tensor, used: Tensor, admitted: Tensor) -> FusionOutput:
-            return whole(index[rows], used, admitted)
-
+        part: Fuse = Part(whole, index)
+        if isinstance(whole, WithDraws):
+            part = WithDraws(Part(whole.single, index), Part(whole.drawn, index))
         return replace(
             self,
-            fuse=fuse,
+            fuse=part,
             observed=replace(self.observed, available=self.observed.available[index]),
             candidates=self.candidates[index],
             labels=self.labels[index],
             weights=self.weights[index],
             shares=None if self.shares is None else self.shares[index],
             stands_for=None if self.stands_for is None else self.stands_for[index],
+            patients=tuple(self.patients[i] for i in index.tolist()) if self.patients else (),
         )
 
     def of_known_class(self) -> Cases:
@@ -75,6 +111,7 @@ class Cases:
         return replace(part, weights=weights, stands_for=None)
 
 
+
 class NoOptions(Strict):
     """A selector without options."""
 
@@ -87,11 +124,13 @@ class Selector(ABC):
 
     Attributes:
         needs_fit: Whether `fit` or `load_state` must come before `select`.
+        integrates: Whether it asks for draws of recoveries (`draws.over_draws`).
     """
 
     Options: ClassVar[type[BaseModel]] = NoOptions
     name: ClassVar[str]
     needs_fit: ClassVar[bool] = False
+    integrates: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = self.Options.model_validate(options.model_dump() if options else {})

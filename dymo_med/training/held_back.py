@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dymo_med.backbones import FusionBackbone, encode_versions
+from dymo_med.backbones import FusionBackbone
 from dymo_med.calibration import Calibration
 from dymo_med.comparators.base import only
 from dymo_med.conformal import AS_THEY_CAME, Conformal, calibrate
+from dymo_med.drawn import recovered
 from dymo_med.imputers import Imputer
-from dymo_med.references import References, answering
+from dymo_med.references import References
 from dymo_med.selection import Selector
 from dymo_med.training.loop import stream
 from dymo_med.training.objectives import sampled_subsets
@@ -174,12 +175,11 @@ def try_out(
             some = cases[start : start + _CHUNK]
             left = torch.tensor([case[2] for case in some])
             part = only(batch.rows(torch.tensor([case[1] for case in some])), left).to(device)
-            recovery = imputer.recover(part)
-            network = encode_versions(backbone, part, recovery)
-            fuse = answering(
-                network, references, part, recovery, backbone.specs, calibration.temperature
+            found = recovered(
+                imputer, backbone, references, part, calibration.temperature, seed=seed
             )
-            fuse = remember(fuse, left.shape[1], len(some))
+            recovery = found.recovery
+            fuse = remember(found.fuse, left.shape[1], len(some))
             for name, selector in selectors.items():
                 trace = selector.select(fuse, part.observed, recovery.candidates, statistics)
                 parts[name].append(calibration.probabilities(trace.output.logits.cpu()))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.backbones import EncodedVersions, FusionBackbone, encode_versions
+from dymo_med.backbones import FusionBackbone
+from dymo_med.drawn import recovered
 from dymo_med.imputers import Imputer
-from dymo_med.references import Mixed, References, features_of, recovered_features
-from dymo_med.selection import SELECTORS, Cases, Selector
+from dymo_med.references import References
+from dymo_med.selection import SELECTORS, Cases, Selector, WithDraws, joined
 from dymo_med.survival import log_likelihood
 from dymo_med.training.loop import stream
 from dymo_med.types import (
@@ -99,32 +100,18 @@ def calibration_cases(
         batch, weights = batch.rows(kept), weights[kept]
     n = len(batch)
     repeats = max(1, min(_MOST_REPEATS, _ENOUGH_CASES // max(n, 1)))
-    parts: list[EncodedVersions] = []
+    parts: list[Fuse] = []
     masks, candidates = [], []
-    features: list[tuple[Tensor, Tensor]] = []
-    other = None if references is None else references.mixed
-    with torch.no_grad():
-        for repeat in range(repeats + 1):
-            hidden = batch if repeat == 0 else hide(batch, stream(seed, "hide", repeat))
-            for start in range(0, n, _CHUNK):
-                rows = torch.arange(start, min(start + _CHUNK, n))
-                part = hidden.rows(rows).to(device)
-                recovery = imputer.recover(part)
-                parts.append(encode_versions(backbone, part, recovery))
-                masks.append(part.observed.available)
-                candidates.append(recovery.candidates)
-                if other is not None:
-                    seen = features_of(part, backbone.specs)
-                    features.append((seen, recovered_features(seen, recovery, backbone.specs)))
-    fuse: Fuse = EncodedVersions(
-        backbone,
-        torch.cat([p.observed for p in parts]),
-        torch.cat([p.observed_available for p in parts]),
-        torch.cat([p.observed if p.recovered is None else p.recovered for p in parts]),
-    )
-    if other is not None and references is not None:
-        observed, made = (torch.cat(side) for side in zip(*features, strict=True))
-        fuse = Mixed(fuse, other, observed, made, references.weight, temperature)
+    for repeat in range(repeats + 1):
+        hidden = batch if repeat == 0 else hide(batch, stream(seed, "hide", repeat))
+        for start in range(0, n, _CHUNK):
+            rows = torch.arange(start, min(start + _CHUNK, n))
+            part = hidden.rows(rows).to(device)
+            found = recovered(imputer, backbone, references, part, temperature, seed=seed)
+            parts.append(found.fuse)
+            masks.append(part.observed.available)
+            candidates.append(found.recovery.candidates)
+    fuse = joined(parts, [len(mask) for mask in masks])
     cases = Cases(
         remember(fuse, len(batch.observed.names), n * (repeats + 1)),
         ModalityMask(batch.observed.names, torch.cat(masks)),
@@ -137,6 +124,7 @@ def calibration_cases(
         temperature,
         None if batch.shares is None else batch.shares.repeat(repeats + 1, 1).to(device),
         None if batch.followed is None else batch.followed[:, 2].repeat(repeats + 1).to(device),
+        batch.patient_ids * (repeats + 1),
     )
     return cases, list(batch.patient_ids) * (repeats + 1)
 
@@ -154,6 +142,8 @@ def remember(fuse: Fuse, modalities: int, rows: int) -> Fuse:
     Returns:
         The same, remembering; `fuse` itself where the table of answers would be too long.
     """
+    if isinstance(fuse, WithDraws):
+        return WithDraws(*(remember(f, modalities, rows) for f in (fuse.single, fuse.drawn)))
     if rows * 3**modalities > 20_000_000:
         return fuse
     return _Remembering(fuse, modalities, rows)
