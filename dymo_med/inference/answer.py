@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dymo_med.backbones import EncodedVersions, encode_versions
+from dymo_med.backbones import EncodedVersions
 from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
+from dymo_med.drawn import DRAWS, recovered
 from dymo_med.inference.explain import Explanation, Subject, explain
 from dymo_med.references import Mixed
+from dymo_med.selection import Integrated, WithDraws
 from dymo_med.types import Batch, Fuse, PatientRecord, Recovery, SelectionTrace
 
 # Always answered side by side: discard, trust everything, the published rule.
@@ -32,6 +34,8 @@ class Answers:
         fuse: Over the B records, for further questions: the network, or the network and the
             reference that has a part in the bundle's answers.
         network: The network alone, over the same records.
+        drawn: The mean over draws of the recoveries, over the same records, where a selector asked
+            for it and it costs next to nothing.
     """
 
     batch: Batch
@@ -41,6 +45,7 @@ class Answers:
     probabilities: Mapping[str, Tensor]
     fuse: Fuse
     network: EncodedVersions
+    drawn: Fuse | None = None
 
     @property
     def own(self) -> SelectionTrace:
@@ -71,20 +76,36 @@ def answer(
     """
     with torch.inference_mode():
         batch = collate(records, bundle.specs).to(bundle.device)
-        recovery = bundle.imputer.recover(batch, seed=seed)
-        network = encode_versions(bundle.backbone, batch, recovery)
-        fuse = bundle.answering(network, batch, recovery)
+        asked = tuple(dict.fromkeys((*COMPARED, *methods, bundle.choice.name)))
+        found = recovered(
+            bundle.imputer,
+            bundle.backbone,
+            bundle.references,
+            batch,
+            bundle.calibration.temperature,
+            draws=DRAWS if any(bundle.selectors[name].integrates for name in asked) else 0,
+            seed=seed,
+        )
         traces = {
             name: bundle.selectors[name].select(
-                fuse, batch.observed, recovery.candidates, bundle.statistics
+                found.fuse, batch.observed, found.recovery.candidates, bundle.statistics
             )
-            for name in dict.fromkeys((*COMPARED, *methods, bundle.choice.name))
+            for name in asked
         }
         probabilities = {
             name: bundle.calibration.probabilities(trace.output.logits.cpu())
             for name, trace in traces.items()
         }
-    return Answers(batch, recovery, bundle.choice.name, traces, probabilities, fuse, network)
+    return Answers(
+        batch,
+        found.recovery,
+        bundle.choice.name,
+        traces,
+        probabilities,
+        found.single,
+        found.network,
+        found.fuse.drawn if isinstance(found.fuse, WithDraws) else None,
+    )
 
 
 def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int) -> Explanation:
@@ -105,6 +126,9 @@ def explain_record(bundle: ModelBundle, answers: Answers, row: int, *, seed: int
         calibration=bundle.calibration,
         base_rates=bundle.base_rates,
         mixed=answers.fuse if isinstance(answers.fuse, Mixed) else None,
+        draws=answers.drawn.parts
+        if bundle.selector.integrates and isinstance(answers.drawn, Integrated)
+        else (),
     )
     fields = answers.batch.observed_fields
     observed = {

@@ -25,6 +25,7 @@ from dymo_med.inference.prediction_file import (
     gain,
     gate_reasons,
     read_prediction,
+    rubin,
     status_of,
     summarise,
 )
@@ -35,6 +36,8 @@ _EXACT, _NETWORK = 1e-9, 1e-5
 _TINY = 2.2250738585072014e-308  # smallest normal number, as the reward has it
 
 _AGAIN = "Predict again"
+# Decisions after which the answer is a mean over draws.
+_DRAWN = ("draws", "guard")
 Decision = Literal["admitted", "rejected", "not yet", "stopped"]
 
 
@@ -107,7 +110,7 @@ def replay(file: PredictionFile) -> tuple[tuple[str, ...], list[tuple[str, str]]
     """
     rule = file.rule
     wrong: list[tuple[str, str]] = []
-    if rule.decides_by == "rule":
+    if rule.decides_by in ("rule", *_DRAWN):
         if file.steps:
             wrong.append(("steps", "a rule that looks at nothing has no steps"))
         return (file.recovered if rule.admits == "everything" else ()), wrong
@@ -237,7 +240,10 @@ def _final(file: PredictionFile, admitted: Iterable[str]) -> Iterator[tuple[str,
     if file.rule.decides_by != "weights":
         for method, same in (
             ("observed_only", not kept),
-            ("trust_all", kept == set(file.recovered)),
+            (
+                "trust_all",
+                kept == set(file.recovered) and not (kept and file.rule.decides_by in _DRAWN),
+            ),
         ):
             other = file.alternatives.get(method)
             if same and other is not None and not _same(other, file.probabilities, _NETWORK):
@@ -304,6 +310,15 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
                 yield f"draws.{name}", "there are not as many answers as draws"
             elif drawn != summarise(drawn.probabilities, chosen):
                 yield f"draws.{name}", "the summary does not follow from the draws"
+        parts, said = file.draws.variance, [p[chosen] for p in file.draws.own.probabilities]
+        if parts is not None and said:
+            # What single networks say is not in the file; the rest follows from the draws.
+            expected = rubin(said, None if parts.model is None else [parts.model])
+            if not all(
+                _near(getattr(parts, key), getattr(expected, key), _EXACT)
+                for key in ("total", "recovery", "absence")
+            ):
+                yield "draws.variance", "its parts do not follow from the draws"
     if file.acquire is not None:
         yield from _acquire(file, file.acquire)
     alone = file.alternatives.get("observed_only", file.probabilities)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import isfinite
+from math import floor, isfinite, isnan, log10, nan
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from dymo_med.inference.draws import draw_answers
 from dymo_med.inference.explain import MOST_ERROR, Explanation
 from dymo_med.inference.pictures import SIGMA, Scan, draw
 from dymo_med.inference.prediction_file import (
+    CENTRAL,
     FEW_PATIENTS,
     SCHEMA_VERSION,
     CellPart,
@@ -39,6 +40,7 @@ from dymo_med.inference.prediction_file import (
 from dymo_med.inference.report import percentile
 from dymo_med.inference.software import versions
 from dymo_med.references import features_of
+from dymo_med.selection import Average, Guarded
 from dymo_med.selection.average import SubsetAverage
 from dymo_med.selection.fixed import TrustAll
 from dymo_med.selection.gate import Gate
@@ -72,6 +74,18 @@ def exhibits_of(
     """
     trace, recovery, batch = answers.own, answers.recovery, answers.batch
     saliency = explanation.saliency if explanation is not None else None
+    tables = [
+        s.name
+        for m, s in enumerate(bundle.specs)
+        if s.columns and bool(recovery.candidates[row, m])
+    ]
+    alone = batch.rows(torch.tensor([row], device=trace.observed.device))
+    with torch.inference_mode():
+        found = bundle.imputer.cell_intervals(alone, tables, CENTRAL) if tables else {}
+    intervals = {
+        name: list(zip(low[0].tolist(), high[0].tolist(), strict=True))
+        for name, (low, high) in found.items()
+    }
     scans: list[Scan] = []
     cells: list[CellPart] = []
     for m, spec in enumerate(bundle.specs):
@@ -88,9 +102,14 @@ def exhibits_of(
                     value,
                     measured=measured,
                     known=measured or (candidate and column.known),
+                    ends=ends,
                 )
-                for column, value, measured in zip(
-                    spec.columns, values.tolist(), filled, strict=True
+                for column, value, measured, ends in zip(
+                    spec.columns,
+                    values.tolist(),
+                    filled,
+                    intervals.get(spec.name, [None] * len(filled)),
+                    strict=True,
                 )
             ]
         picture = bundle.modalities[spec.name].picture(values)
@@ -192,8 +211,8 @@ def prediction_file(
                 *bundle.calibration.count(answers.method, prediction.probabilities[chosen]),
             ).model_dump(),
             "prediction_set": found and found.model_dump(),
-            "method_why": bundle.choice.why,
-            "rule": _rule(bundle, trace).model_dump(),
+            "method_why": _why(bundle, trace, row),
+            "rule": _rule(bundle, trace, row).model_dump(),
             "steps": [s.model_dump() for s in steps],
             "subsets": [
                 {**asdict(s), "probabilities": p}
@@ -324,7 +343,7 @@ def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformanceP
     )
 
 
-def _rule(bundle: ModelBundle, trace: SelectionTrace) -> RulePart:
+def _rule(bundle: ModelBundle, trace: SelectionTrace, row: int) -> RulePart:
     """Return how the bundle's selector decides."""
     selector = bundle.selector
     if isinstance(selector, SubsetAverage):
@@ -332,9 +351,15 @@ def _rule(bundle: ModelBundle, trace: SelectionTrace) -> RulePart:
             decides_by="weights", admits="all", calibration=_calibration(bundle), threshold=0.5
         )
     if not isinstance(selector, Dymo):
-        everything = isinstance(selector, TrustAll)
+        everything = isinstance(selector, TrustAll | Average)
+        if isinstance(selector, Guarded):
+            everything = bool(trace.admitted[row].any())
         return RulePart(
-            decides_by="rule",
+            decides_by="guard"
+            if isinstance(selector, Guarded)
+            else "draws"
+            if isinstance(selector, Average)
+            else "rule",
             admits="everything" if everything else "nothing",
             calibration=None,
             threshold=0.0,
@@ -345,6 +370,14 @@ def _rule(bundle: ModelBundle, trace: SelectionTrace) -> RulePart:
         calibration=_calibration(bundle),
         threshold=_bound(trace.threshold),
     )
+
+
+def _why(bundle: ModelBundle, trace: SelectionTrace, row: int) -> str:
+    """Return why the bundle's selector is what it is, and what a guard can promise here."""
+    selector, why = bundle.selector, bundle.choice.why
+    if not isinstance(selector, Guarded) or not bool(trace.candidates[row].any()):
+        return why
+    return f"{why} {selector.sentence(trace.observed[row], trace.candidates[row])}"
 
 
 def _calibration(bundle: ModelBundle) -> SimilarityCalibration:
@@ -359,9 +392,25 @@ def _bound(threshold: float) -> float | None:
 
 
 def _cell(
-    spec: ModalitySpec, column: Column, value: float, *, measured: bool, known: bool
+    spec: ModalitySpec,
+    column: Column,
+    value: float,
+    *,
+    measured: bool,
+    known: bool,
+    ends: tuple[float, float] | None = None,
 ) -> CellPart:
-    """Return one table cell for the report; `known` = there is a value at all."""
+    """Return one table cell for the report.
+
+    Args:
+        spec: The table.
+        column: Its column.
+        value: In the column's unit, or the category's index.
+        measured: Whether it was.
+        known: Whether there is a value at all.
+        ends: Between which numbers a recovered one is thought to lie; None = not stated.
+    """
+    low, high = ends if ends is not None and known and not measured else (nan, nan)
     what: float | str | None = value if known else None
     text, share, rank = "", None, None
     if column.type == "categorical":
@@ -371,7 +420,7 @@ def _cell(
         what = text if inside else None
         share = column.frequencies[index] if inside and column.frequencies else None
     elif known:
-        text = f"{value:.4g}"
+        text = f"{value:.4g}" if isnan(low) else made_up(value, low, high)
         rank = percentile(value, column.percentiles) if column.percentiles else None
     return CellPart(
         modality=spec.name,
@@ -382,4 +431,17 @@ def _cell(
         percentile=rank,
         share=share,
         measured=measured,
+        low=None if isnan(low) else low,
+        high=None if isnan(high) else high,
     )
+
+
+def made_up(value: float, low: float, high: float) -> str:
+    """Return a recovered number for people: as many digits as its interval allows, and that.
+
+    Example:
+        >>> made_up(81.6789, 64.4321, 98.9)
+        '82 (64 to 99)'
+    """
+    digits = max(0, 1 - floor(log10(high - low))) if high > low else 3
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

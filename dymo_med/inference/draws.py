@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from dymo_med.backbones import EncodedVersions
+from dymo_med.backbones import EncodedVersions, Ensemble, FusionBackbone
 from dymo_med.bundle import ModelBundle
+from dymo_med.drawn import drawn
 from dymo_med.inference.answer import Answers
 from dymo_med.inference.prediction_file import (
     CENTRAL,
@@ -17,14 +20,11 @@ from dymo_med.inference.prediction_file import (
     GainPart,
     entropy_bits,
     gain,
+    rubin,
     summarise,
 )
-from dymo_med.references import Mixed, summary
+from dymo_med.references import Mixed
 from dymo_med.types import Fuse
-
-DRAWS = 20
-# Voxels (or cells) that are encoded at once.
-_MOST_VOXELS = 8_000_000
 
 
 def draw_answers(
@@ -54,15 +54,13 @@ def draw_answers(
     names, device = trace.names, candidates.device
     observed = trace.observed[row]
     with torch.inference_mode():
-        fuse = _fuse_draws(bundle, answers, row, draws, seed)
+        parts = _draws_of(bundle, answers, row, draws, seed)
 
         def ask(admitted: Tensor) -> Tensor:
             """Return `(A, n, K)` for `A` subsets of candidates `(A, M)`, beside the observed."""
-            count = len(admitted)
-            rows = torch.arange(draws, device=device).repeat(count)
-            each = admitted.repeat_interleave(draws, 0)
-            logits = fuse(rows, observed | each, each).logits
-            return bundle.calibration.probabilities(logits.cpu()).view(count, draws, -1)
+            rows = torch.zeros(len(admitted), dtype=torch.int64, device=device)
+            logits = [part(rows, observed | admitted, admitted).logits for part in parts]
+            return bundle.calibration.probabilities(torch.stack(logits, 1).cpu())
 
         admitted, weight = trace.admitted[row : row + 1], None
         if trace.mixture is not None:
@@ -74,7 +72,11 @@ def draw_answers(
         everything = ask(candidates[None])[0]
         single = candidates.nonzero().squeeze(1)
         beside = ask(torch.nn.functional.one_hot(single, len(names)).bool())
-    chosen = int(answers.probabilities[answers.method][row].argmax())
+        chosen = int(answers.probabilities[answers.method][row].argmax())
+        variance = rubin(
+            mean[:, chosen].tolist(),
+            _apart(bundle, parts, observed, admitted, share, chosen),
+        )
     alone = answers.probabilities["observed_only"][row].tolist()
     gains: list[GainPart] = [
         gain(
@@ -94,6 +96,7 @@ def draw_answers(
             seed=seed,
             central=CENTRAL,
             own=summarise(mean.tolist(), chosen),
+            variance=variance,
             trust_all=summarise(everything.tolist(), chosen),
         ),
         AcquirePart(
@@ -106,29 +109,72 @@ def draw_answers(
     )
 
 
-def _fuse_draws(bundle: ModelBundle, answers: Answers, row: int, draws: int, seed: int) -> Fuse:
-    """Return a `Fuse` over n copies of one record, each with another draw of its recoveries."""
-    whole, candidates = answers.network, answers.recovery.candidates[row]
-    alone = answers.batch.rows(torch.tensor([row], device=candidates.device))
-    drawn = bundle.imputer.recover(alone, draws=draws, seed=seed).draws or {}
-    observed = whole.observed[row].expand(draws, -1, -1)
-    recovered = observed.clone()
-    for m, spec in enumerate(bundle.specs):
-        if bool(candidates[m]):
-            values = drawn[spec.name][:, 0]  # (n, *shape)
-            chunk = max(1, _MOST_VOXELS // values[0].numel())
-            parts = values.split(chunk)
-            tokens = torch.cat([bundle.backbone.encode(spec.name, p).values for p in parts])
-            recovered[:, bundle.backbone.token_modality == m] = tokens
-    available = whole.observed_available[row].expand(draws, -1)
-    network = EncodedVersions(bundle.backbone, observed, available, recovered)
-    if not isinstance(answers.fuse, Mixed):
-        return network
-    features = answers.fuse.observed[row].expand(draws, -1)
-    made = features.clone()
-    layout = answers.fuse.reference.model.layout
-    for m, spec in enumerate(bundle.specs):
-        if bool(candidates[m]):
-            own = torch.tensor(layout.owner) == m
-            made[:, own] = summary(drawn[spec.name][:, 0], spec).double().cpu()
-    return replace(answers.fuse, network=network, observed=features, recovered=made)
+def _draws_of(
+    bundle: ModelBundle, answers: Answers, row: int, draws: int, seed: int
+) -> tuple[Fuse, ...]:
+    """Return what answers for one record from each of n draws, each over this record alone."""
+    index = torch.tensor([row], device=answers.own.observed.device)
+    whole, recovery = answers.network, answers.recovery
+    network = EncodedVersions(
+        bundle.backbone, whole.observed[index], whole.observed_available[index], None
+    )
+    single: Fuse = network
+    if isinstance(answers.fuse, Mixed):
+        features = answers.fuse.observed[[row]]
+        single = replace(answers.fuse, network=network, observed=features, recovered=None)
+    own = replace(
+        recovery,
+        values={n: v[index] for n, v in recovery.values.items()},
+        observed=replace(recovery.observed, available=recovery.observed.available[index]),
+        recovered=recovery.recovered[index],
+        completed=recovery.completed[index],
+        draws=None,
+        latents=None,
+        descriptors={n: d[index] for n, d in recovery.descriptors.items()},
+    )
+    alone = answers.batch.rows(index)
+    return drawn(bundle.imputer, network, single, alone, own, draws=draws, seed=seed)
+
+
+def _apart(
+    bundle: ModelBundle,
+    parts: Sequence[Fuse],
+    observed: Tensor,
+    admitted: Tensor,
+    share: Tensor,
+    chosen: int,
+) -> list[float] | None:
+    """Return the variance of the mean of several networks, for each draw; None of one network.
+
+    Args:
+        bundle: The model.
+        parts: One per draw, over one record.
+        observed: Bool `(M,)`.
+        admitted: Bool `(A, M)`: the subsets that are averaged.
+        share: `(A,)` their weights.
+        chosen: Index of the answer's class.
+    """
+    if not isinstance(bundle.backbone, Ensemble):
+        return None
+    members = list(bundle.backbone.members)
+    rows = torch.zeros(len(admitted), dtype=torch.int64, device=admitted.device)
+    found = []
+    for part in parts:
+        network = part.network if isinstance(part, Mixed) else part
+        assert isinstance(network, EncodedVersions) and network.recovered is not None
+        each = []
+        for member, seen, made in zip(
+            members,
+            network.observed.chunk(len(members), dim=2),
+            network.recovered.chunk(len(members), dim=2),
+            strict=True,
+        ):
+            one: Fuse = EncodedVersions(
+                cast("FusionBackbone", member), seen, network.observed_available, made
+            )
+            one = replace(part, network=one) if isinstance(part, Mixed) else one
+            logits = one(rows, observed | admitted, admitted).logits.cpu()
+            p = bundle.calibration.probabilities(logits)[:, chosen]
+            each.append((share.double() * p).sum())
+        found.append(float(torch.stack(each).var()) / len(each))
+    return found

@@ -7,18 +7,18 @@ made up is explained too, apart from what was measured and marked as recovered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import factorial
 
 import torch
 from torch import Tensor
 
-from dymo_med.backbones import FusionBackbone
+from dymo_med.backbones import EncodedVersions, FusionBackbone
 from dymo_med.calibration import Calibration
 from dymo_med.modalities import modality
 from dymo_med.references import Mixed
-from dymo_med.types import Attribution, Batch, Recovery, SelectionTrace, Tokens
+from dymo_med.types import Attribution, Batch, Fuse, Recovery, SelectionTrace, Tokens
 
 # Upper bound on token values gathered at once (about 64 MB in float32).
 _MOST_VALUES = 16_000_000
@@ -89,6 +89,8 @@ class Subject:
         calibration: How logits become probabilities.
         base_rates: K class shares among training patients: the answer from nothing.
         mixed: Of the same batch, where a reference has a part in the answers.
+        draws: Where the answer is a mean over draws of the recoveries: what answers from each,
+            over the same batch.
 
     Attributes:
         backbone: The network.
@@ -100,8 +102,9 @@ class Subject:
             originals were made in inference mode.
         descriptors: Of image versions whose descriptors the network reads `(1, P)`: of the scan as
             stored, or of the recovered values.
-        given: Recovered versions that the network was given as tokens of its own, whose values it
-            never saw.
+        given: Recovered versions that the network was given as tokens of its own, or as draws:
+            values are not what it saw.
+        draws: Of each draw, tokens and features of the recovered versions.
         chosen: Index of the predicted class.
         base_rate: Its share among training patients.
     """
@@ -117,6 +120,7 @@ class Subject:
         calibration: Calibration,
         base_rates: tuple[float, ...],
         mixed: Mixed | None = None,
+        draws: Sequence[Fuse] = (),
     ) -> None:
         self.backbone = backbone
         self.mixed = mixed
@@ -176,6 +180,24 @@ class Subject:
                 seen = mixed.recovered if made else mixed.observed
                 assert seen is not None
                 self.features[name, made] = seen[row : row + 1, self.columns(name)].clone()
+        self.draws = [self._draw(part, row) for part in draws]
+        if self.draws:
+            self.given |= {(name, made) for name, made in self.versions if made}
+
+    def _draw(self, part: Fuse, row: int) -> tuple[dict[Version, Tokens], dict[Version, Tensor]]:
+        """Return tokens and features of the recovered versions in one draw."""
+        network = part.network if isinstance(part, Mixed) else part
+        assert isinstance(network, EncodedVersions) and network.recovered is not None
+        tokens, features = {}, {}
+        for version in (v for v in self.versions if v[1]):
+            m = next(i for i, s in enumerate(self.backbone.specs) if s.name == version[0])
+            own = network.recovered[row : row + 1, self.backbone.token_modality == m].clone()
+            there = torch.ones(own.shape[:2], dtype=torch.bool, device=own.device)
+            tokens[version] = Tokens(own, there)
+            if isinstance(part, Mixed):
+                assert part.recovered is not None
+                features[version] = part.recovered[row : row + 1, self.columns(version[0])].clone()
+        return tokens, features
 
     def columns(self, name: str) -> list[int]:
         """Return which features of the reference are a modality's."""
@@ -205,7 +227,29 @@ class Subject:
         Returns:
             `(R,)`; the base rate where nothing is present.
         """
-        tokens = {**self.tokens, **(changed or {})}
+        if not self.draws:
+            return self._answer(present, changed, other)
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, features in self.draws:
+            answer = self._answer(
+                present,
+                {**tokens, **(changed or {})} if changed else None,
+                {**features, **(other or {})} if other else None,
+                (tokens, features),
+            )
+            total = total + answer
+        return total / len(self.draws)
+
+    def _answer(
+        self,
+        present: Tensor,
+        changed: Mapping[Version, Tokens] | None,
+        other: Mapping[Version, Tensor] | None,
+        draw: tuple[Mapping[Version, Tokens], Mapping[Version, Tensor]] | None = None,
+    ) -> Tensor:
+        """Return the probability from the best guesses, or from one draw."""
+        made = draw or ({}, {})
+        tokens = {**self.tokens, **made[0], **(changed or {})}
         subsets, u = self._used.shape
         # Each request becomes one per averaged subset; equal ones are fused once.
         used = (present[:, None] & self._used[None]).flatten(0, 1)  # (R A, u)
@@ -213,7 +257,7 @@ class Subject:
         owner = torch.arange(len(present), device=present.device).repeat_interleave(subsets)
         # Without changed tokens every request is about the same patient.
         about = owner if changed or other else torch.zeros_like(owner)
-        features = {**self.features, **(other or {})}
+        features = {**self.features, **made[1], **(other or {})}
         key = torch.cat([about[:, None], used.long(), admitted.long()], dim=1)
         wanted, which = torch.unique(key, dim=0, return_inverse=True)
         some = next(iter(tokens.values())).values

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dymo_med.bundle import ModelBundle
+from dymo_med.drawn import DRAWS
 from dymo_med.files import check_replaceable, complete_folder, write_csv, write_text
 from dymo_med.inference.answer import answer, explain_record
 from dymo_med.inference.assemble import STEP_COLUMNS, assemble
 from dymo_med.inference.compose import prediction_file
-from dymo_med.inference.draws import DRAWS
 from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.recovered import EXPORTED, RECOVERED, read_for, write_recovered
 from dymo_med.inference.report import write_report

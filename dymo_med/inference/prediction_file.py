@@ -86,12 +86,13 @@ class SubsetPart(Part):
 class RulePart(Part):
     """How the selector decides: enough to replay it from `steps`.
 
-    `decides_by`: `rule` (looks at nothing), `reward`, `trust`, or `weights` (an average over
-    subsets). `admits`: one candidate per step, or all of them at once. `calibration` is the
-    similarity calibration behind `factor`.
+    `decides_by`: `rule` (looks at nothing), `draws` (likewise, and averages over draws), `guard`
+    (all or none, by what was proven), `reward`, `trust`, or `weights` (an average over subsets).
+    `admits`: one candidate per step, or all of them at once. `calibration` is the similarity
+    calibration behind `factor`.
     """
 
-    decides_by: Literal["rule", "reward", "trust", "weights"]
+    decides_by: Literal["rule", "draws", "guard", "reward", "trust", "weights"]
     admits: Literal["nothing", "everything", "one", "all"]
     calibration: Literal["log_ratio", "ratio", "none"] | None
     threshold: float | None
@@ -178,6 +179,20 @@ class DrawnPart(Part):
     changes: Probability
 
 
+class VariancePart(Part):
+    """What the answer's uncertainty comes from: variances of the probability of its class.
+
+    `absence`: between draws, what measuring would resolve; `recovery`: of their mean, as only so
+    many were drawn; `model`: of the mean over several networks, null of one; `total`: Rubin's
+    total variance, their sum.
+    """
+
+    total: float
+    model: float | None
+    recovery: float
+    absence: float
+
+
 class DrawsPart(Part):
     """What the answer would have been with other recoveries that are as plausible.
 
@@ -190,13 +205,15 @@ class DrawsPart(Part):
     central: Probability
     own: DrawnPart
     trust_all: DrawnPart
+    variance: VariancePart | None = None
 
 
 class GainPart(Part):
     """What measuring one modality would be expected to change, if it came out as its draws do.
 
-    `kind`: a modality that is missing, or the blank cells of a table. `bits`: expected drop of
-    the entropy of the answer by measurements alone (negative: less certain). `probability`:
+    `kind`: a modality that is missing, or the blank cells of a table. `bits`: expected information
+    gain, the entropy of the mean answer over draws less the mean of their entropies; it is
+    never negative. `probability`:
     expected probability of the answer's class. `changes`, `differs`: share of draws with which
     measurements would name another class than measurements alone, than the answer.
     """
@@ -339,7 +356,8 @@ class CellPart(Part):
 
     `value`: number or category, null = unknown; `text`: the same for people; `percentile`: among
     training patients, 0 to 100, of a number; `share`: of training patients with this category;
-    `measured`: false = the value was recovered or is unknown.
+    `measured`: false = the value was recovered or is unknown; `low`, `high`: between them a
+    recovered number lies with a probability of 0.9, by the imputer's own account, null of others.
     """
 
     modality: str
@@ -350,6 +368,8 @@ class CellPart(Part):
     percentile: float | None
     share: Probability | None
     measured: bool
+    low: float | None = None
+    high: float | None = None
 
 
 class ConvergencePart(Part):
@@ -605,6 +625,45 @@ def frequency(label: str, probability: float, patients: int, right: int) -> Freq
     )
 
 
+def information(probabilities: Sequence[Sequence[float]]) -> float:
+    """Return the expected information gain of what the answers differ by, in bits.
+
+    It is the mutual information of the class and the draw: the entropy of the mean answer less
+    the mean entropy, 0 or more by Jensen's inequality, and 0 only if all answers are the same.
+
+    Args:
+        probabilities: `(n, K)`, one answer for each draw.
+
+    References:
+        Lindley, On a measure of the information provided by an experiment, Ann. Math. Stat. 27
+        (1956).
+    """
+    mean = np.asarray(probabilities, dtype=np.float64).mean(axis=0).tolist()
+    each = sum(entropy_bits(p) for p in probabilities) / len(probabilities)
+    return max(0.0, entropy_bits(mean) - each)
+
+
+def rubin(probabilities: Sequence[float], apart: Sequence[float] | None) -> VariancePart:
+    """Return what the variance of a probability comes from.
+
+    Args:
+        probabilities: Of the answer's class, one for each of m draws.
+        apart: For each draw the variance of the mean over several networks; None = of one.
+
+    References:
+        Rubin, Multiple Imputation for Nonresponse in Surveys, 1987, 3.1: T = W + (1 + 1/m) B.
+    """
+    m = len(probabilities)
+    between = float(np.var(probabilities, ddof=1)) if m > 1 else 0.0
+    within = None if apart is None else float(np.mean(apart))
+    return VariancePart(
+        total=(within or 0.0) + between + between / m,
+        model=within,
+        recovery=between / m,
+        absence=between,
+    )
+
+
 def summarise(probabilities: Sequence[Sequence[float]], chosen: int) -> DrawnPart:
     """Return the answers over draws with their summary.
 
@@ -648,7 +707,7 @@ def gain(
         modality=modality,
         kind=kind,
         state=state,
-        bits=entropy_bits(alone) - sum(entropy_bits(p) for p in values.tolist()) / len(values),
+        bits=information(values.tolist()),
         probability=float(values[:, chosen].mean()),
         changes=float((says != int(np.argmax(alone))).mean()),
         differs=float((says != chosen).mean()),

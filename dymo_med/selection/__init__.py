@@ -30,6 +30,7 @@ SELECTORS: Registry[Selector] = Registry(
 
 __all__ = [
     "SELECTORS",
+    "Average",
     "Cases",
     "Guarded",
     "Integrated",

@@ -111,7 +111,6 @@ class Cases:
         return replace(part, weights=weights, stands_for=None)
 
 
-
 class NoOptions(Strict):
     """A selector without options."""
 

@@ -99,9 +99,7 @@ class Joined:
 
 def joined(parts: Sequence[Fuse], sizes: Sequence[int]) -> Fuse:
     """Return one `Fuse` over the patients of several, with draws where any of them has some."""
-    single = Joined(
-        tuple(f.single if isinstance(f, WithDraws) else f for f in parts), tuple(sizes)
-    )
+    single = Joined(tuple(f.single if isinstance(f, WithDraws) else f for f in parts), tuple(sizes))
     if not any(isinstance(f, WithDraws) for f in parts):
         return single
     return WithDraws(single, Joined(tuple(map(over_draws, parts)), tuple(sizes)))
@@ -244,7 +242,7 @@ class Guarded(Fitted[_Model]):
 
     def needed(self) -> int:
         """Return how many patients of a group prove something if none of them is harmed."""
-        met = max(1, sum(g.patients > 0 for g in self.model))
+        met = max(1, sum(g.patients > 0 for g in self.model.groups))
         return needed(self.options.harm, self.options.error / met)
 
     def sentences(self) -> tuple[str, ...]:
@@ -269,6 +267,19 @@ class Guarded(Fitted[_Model]):
             )
             found.append(f"{name}: no recovery is admitted; {why}.")
         return tuple(found)
+
+    def sentence(self, observed: Tensor, candidates: Tensor) -> str:
+        """Return what was proven of the group that one patient is in.
+
+        Args:
+            observed: Bool `(M,)`.
+            candidates: Bool `(M,)`.
+        """
+        group = int(groups_of(observed[None], candidates[None])[0])
+        if not self.model.groups[group].patients:
+            return f"{GROUPS[group]}: no calibration patient is like that; nothing is admitted."
+        known = [i for i, g in enumerate(self.model.groups) if g.patients]
+        return self.sentences()[known.index(group)]
 
     def state(self) -> dict[str, Any]:
         """See `Selector.state`."""
@@ -308,14 +319,10 @@ def groups_of(observed: Tensor, candidates: Tensor) -> Tensor:
     """
     missing = (~observed).sum(1)
     many = 2 * missing >= observed.shape[1]
-    return torch.where(
-        (candidates & ~observed).any(1), 1 + many.long(), torch.zeros_like(missing)
-    )
+    return torch.where((candidates & ~observed).any(1), 1 + many.long(), torch.zeros_like(missing))
 
 
-def prove(
-    harmed: Tensor, lost: Tensor, moved: Tensor, harm: float, error: float
-) -> Guarantee:
+def prove(harmed: Tensor, lost: Tensor, moved: Tensor, harm: float, error: float) -> Guarantee:
     """Return up to which move of the answer it is proven that few patients are harmed.
 
     Args:
