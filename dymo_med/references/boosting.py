@@ -136,9 +136,10 @@ class Boosting(Reference):
             categorical_features=self._categorical if any(self._categorical) else None,
             random_state=data.seed % 2**32,
         )
-        return model.fit(
-            self._matrix(data.features[rows]), target, sample_weight=data.weights[rows].numpy()
-        )
+        features = data.features[rows]
+        # scikit-learn 1.9 cannot bin a column of gaps alone; one that never varies is never split.
+        features = features.masked_fill(features.isnan().all(0), 0.0)
+        return model.fit(self._matrix(features), target, sample_weight=data.weights[rows].numpy())
 
     def _errors(
         self,

@@ -1,5 +1,7 @@
 """Plain references: as scikit-learn says, kept as arrays, and mixed with a network."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,27 @@ def test_boosting_is_scikit_learns(fitted):
         assert np.abs(raw.numpy() - theirs.predict(x.numpy())).max() < 1e-12
         inside = (raw.abs() < 1) & (models["boosting"].state()["deviation"] < 1)
         assert torch.allclose(SCALE.value(ours)[inside], raw[inside], atol=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "scale"), [(2, None), (5, SCALE)], ids=["two", "number"])
+def test_what_no_labelled_patient_has_changes_no_answer(classes, scale):
+    data = training(classes, scale=scale)
+    absent = [1, 2, *range(5, 11)]  # a number, a category, a scan
+    bare = data.features.clone()
+    bare[:, absent] = torch.nan
+    data = replace(data, features=bare)  # everybody, labelled or not, still has it
+    x, _ = rows(20, seed=3, gaps=0.0)
+    x[:, [2, 4]] = x[:, [2, 4]].nan_to_num(0.0)
+    without = x.clone()
+    without[:, absent] = torch.nan
+    models = {}
+    for name, kind in REFERENCES.items():
+        model = kind(LAYOUT, classes, scale)
+        model.fit(data, models)
+        models = {**models, name: model}
+        assert model.probabilities(x).isfinite().all()
+    boosting = models["boosting"]
+    assert torch.equal(boosting.probabilities(x), boosting.probabilities(without))
 
 
 def test_references_keep_their_answers_on_disk_and_know_more_than_shares(fitted):
