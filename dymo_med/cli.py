@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -33,8 +34,10 @@ from dymo_med.errors import ConfigError, DymoMedError, Problem, out_of_memory
 from dymo_med.logs import LIBRARIES, be_verbose, heard, is_verbose
 
 if TYPE_CHECKING:
+    from dymo_med.bundle import ModelBundle
+    from dymo_med.bundle_segmentation import SegmentationBundle
     from dymo_med.inference.segment import Segmentation
-    from dymo_med.types import ModalitySpec
+    from dymo_med.types import CohortRecord, ModalitySpec, Prediction
 
 app = typer.Typer(
     name="dymo-med",
@@ -415,9 +418,22 @@ def train(
 
 @app.command()
 def predict(
-    patient_dir: PatientDir,
     bundle: Bundle,
     out: Out,
+    patient_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--patient-dir",
+            "-i",
+            help="Folder with one patient's scans and tables, or with a folder for each of many.",
+        ),
+    ] = None,
+    cohort: Annotated[
+        Path | None,
+        typer.Option(
+            "--cohort", "-c", help="Instead: all patients of a cohort; needs no labels or splits."
+        ),
+    ] = None,
     no_explain: Annotated[
         bool, typer.Option("--no-explain", help="Leave out attributions (faster).")
     ] = False,
@@ -444,51 +460,143 @@ def predict(
         typer.Option("--probabilities", help="Of a segmentation: write each region's map too."),
     ] = False,
     flips: Flips = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Of many patients: go on with an interrupted run.")
+    ] = False,
+    num_parts: Annotated[
+        int, typer.Option("--num-parts", min=1, help="Of many: how many processes share the work.")
+    ] = 1,
+    part_id: Annotated[
+        int, typer.Option("--part-id", min=0, help="Which of them this is, from 0.")
+    ] = 0,
     device: Device = "auto",
     seed: Seed = 0,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer for one patient: prediction.json, selection.csv, report.html, recovered/."""
+    """Answer for one patient, or for each of many: prediction.json, report.html, recovered/."""
     from dymo_med.bundle import load_bundle, task_of
-    from dymo_med.bundle_segmentation import load_segmentation_bundle
+    from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_bundle
+    from dymo_med.inference.many import find_records, records_of
     from dymo_med.inference.predict import predict_patient
     from dymo_med.inference.segment import segment_patient
 
+    if (patient_dir is None) == (cohort is None):
+        raise typer.BadParameter("name one of --patient-dir and --cohort", param_hint="predict")
     outputs = _asked(dicom=dicom, fhir=fhir, bids=bids)
+    model: SegmentationBundle | ModelBundle
     if task_of(bundle) == "segmentation":
         asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify and not outputs}
         _refuse("a segmentation", asked | {"--draws": draws is not None})
-        segmenter = load_segmentation_bundle(bundle, device)
-        answer = segment_patient(
-            patient_dir,
-            segmenter,
-            out,
-            probabilities=probabilities,
-            flips=flips,
-            selector=selector,
-            seed=seed,
-            treat_refused_as_missing=without_refused,
+        model = load_segmentation_bundle(bundle, device)
+        options: dict[str, Any] = {
+            "probabilities": probabilities,
+            "flips": flips,
+            "selector": selector,
+            "seed": seed,
+            "treat_refused_as_missing": without_refused,
+        }
+    else:
+        _refuse(
+            "a classification or regression", {"--probabilities": probabilities, "--flips": flips}
         )
-        _tell_segmentation(answer, out, Reporter(quiet))
-        _export(out, outputs, patient_dir, None, identify, segmenter.specs, Reporter(quiet))
+        model = load_bundle(bundle, device)
+        model = model if selector is None else model.with_selector(selector)
+        options = {
+            "explain": not no_explain,
+            "seed": seed,
+            "draws": 20 if draws is None else draws,
+            "pdf": pdf,
+            "identify": identify,
+            "treat_refused_as_missing": without_refused,
+        }
+    if cohort is not None:
+        records, specs, missing_values = records_of(model, cohort)
+        model = replace(model, specs=specs, missing_values=missing_values)
+    else:
+        assert patient_dir is not None
+        records = find_records(patient_dir, model.specs)
+    if records:
+        many = {"selector": selector, **options, "outputs": outputs, "identified": identify}
+        _predict_many(
+            model, records, out, options, many, resume, num_parts, part_id, Reporter(quiet)
+        )
         return
-    _refuse("a classification or regression", {"--probabilities": probabilities, "--flips": flips})
-    model = load_bundle(bundle, device)
-    if selector is not None:
-        model = model.with_selector(selector)
-    prediction = predict_patient(
-        patient_dir,
-        model,
-        out,
-        explain=not no_explain,
-        seed=seed,
-        draws=20 if draws is None else draws,
-        pdf=pdf,
-        identify=identify,
-        treat_refused_as_missing=without_refused,
-    )
+    assert patient_dir is not None
+    if resume or num_parts > 1:
+        what = "--resume" if resume else "--num-parts"
+        raise typer.BadParameter(
+            "the folder is one patient's, and this is for many", param_hint=what
+        )
     reporter = Reporter(quiet)
+    if isinstance(model, SegmentationBundle):
+        _tell_segmentation(segment_patient(patient_dir, model, out, **options), out, reporter)
+    else:
+        _tell_prediction(predict_patient(patient_dir, model, out, **options), out, pdf, reporter)
+    _export(out, outputs, patient_dir, None, identify, model.specs, reporter)
+
+
+def _predict_many(
+    model: ModelBundle | SegmentationBundle,
+    records: Sequence[CohortRecord],
+    out: Path,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    resume: bool,
+    num_parts: int,
+    part_id: int,
+    reporter: Reporter,
+) -> None:
+    """Answer for many patients, and say what became of them."""
+    from dymo_med.bundle_segmentation import SegmentationBundle
+    from dymo_med.inference.many import predict_many
+    from dymo_med.inference.predict import predict_patient
+    from dymo_med.inference.segment import segment_patient
+
+    def one(entry: CohortRecord, place: Path) -> object:
+        known = {**options, "patient_id": entry.patient_id}
+        if isinstance(model, SegmentationBundle):
+            return segment_patient(entry.folder, model, place, **known)
+        return predict_patient(entry.folder, model, place, **known)
+
+    def also(entry: CohortRecord, place: Path) -> None:
+        identify, quiet = settings["identified"], Reporter(True)
+        _export(place, settings["outputs"], entry.folder, None, identify, model.specs, quiet)
+
+    with reporter.bar("Predicting") as progress:
+        result = predict_many(
+            model,
+            records,
+            one,
+            out,
+            settings=settings,
+            also=also if settings["outputs"] else None,
+            resume=resume,
+            num_parts=num_parts,
+            part_id=part_id,
+            command=shlex.join(["dymo-med", *sys.argv[1:]]),
+            progress=progress,
+        )
+    if result.open_records:
+        still = _count(result.open_records, "patient")
+        reporter.say(f"part {part_id} of {num_parts} is done; {still} left to other parts")
+        return
+    told = ", ".join(f"{n} {status}" for status, n in sorted(result.counts.items()))
+    reporter.say(f"{_count(result.records, 'record')}: {told}")
+    if result.seen:
+        was = _count(result.seen, "patient was", "patients were")
+        reporter.say(f"note: {was} used to make the bundle: of them it is too sure")
+    reporter.say(f"work list: {out / 'index.html'}")
+    if result.failures:
+        failed = _count(result.failures, "failure")
+        if result.unexpected:
+            failed += f", {result.unexpected} of them unexpected"
+        err_console.print(escape(f"{failed}; see {out / 'failures.csv'}"))
+        raise typer.Exit(1 if result.unexpected else 3)
+
+
+def _tell_prediction(prediction: Prediction, out: Path, pdf: bool, reporter: Reporter) -> None:
+    """Say what was answered."""
     shares = ", ".join(
         f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
     )
@@ -508,7 +616,6 @@ def predict(
     reporter.say(f"report: {out / 'report.html'}")
     if pdf:
         reporter.say(f"pdf: {out / 'report.pdf'}")
-    _export(out, outputs, patient_dir, None, identify, model.specs, reporter)
 
 
 def _export(

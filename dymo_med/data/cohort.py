@@ -79,6 +79,55 @@ def read_cohort(path: Path) -> Cohort:
     return cohort
 
 
+def read_folders(path: Path) -> Cohort:
+    """Read a cohort of which nothing but its patients need be known: no labels, no splits.
+
+    Every patient directory is a record, by name, in a BIDS dataset every subject or session. If
+    there is a labels file, it says which visits are of one patient; what else is in it does not
+    matter.
+
+    Args:
+        path: The folder that holds `cohort.yaml`, or the YAML file itself.
+
+    Raises:
+        ConfigError: If the description is wrong, or there is no patient directory.
+    """
+    file = path / "cohort.yaml" if path.is_dir() else path
+    document = Document(file)
+    _refuse_booleans(document)
+    entry = document.parse(CohortFile)
+    problems: list[Problem] = []
+    specs = _read_specs(document, entry, problems)
+    if entry.layout == "bids":
+        subjects = sorted(p for p in file.parent.iterdir() if bids.SUBJECT.fullmatch(p.name))
+        places = [place for s in subjects if s.is_dir() for place in bids.sessions(s)]
+        records = tuple(CohortRecord(*bids.ids(p), p, root=file.parent) for p in places)
+    else:
+        records = _folders(file.parent, entry, problems)
+        owners: dict[str, str] = {}
+        if (file.parent / entry.labels).is_file():
+            for line in _read_lines(file.parent / entry.labels, (), []):
+                patient = line.cells.get("patient_id", "")
+                owners[line.cells.get("record_id", patient)] = patient
+        records = tuple(
+            replace(r, patient_id=owners.get(r.record_id) or r.patient_id) for r in records
+        )
+    if problems:
+        raise ConfigError(*problems)
+    blank = tuple(entry.missing_values)
+    if entry.layout == "bids" and bids.BLANK not in blank:
+        blank = (*blank, bids.BLANK)
+    return Cohort(
+        name=entry.name,
+        root=file.parent,
+        task=_task(document, entry),
+        specs=specs,
+        records=records,
+        splits={},
+        missing_values=blank,
+    )
+
+
 def survey_cohort(path: Path) -> tuple[Cohort, tuple[Problem, ...]]:
     """Read a cohort as `read_cohort` does, and go on where something is wrong.
 

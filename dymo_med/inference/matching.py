@@ -106,7 +106,8 @@ def labelled_records(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
                 f"cohort {cohort.name}",
                 f"split '{split}' has no record whose {cohort.task.target} is known",
                 expected="a record to judge an answer by",
-                remedy="Choose another split, or add labels",
+                remedy="Choose another split, add labels, or use dymo-med predict --cohort, which"
+                " needs none",
             )
         )
     return records

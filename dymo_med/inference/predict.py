@@ -68,6 +68,7 @@ def predict_patient(
     pdf: bool = False,
     identify: bool = False,
     treat_refused_as_missing: bool = False,
+    patient_id: str | None = None,
 ) -> Prediction:
     """Predict one patient from a folder.
 
@@ -84,6 +85,7 @@ def predict_patient(
         identify: Whether to show the identifier that headers state, instead of a pseudonym.
         treat_refused_as_missing: Go on without what the quality gate refuses; everything that is
             written says so.
+        patient_id: Id of the patient, if it is not the record's.
 
     Returns:
         The prediction.
@@ -95,7 +97,7 @@ def predict_patient(
     """
     if out is not None:
         check_replaceable(out, "prediction.json", _WRITTEN)
-    record = read_for(bundle, patient_dir, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing, patient_id)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
     prediction = assemble(bundle, record, answers, 0, explanation, seed=seed, identify=identify)

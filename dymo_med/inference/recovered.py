@@ -24,12 +24,16 @@ EXPORTED = ("dicom", "fhir", "bids")
 
 
 def read_for(
-    bundle: ModelBundle | SegmentationBundle, patient_dir: Path, treat_refused_as_missing: bool
+    bundle: ModelBundle | SegmentationBundle,
+    patient_dir: Path,
+    treat_refused_as_missing: bool,
+    patient_id: str | None = None,
 ) -> PatientRecord:
     """Read a patient as the bundle needs it."""
     return read_patient(
         patient_dir,
         bundle.specs,
+        patient_id=patient_id,
         missing_values=bundle.missing_values,
         norms=bundle.norms,
         treat_refused_as_missing=treat_refused_as_missing,

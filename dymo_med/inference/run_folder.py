@@ -61,8 +61,17 @@ def check_part(part_id: int, num_parts: int) -> None:
         )
 
 
-def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
+def prepare_folder(
+    out: Path, known: Row, resume: bool, num_parts: int, what: str = "evaluation"
+) -> None:
     """Prepare the folder: a new one, or one that may be gone on with.
+
+    Args:
+        out: The folder.
+        known: Settings that it must be gone on with.
+        resume: Whether it may be gone on with.
+        num_parts: How many processes share it.
+        what: What is kept there, for errors.
 
     Raises:
         ConfigError: If it holds something else, or an evaluation with other settings.
@@ -99,8 +108,8 @@ def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
         raise ConfigError(
             Problem(
                 str(out),
-                "holds no evaluation to go on with",
-                expected="an evaluation that was interrupted",
+                f"holds no {what} to go on with",
+                expected=f"a folder of an {what} that was interrupted",
                 remedy="Name another folder with --out",
             )
         )
@@ -111,8 +120,8 @@ def prepare_folder(out: Path, known: Row, resume: bool, num_parts: int) -> None:
         raise ConfigError(
             Problem(
                 str(out),
-                f"holds an evaluation with another {', '.join(differing)}",
-                expected="an evaluation with the same settings",
+                f"holds an {what} with another {', '.join(differing)}",
+                expected="the same settings",
                 remedy="Repeat its settings, or name another folder with --out",
             )
         )
@@ -131,7 +140,7 @@ def read_written(path: Path) -> Any:
             Problem(
                 str(path),
                 "what was finished cannot be read",
-                expected="JSON that this evaluation wrote",
+                expected="JSON that this command wrote",
                 got=type(error).__name__ if isinstance(error, OSError) else str(error),
                 remedy="Remove a batch's file and go on with --resume; without settings.json, begin"
                 " again in another folder",

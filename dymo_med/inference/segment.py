@@ -114,6 +114,7 @@ def segment_patient(
     selector: str | None = None,
     seed: int = 0,
     treat_refused_as_missing: bool = False,
+    patient_id: str | None = None,
 ) -> Segmentation:
     """Segment one patient from a folder.
 
@@ -127,6 +128,7 @@ def segment_patient(
         selector: Another selector than the bundle's default.
         seed: Of whatever is random in the imputer.
         treat_refused_as_missing: Go on without what the quality gate refuses; the page says so.
+        patient_id: Id of the patient, if it is not the record's.
 
     Returns:
         The segmentation on the grid of the patient's reference scan.
@@ -143,7 +145,7 @@ def segment_patient(
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector
     bundle.require_selector(method)
-    record = read_for(bundle, patient_dir, treat_refused_as_missing)
+    record = read_for(bundle, patient_dir, treat_refused_as_missing, patient_id)
     segmented = segment_record(bundle, record, methods=[method], flips=flips, seed=seed)
     answer = _answer(bundle, segmented, method)
     if out is not None:
