@@ -730,8 +730,8 @@ def report(
     """Make the page of a prediction again, from its prediction.json alone."""
     from dymo_med.inference.prediction_file import read_prediction
     from dymo_med.inference.report import write_report
-    from dymo_med.inference.segment import write_segmentation_report
     from dymo_med.inference.segmentation_file import is_segmentation, read_segmentation
+    from dymo_med.inference.segmentation_page import write_segmentation_report
 
     page = out or prediction.with_name("report.html")
     if page.suffix.lower() not in (".html", ".htm"):

@@ -26,8 +26,8 @@ from dymo_med.imputers import IMPUTERS, require_recovery
 from dymo_med.inference.audit import audit
 from dymo_med.inference.failures import unexpected
 from dymo_med.inference.matching import matched_specs
-from dymo_med.inference.segment import audit_pages
 from dymo_med.inference.segmentation_file import audit_segmentation, is_segmentation
+from dymo_med.inference.segmentation_page import audit_pages
 from dymo_med.modalities import Whose
 from dymo_med.modalities.table_files import ids_of_nobody
 from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Norms

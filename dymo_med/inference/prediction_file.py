@@ -45,6 +45,10 @@ Code = Literal[
     "outside_training",
     "few_held_back",
     "borrowed",
+    "volume_uncertain",
+    "volume_unbounded",
+    "volumes_differ",
+    "outside_view",
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dymo_med import __version__
 from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.gate import CHECKS
 from dymo_med.data.masks import (
@@ -32,7 +31,6 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import (
     check_replaceable,
     complete_folder,
-    csv_text,
     write_csv,
     write_json,
     write_text,
@@ -43,21 +41,32 @@ from dymo_med.inference.assemble import (
     selection_steps,
     unused_sentences,
 )
-from dymo_med.inference.overlays import COLOURS, cut_place, outlined
-from dymo_med.inference.prediction_file import SourcePart, StepPart
+from dymo_med.inference.overlays import cut_place, outlined
+from dymo_med.inference.prediction_file import (
+    QualityPart,
+    ReasonPart,
+    SourcePart,
+    Status,
+    StepPart,
+    quality_parts,
+)
+from dymo_med.inference.promises import overlap_part, region_parts, wide_outline
 from dymo_med.inference.recovered import EXPORTED, RECOVERED, read_for
-from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.segmentation_file import (
+    OUTSIDE,
     SCHEMA_VERSION,
     SEGMENTATION,
+    WIDE,
     BundlePart,
     GridPart,
     OutlinedPart,
     OutputPart,
+    OverlapPart,
     RegionPart,
     SegmentationFile,
-    read_segmentation,
+    outline_status,
 )
+from dymo_med.inference.segmentation_page import write_segmentation_report
 from dymo_med.inference.software import versions
 from dymo_med.modalities import modality
 from dymo_med.outline import DISCARD, Segmented, finish, segment_record
@@ -77,6 +86,15 @@ class Segmentation:
         probabilities: Float32 `(R, X, Y, Z)` on the own grid, before the threshold.
         grid: The own grid.
         volumes_ml: Volume of each region.
+        wide: Uint8 `(X, Y, Z)`: labels of the wide outline, which leaves out little of the lesion
+            over patients; None where the bundle cannot promise it.
+        regions: Each region's volume, where the true one is, and its wide outline's.
+        status: `answered`, or `caution`.
+        reasons: Why; `dymo_med.inference.report.reason_sentence` words them.
+        quality: What the quality gate says, by scan.
+        performance: How good such outlines are; None where the bundle does not say.
+        observed_only_ml: Volumes from measured scans alone.
+        outside: Share of the own grid that the model does not look at.
         observed: Scans measured.
         recovered: Scans for which a proposal was made.
         trusted: Of these, the ones that were used.
@@ -93,6 +111,14 @@ class Segmentation:
     probabilities: NDArray[np.float32]
     grid: Grid
     volumes_ml: Mapping[str, float]
+    wide: NDArray[np.uint8] | None
+    regions: tuple[RegionPart, ...]
+    status: Status
+    reasons: tuple[ReasonPart, ...]
+    quality: Mapping[str, QualityPart]
+    performance: OverlapPart | None
+    observed_only_ml: Mapping[str, float]
+    outside: float
     observed: tuple[str, ...]
     recovered: tuple[str, ...]
     trusted: tuple[str, ...]
@@ -140,7 +166,7 @@ def segment_patient(
     """
     written = ("prediction.json", "selection.csv", "report.html", RECOVERED, SEGMENTATION)
     maps = tuple(f"probability_{name}.nii.gz" for name in bundle.task.classes)
-    known = (*written, *maps, *EXPORTED)
+    known = (*written, WIDE, *maps, *EXPORTED)
     if out is not None:
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector
@@ -153,6 +179,9 @@ def segment_patient(
             label = f"dymo-med segmentation, bundle {bundle.bundle_id[:12]}"
             write_volume(folder / SEGMENTATION, answer.labels, answer.grid, label)
             files = {"segmentation": SEGMENTATION}
+            if answer.wide is not None:
+                write_volume(folder / WIDE, answer.wide, answer.grid, f"wide {label}")
+                files["wide"] = WIDE
             if probabilities:
                 for name, path, one in zip(
                     bundle.task.classes, maps, answer.probabilities, strict=True
@@ -174,55 +203,6 @@ def segment_patient(
     return answer
 
 
-def write_segmentation_report(file: SegmentationFile, path: Path) -> None:
-    """Write the page of a segmentation; the same file gives the same bytes.
-
-    Args:
-        file: All that the page shows.
-        path: The HTML file.
-    """
-    write_text(path, render_segmentation(file))
-
-
-def render_segmentation(file: SegmentationFile) -> str:
-    """Return the page of a segmentation."""
-    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS]
-    states = [
-        *((name, "observed") for name in file.observed),
-        *((name, "trusted") for name in file.trusted),
-        *((name, "rejected") for name in file.rejected),
-        *((name, "absent") for name in file.absent),
-    ]
-    content = hashlib.sha256(file.to_text().encode()).hexdigest()
-    page = environment().get_template("segmentation.html.j2")
-    shown = {**file.model_dump(), "content_sha256": content}
-    return guarded(page.render(p=shown, colours=colours, states=states))
-
-
-def audit_pages(folder: Path) -> Iterator[Problem]:
-    """Yield pages and tables of a segmentation that are not what `prediction.json` says.
-
-    Args:
-        folder: Holds `prediction.json`.
-
-    Raises:
-        PatientDataError: If `prediction.json` cannot be read.
-    """
-    file = read_segmentation(folder / "prediction.json")
-    expected = {"selection.csv": csv_text(STEP_COLUMNS, [step.model_dump() for step in file.steps])}
-    if file.versions.get("dymo_med") == __version__:  # others word and lay out pages differently
-        expected["report.html"] = render_segmentation(file)
-    for name, text in expected.items():
-        path = folder / name
-        if not path.is_file() or path.read_bytes() != text.encode():
-            yield Problem(
-                str(path),
-                "the file is not what prediction.json says" if path.is_file() else "it is absent",
-                expected="the same bytes that the command would write",
-                remedy="Predict again",
-            )
-
-
 def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Segmentation:
     """Return one method's answer."""
     there, regions = finish(bundle, segmented, method)
@@ -239,7 +219,8 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
         for name, v in record.modalities.items()
         if v.same_as
     ]
-    for name, result in gate_results(bundle, record).items():
+    results = gate_results(bundle, record)
+    for name, result in results.items():
         for finding in result.findings:
             said = "refuses" if finding.level == "refuse" else "warns of"
             facts = "; ".join(
@@ -253,20 +234,37 @@ def _answer(bundle: SegmentationBundle, segmented: Segmented, method: str) -> Se
                 + " It counts as missing." * (name in record.refused)
             )
     share = _outside(segmented)
-    if share > 0.01:
+    if share > OUTSIDE:
         warnings.append(
             f"{share:.0%} of the voxels of the reference scan lie outside what the model looks at;"
             " nothing is found there."
         )
+    observed, trusted = pick(trace.observed), pick(trace.admitted)
+    volumes = volumes_ml(regions, segmented.own, bundle.mask)
+    alone_ml = volumes_ml(finish(bundle, segmented, DISCARD)[1], segmented.own, bundle.mask)
+    wide, wide_ml = wide_outline(bundle, method, observed, there, segmented.own)
+    parts = region_parts(bundle, method, observed, volumes, wide_ml)
+    quality, performance = quality_parts(results), overlap_part(bundle, method, observed)
+    status, reasons = outline_status(
+        parts, alone_ml, trusted, quality, performance, share, promises=bundle.bounds is not None
+    )
     return Segmentation(
         record_id=record.record_id,
         labels=compose(regions, bundle.mask).cpu().numpy(),
         probabilities=there.float().cpu().numpy(),
         grid=segmented.own,
-        volumes_ml=volumes_ml(regions, segmented.own, bundle.mask),
-        observed=pick(trace.observed),
+        volumes_ml=volumes,
+        wide=wide,
+        regions=parts,
+        status=status,
+        reasons=reasons,
+        quality=quality,
+        performance=performance,
+        observed_only_ml=alone_ml,
+        outside=share,
+        observed=observed,
         recovered=pick(trace.candidates),
-        trusted=pick(trace.admitted),
+        trusted=trusted,
         rejected=pick(trace.rejected),
         absent=pick(~trace.observed & ~trace.candidates),
         refused=tuple(record.refused),
@@ -311,7 +309,6 @@ def segmentation_file(
         seed: Of the run.
     """
     record, spec = segmented.record, bundle.specs[0]
-    _, alone = finish(bundle, segmented, DISCARD)
     regions = decided(segmented.probabilities(answer.method), bundle.mask).cpu().numpy()
     shown: dict[str, Tensor] = {n: v.values for n, v in record.modalities.items()}
     if segmented.recovery is not None:
@@ -352,11 +349,10 @@ def segmentation_file(
         record_id=record.record_id,
         patient_id=record.patient_id,
         bundle=BundlePart(name=bundle.name, version=bundle.version, id=bundle.bundle_id),
-        regions=tuple(
-            RegionPart(name=name, labels=labels, volume_ml=answer.volumes_ml[name])
-            for name, labels in bundle.mask.regions.items()
-        ),
-        observed_only_ml=dict(volumes_ml(alone, answer.grid, bundle.mask)),
+        status=answer.status,
+        status_reasons=answer.reasons,
+        regions=answer.regions,
+        observed_only_ml=dict(answer.observed_only_ml),
         grid=GridPart(shape=answer.grid.shape, affine=affine, voxel_ml=answer.grid.voxel_ml),
         observed=answer.observed,
         recovered=answer.recovered,
@@ -364,6 +360,9 @@ def segmentation_file(
         rejected=answer.rejected,
         absent=answer.absent,
         refused=answer.refused,
+        quality=dict(answer.quality),
+        performance=answer.performance,
+        outside=answer.outside,
         method=answer.method,
         method_why=why,
         steps=tuple(StepPart(**asdict(step)) for step in answer.steps),

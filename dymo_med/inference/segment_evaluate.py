@@ -32,6 +32,7 @@ from dymo_med.inference.evaluate import joined
 from dymo_med.inference.failures import ALL, Failures
 from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.matching import known_split, matched_specs, patients_seen, require_unseen
+from dymo_med.inference.promises import wide_regions
 from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.run_folder import (
     PROGRESS,
@@ -56,6 +57,17 @@ CASE_COLUMNS = (
     *("scenario", "record_id", "patient_id", "split", "observed", "method", "trusted", "region"),
     *("dice", "hd95_mm", "volume_ml", "true_volume_ml", "volume_error_ml", "soft_dice_batch4"),
     "outcome",
+    *("volume_low_ml", "volume_high_ml", "covered", "missed_share", "wide_ml", "wide_missed_share"),
+)
+# Of a case and region; blank where the bundle promises nothing.
+_MEASURED = (
+    *("dice", "hd95_mm", "volume_error_ml", "soft_dice_batch4"),
+    *("covered", "missed_share", "wide_missed_share"),
+)
+# Whose means stand in `metrics.csv`, besides `soft_dice_batch4`.
+_MEANS = (
+    *("dice", "dice_gain", "hd95_mm", "volume_error_ml", "volume_error_abs_ml"),
+    *("covered", "missed_share", "wide_missed_share"),
 )
 METRIC_COLUMNS = (
     *("scenario", "observed", "method", "region", "metric", "value", "low", "high"),
@@ -332,7 +344,12 @@ class _Run:
         own = segmented.own
         for name, method in methods.items():
             probabilities = segmented.probabilities(method)
-            _, found = finish(self.bundle, segmented, method)
+            there, found = finish(self.bundle, segmented, method)
+            observed = joined(
+                segmented.traces[method].names, segmented.traces[method].observed[0]
+            ).split("+")
+            promised = wide_regions(self.bundle, method, observed, there)
+            wide = None if promised is None else promised[0].cpu()
             found = found.cpu()
             p, g = probabilities.double(), truth.seen.double()
             sums = torch.stack(
@@ -345,6 +362,9 @@ class _Run:
             for r, region in enumerate(self.bundle.task.classes):
                 volume = float(found[r].sum()) * own.voxel_ml
                 true = float(truth.own[r].sum()) * own.voxel_ml
+                bounds = self.bundle.bounds
+                pattern = "+".join(observed)
+                interval = bounds and bounds.interval(method, region, pattern, volume)
                 yield {
                     "method": name,
                     "trusted": trusted,
@@ -355,8 +375,20 @@ class _Run:
                     "volume_ml": volume,
                     "true_volume_ml": true,
                     "volume_error_ml": volume - true,
+                    "volume_low_ml": interval.low if interval else None,
+                    "volume_high_ml": interval.high if interval else None,
+                    "covered": float(interval.low <= true <= interval.high) if interval else None,
+                    "missed_share": _left_out(found[r], truth.own[r]),
+                    "wide_ml": None if wide is None else float(wide[r].sum()) * own.voxel_ml,
+                    "wide_missed_share": None if wide is None else _left_out(wide[r], truth.own[r]),
                     "sums": sums[:, r].tolist(),
                 }
+
+
+def _left_out(found: Tensor, true: Tensor) -> float:
+    """Return the share of a region that an outline leaves out; 0 where there is no region."""
+    size = int(true.sum())
+    return float((true & ~found).sum()) / size if size else 0.0
 
 
 def _require_scan(record: PatientRecord) -> None:
@@ -537,9 +569,10 @@ def _by_case(cases: Sequence[Row], regions: Sequence[str]) -> list[Row]:
         kept = found.setdefault(
             key, {k: row[k] for k in ("scenario", "observed", "method", "record_id", "patient_id")}
         )
-        for metric in ("dice", "hd95_mm", "volume_error_ml", "soft_dice_batch4"):
+        for metric in _MEASURED:
             values = kept.setdefault(metric, np.full(len(regions), np.nan))
-            values[regions.index(row["region"])] = row[metric]
+            if row[metric] is not None:
+                values[regions.index(row["region"])] = row[metric]
         kept.setdefault("outcomes", {})[row["region"]] = row["outcome"]
     for (scenario, record_id, observed, _), row in found.items():
         base = found.get((scenario, record_id, observed, DISCARD))
@@ -576,13 +609,15 @@ def _group(
         "records": len({row["record_id"] for row in rows}),
         "patients": len(set(owners)),
     }
-    for metric in ("dice", "dice_gain", "hd95_mm", "volume_error_ml", "volume_error_abs_ml"):
+    for metric in _MEANS:
         if metric == "dice_gain" and method == DISCARD:
             continue
         source = "volume_error_ml" if metric == "volume_error_abs_ml" else metric
         values: NDArray[np.float64] = np.stack([row[source] for row in rows])
         if metric == "volume_error_abs_ml":
             values = np.abs(values)
+        if metric in ("covered", "wide_missed_share") and np.isnan(values).all():
+            continue  # nothing was promised
         with_mean = np.concatenate([values, values.mean(1, keepdims=True)], 1)
         estimates: list[Estimate] = bootstrap_means(with_mean, owners, seed=seed)
         for j, (region, e) in enumerate(zip(named, estimates, strict=True)):
@@ -673,6 +708,10 @@ def _write_page(
                     for r in regions
                 ],
                 "hd95": [_shown(found.get((scenario, method, "hd95_mm", r)), 1) for r in regions],
+                **{
+                    key: [_shown(found.get((scenario, method, key, r)), 3) for r in regions]
+                    for key in ("covered", "missed_share", "wide_missed_share")
+                },
                 "outcomes": [
                     _outcomes(found.get((scenario, method, "hd95_mm", r))) for r in regions
                 ],

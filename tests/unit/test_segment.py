@@ -17,23 +17,26 @@ from PIL import Image
 
 from dymo_med.backbones import SharedUNet
 from dymo_med.backbones.shared_unet import ModalityOutput
+from dymo_med.bundle_segmentation import load_segmentation_bundle
 from dymo_med.cli import main
+from dymo_med.conformal import Bound
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import measure
 from dymo_med.data.masks import dice, read_known
 from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import SEGMENTATION
-from dymo_med.errors import BundleError, ConfigError, RefusedError
+from dymo_med.errors import BundleError, ConfigError, PatientDataError, RefusedError
 from dymo_med.inference.check import check
 from dymo_med.inference.overlays import COLOURS, cut_place
 from dymo_med.inference.segment import (
     impute_segmented,
-    render_segmentation,
     segment_patient,
 )
 from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95, outcome_of
-from dymo_med.inference.segmentation_file import read_segmentation
+from dymo_med.inference.segmentation_file import WIDE, read_segmentation
+from dymo_med.inference.segmentation_page import render_segmentation
 from dymo_med.outline import segment_record
+from dymo_med.outline_bounds import LEVELS, OutlineBounds, Overlap, Threshold
 from dymo_med.types import Norms
 from tests.segmentation import (  # noqa: F401
     masked_cohort,
@@ -418,3 +421,117 @@ def test_the_commands(
     assert "--reports: the bundle is for a segmentation" in capsys.readouterr().err
     assert run(["predict", "-i", patient, "-b", bundle_dir, "-o", out, "--flips"]) == 2
     assert "the bundle is for" in capsys.readouterr().err
+
+
+def promising(bundle, patterns, threshold=LEVELS[20]):
+    """Return the bundle with promises for these patterns, as if calibrated on twelve patients."""
+    groups = ("", *patterns)
+    regions = bundle.mask.regions
+    bounds = OutlineBounds(
+        {"observed_only": {r: dict.fromkeys(groups, Bound(12, 0.5)) for r in regions}},
+        {"observed_only": {r: dict.fromkeys(groups, Threshold(12, threshold)) for r in regions}},
+        {"observed_only": dict.fromkeys(groups, Overlap(12, 0.8, 0.7, 0.9))},
+    )
+    return replace(bundle, bounds=bounds)
+
+
+def test_what_is_promised_of_an_outline_is_written_and_shown(bundle, patient, tmp_path):
+    out = tmp_path / "out"
+    pattern = "+".join(s.name for s in bundle.specs if (patient / s.file).exists())
+    answer = segment_patient(patient, promising(bundle, [pattern]), out)
+    file = read_segmentation(out / "prediction.json")
+    wide = np.asarray(nib.load(out / WIDE).dataobj)
+    plain = np.asarray(nib.load(out / "segmentation.nii.gz").dataobj)
+    assert np.array_equal(wide, answer.wide) and (wide > 0).sum() > (plain > 0).sum()
+    for region in file.regions:
+        labels = region.labels
+        assert np.isin(wide, labels)[np.isin(plain, labels)].all()
+        assert region.wide.volume_ml == pytest.approx(
+            np.isin(wide, labels).sum() * file.grid.voxel_ml
+        )
+        low, high = (np.expm1(np.log1p(region.volume_ml) + s * 0.5) for s in (-1, 1))
+        assert (region.interval.low_ml, region.interval.high_ml) == pytest.approx((low, high))
+    assert (file.performance.level, file.performance.patients) == ("pattern", 12)
+    assert file.status == "caution"
+    assert "few_held_back" in {r.code for r in file.status_reasons}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "answered with caution" in page.lower() and "Wide outline" in page
+    assert f"{file.regions[0].interval.high_ml:.1f} mL" in page and "Dice overlap" in page
+    for source in (*file.sources.values(), *file.files.values()):
+        assert source.sha256 in page
+    assert check(out).exit_code == 0
+    wide[0, 0, 0] = 4 if wide[0, 0, 0] == 0 else 0
+    image = nib.load(out / WIDE)
+    nib.save(nib.Nifti1Image(wide, image.affine, image.header), out / WIDE)
+    assert any(WIDE in problem.where for problem in check(out).problems)
+
+
+@pytest.mark.parametrize("promises", ["none", "other scans", "no threshold"])
+def test_what_is_not_promised_is_not_said(bundle, patient, tmp_path, promises):
+    pattern = "+".join(s.name for s in bundle.specs if (patient / s.file).exists())
+    made = {
+        "none": bundle if bundle.bounds is None else replace(bundle, bounds=None),
+        "other scans": promising(bundle, ["t1"]),
+        "no threshold": promising(bundle, [pattern], threshold=None),
+    }[promises]
+    answer = segment_patient(patient, made, tmp_path / "out")
+    file = read_segmentation(tmp_path / "out" / "prediction.json")
+    assert answer.wide is None and not (tmp_path / "out" / WIDE).exists()
+    assert all(r.wide is None for r in file.regions)
+    told = all(r.interval is not None for r in file.regions)
+    assert told == (promises == "no threshold")
+    codes = {r.code for r in file.status_reasons}
+    assert ("volume_unbounded" in codes) == (promises == "other scans")
+    assert "Wide outline" not in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_refused_scan_is_in_the_status(bundle, patient, tmp_path):
+    make_constant(patient / "t2.nii.gz")
+    segment_patient(patient, bundle, tmp_path / "out", treat_refused_as_missing=True)
+    file = read_segmentation(tmp_path / "out" / "prediction.json")
+    assert file.status == "caution" and file.quality["t2"].state == "refuse"
+    assert "refused" in {r.code for r in file.status_reasons}
+    assert "t2 was brought but refused" in (tmp_path / "out" / "report.html").read_text("utf-8")
+
+
+def test_a_file_of_another_version_is_refused_with_its_version(bundle, patient, tmp_path):
+    segment_patient(patient, bundle, tmp_path / "out")
+    path = tmp_path / "out" / "prediction.json"
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(PatientDataError, match=r"schema_version 2.*Got 1"):
+        read_segmentation(path)
+
+
+def test_an_evaluation_says_whether_promises_are_kept(bundle, masked_cohort, tmp_path):  # noqa: F811
+    everything = "+".join(s.name for s in bundle.specs)
+    alone = promising(replace(bundle, trust=None), [everything])
+    evaluate_segmentation(alone, masked_cohort, tmp_path / "out", scenarios=("as-is", "drop:t1"))
+    rows = table(tmp_path / "out" / "cases.csv")
+    for row in rows:
+        known = row["observed"] == everything
+        assert (row["covered"] != "") == known and (row["wide_missed_share"] != "") == known
+        if known:
+            inside = (
+                float(row["volume_low_ml"])
+                <= float(row["true_volume_ml"])
+                <= float(row["volume_high_ml"])
+            )
+            assert float(row["covered"]) == inside
+            assert float(row["wide_missed_share"]) <= float(row["missed_share"])
+            assert float(row["wide_ml"]) >= float(row["volume_ml"])
+    found = table(tmp_path / "out" / "metrics.csv")
+    assert {r["scenario"] for r in found if r["metric"] == "covered"} == {"as-is"}
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "in its 90 % interval" in page and "wide outline leaves out" in page
+
+
+def test_a_trained_bundle_keeps_its_promises_and_older_ones_have_none(
+    segmentation_dir,  # noqa: F811
+    tmp_path,
+):
+    stored = json.loads((segmentation_dir / "configs" / "outline.json").read_text())
+    assert set(stored) == {"coverage", "missed", "volumes", "thresholds", "overlap"}
+    bundle = load_segmentation_bundle(segmentation_dir, "cpu")
+    assert bundle.bounds.to_dict() == {k: stored[k] for k in ("volumes", "thresholds", "overlap")}
+    groups = bundle.bounds.overlap["observed_only"]
+    assert set(bundle.bounds.overlap) == set(bundle.trust.selectors) and len(groups) == 16
