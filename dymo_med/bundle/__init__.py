@@ -10,6 +10,7 @@ BUNDLE/configs/quality.json       what modalities of training records were like
 BUNDLE/configs/comparators.json   options, temperature, figures of comparators, if there are any
 BUNDLE/models/imputer.safetensors, backbone.safetensors, statistics.safetensors
 BUNDLE/models/comparators.safetensors  if there are any
+BUNDLE/configs/novelty.json, models/novelty.safetensors  what is usual among its patients
 BUNDLE/configs/references.json, models/references.safetensors  plain references, as arrays
 BUNDLE/docs/README.md             model card
 BUNDLE/checksums.json             SHA-256 of every file above

@@ -47,12 +47,14 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     "configs/references.json": (
         *("weight", "partner", "why", "better", "losses", "patients", "entries"),
     ),
+    "configs/novelty.json": ("alarm", "strange", "usual"),
     "configs/use.json": ("rows", "patients", "permutations"),
     "models/imputer.safetensors": None,
     "models/backbone.safetensors": None,
     "models/statistics.safetensors": None,
     "models/comparators.safetensors": None,
     "models/references.safetensors": None,
+    "models/novelty.safetensors": None,
 }
 _TARGET = ("type", "target", "classes", "scale", "mask")
 _INNER = {"scale": ("low", "high", "centers", "unit"), "mask": ("file", "labels", "regions")}

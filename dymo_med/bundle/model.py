@@ -16,6 +16,7 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.imputers import Imputer
 from dymo_med.modalities import modality
 from dymo_med.modalities.base import Modality
+from dymo_med.novelty import Novelty
 from dymo_med.references import References, answering
 from dymo_med.registry import nearest
 from dymo_med.selection import Selector
@@ -60,6 +61,8 @@ class ModelBundle:
         comparators: Trained to be compared with, by name; no part of the bundle's own answers.
         references: Plain models of the same patients, and what part of the answers they are; None
             in bundles made before there were any.
+        novelty: What is usual among the patients it was made with; None in bundles made before that
+            was kept.
         use: Which modalities its answers rest on; None in bundles made before it was tested.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
@@ -86,6 +89,7 @@ class ModelBundle:
     norms: Norms | None = None
     comparators: Mapping[str, FittedComparator] = field(default_factory=dict)
     references: References | None = None
+    novelty: Novelty | None = None
     use: Use | None = None
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

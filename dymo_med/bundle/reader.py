@@ -32,6 +32,7 @@ from dymo_med.conformal import COVERAGE, Bound, Conformal
 from dymo_med.data.gate import Limits
 from dymo_med.errors import BundleError, Problem
 from dymo_med.modalities import MODALITIES
+from dymo_med.novelty import Novelty, from_tensors
 from dymo_med.references import REFERENCES, FittedReference, Reference, References, layout_of
 from dymo_med.types import (
     Choice,
@@ -141,6 +142,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             norms=load_norms(path),
             comparators=comparators,
             references=_load_references(path, specs, task),
+            novelty=_load_novelty(path, specs),
             use=_load_use(path),
             bundle_id=identity(sums),
         )
@@ -293,6 +295,32 @@ def _load_use(path: Path) -> Use | None:
         UseRow(**{**row, **{k: Interval(**row[k]) for k in intervals}}) for row in stored["rows"]
     )
     return Use(rows, int(stored["patients"]), int(stored["permutations"]))
+
+
+def _load_novelty(path: Path, specs: Sequence[ModalitySpec]) -> Novelty | None:
+    """Return what is usual among a bundle's patients; None where it does not say.
+
+    Raises:
+        KeyError: If a part is absent.
+        ValueError: If numbers do not fit, or half of the two files is absent.
+    """
+    config = path / "configs" / "novelty.json"
+    arrays = path / "models" / "novelty.safetensors"
+    if config.is_file() != arrays.is_file():
+        raise ValueError("novelty.json and novelty.safetensors belong together")
+    if not config.is_file():
+        return None
+    layout = layout_of(specs)
+    try:
+        return from_tensors(
+            load_file(arrays),
+            read_part(path, "configs/novelty.json"),
+            specs,
+            layout.owner,
+            layout.categories,
+        )
+    except RuntimeError as error:  # of torch: no covariance
+        raise ValueError("a covariance that is not positive definite") from error
 
 
 def _load_references(path: Path, specs: Sequence[ModalitySpec], task: Task) -> References | None:

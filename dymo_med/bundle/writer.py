@@ -17,6 +17,7 @@ from dymo_med.bundle.tables import selector_entries
 from dymo_med.bundle.tensors import STATISTICS, on_cpu
 from dymo_med.conformal import COVERAGE, Conformal
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
+from dymo_med.novelty import to_tensors
 from dymo_med.references import References
 from dymo_med.types import ModalitySpec, Task
 
@@ -158,6 +159,9 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> str:
                 for name, fitted in bundle.references.fitted.items()
                 for key, array in fitted.model.state().items()
             }
+        if bundle.novelty is not None:
+            tensors["novelty"], about_novelty = to_tensors(bundle.novelty)
+            write_json(work / "configs" / "novelty.json", about_novelty)
         for name, part in tensors.items():
             write_bytes(work / "models" / f"{name}.safetensors", save(on_cpu(part)))
         write_text(work / "docs" / "README.md", model_card(bundle))

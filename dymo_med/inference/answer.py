@@ -13,7 +13,8 @@ from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
 from dymo_med.drawn import DRAWS, recovered
 from dymo_med.inference.explain import Explanation, Subject, explain
-from dymo_med.references import Mixed
+from dymo_med.novelty import Unusual, assess
+from dymo_med.references import Mixed, features_of, layout_of
 from dymo_med.selection import Integrated, WithDraws
 from dymo_med.types import Batch, Fuse, PatientRecord, Recovery, SelectionTrace
 
@@ -36,6 +37,7 @@ class Answers:
         network: The network alone, over the same records.
         drawn: The mean over draws of the recoveries, over the same records, where a selector asked
             for it and it costs next to nothing.
+        unusual: How unlike training patients each record is; empty where the bundle cannot say.
     """
 
     batch: Batch
@@ -46,6 +48,7 @@ class Answers:
     fuse: Fuse
     network: EncodedVersions
     drawn: Fuse | None = None
+    unusual: Sequence[Unusual] = ()
 
     @property
     def own(self) -> SelectionTrace:
@@ -96,6 +99,10 @@ def answer(
             name: bundle.calibration.probabilities(trace.output.logits.cpu())
             for name, trace in traces.items()
         }
+    unusual: list[Unusual] = []
+    if bundle.novelty is not None:
+        layout = layout_of(bundle.specs)
+        unusual = assess(bundle.novelty, features_of(batch, bundle.specs), layout.owner)
     return Answers(
         batch,
         found.recovery,
@@ -105,6 +112,7 @@ def answer(
         found.single,
         found.network,
         found.fuse.drawn if isinstance(found.fuse, WithDraws) else None,
+        unusual,
     )
 
 

@@ -16,7 +16,13 @@ from dymo_med.conformal import COVERAGE, FEWEST
 from dymo_med.data.gate import judge
 from dymo_med.inference.answer import Answers
 from dymo_med.inference.explain import Explanation
-from dymo_med.inference.prediction_file import gate_reasons, quality_parts
+from dymo_med.inference.prediction_file import (
+    NoveltyPart,
+    ReasonPart,
+    gate_reasons,
+    novelty_reasons,
+    quality_parts,
+)
 from dymo_med.inference.report import reason_sentence, words
 from dymo_med.privacy import shown
 from dymo_med.types import (
@@ -83,7 +89,10 @@ def assemble(
         method=answers.method,
         steps=steps,
         attributions=explanation.attributions if explanation is not None else (),
-        warnings=_warnings(bundle, record, own, probabilities, steps, quality),
+        warnings=_warnings(
+            *(bundle, record, own, probabilities, steps, quality),
+            novelty_reasons(novelty_part(bundle, answers, row)),
+        ),
         sources=sources_of(record, identify),
         bundle_id=bundle.bundle_id,
         bundle_name=bundle.name,
@@ -260,6 +269,29 @@ def unused_sentences(record: PatientRecord, specs: Sequence[ModalitySpec]) -> li
     return [text.format(files=files, missing=", ".join(missing))]
 
 
+def novelty_part(bundle: ModelBundle, answers: Answers, row: int) -> NoveltyPart | None:
+    """Return whether one record is like those of training; None where the bundle cannot say.
+
+    Args:
+        bundle: The model.
+        answers: Of a batch.
+        row: Which record of it.
+    """
+    if bundle.novelty is None:
+        return None
+    found = answers.unusual[row]
+    return NoveltyPart(
+        state=found.state,
+        p=found.p,
+        patients=found.patients,
+        least=found.least,
+        modalities=dict(found.modalities),
+        alarm=bundle.novelty.alarm,
+        strange=bundle.novelty.strange,
+        apart=found.apart,
+    )
+
+
 def _warnings(
     bundle: ModelBundle,
     record: PatientRecord,
@@ -267,6 +299,7 @@ def _warnings(
     others: Mapping[str, Sequence[float]],
     steps: Sequence[SelectionStep],
     quality: Mapping[str, GateResult],
+    unlike: Sequence[ReasonPart] = (),
 ) -> tuple[str, ...]:
     """Return the sentences a reader must not miss."""
     text = words()["warnings"]
@@ -282,6 +315,7 @@ def _warnings(
                 sentence.format(method=method, this=classes[predicted], other=classes[other])
             )
     result += [reason_sentence(r) for r in gate_reasons(quality_parts(quality))]
+    result += [reason_sentence(r) for r in unlike]
     borrowed = [s.modality for s in steps if s.borrowed and s.decision == "admitted"]
     if borrowed:
         result.append(text["borrowed"].format(modalities=", ".join(borrowed)))

@@ -331,6 +331,7 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
         file.performance,
         file.steps,
         gate_reasons(file.quality),
+        file.novelty,
     )
     if status != (file.status, file.status_reasons):
         yield "status", "it does not follow from the rest"

@@ -13,6 +13,7 @@ import torch
 from dymo_med.bundle import ModelBundle
 from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
 from dymo_med.inference.answer import Answers
+from dymo_med.inference.assemble import novelty_part
 from dymo_med.inference.draws import draw_answers
 from dymo_med.inference.explain import MOST_ERROR, Explanation
 from dymo_med.inference.pictures import SIGMA, Scan, draw
@@ -184,6 +185,7 @@ def prediction_file(
     found = _prediction_set(bundle, answers, row, pattern)
     tested = _performance(bundle, answers.method, pattern)
     quality = quality_parts(prediction.quality)
+    novelty = novelty_part(bundle, answers, row)
     status, why = status_of(
         prediction.classes,
         prediction.probabilities,
@@ -193,6 +195,7 @@ def prediction_file(
         tested,
         steps,
         gate_reasons(quality),
+        novelty,
     )
     provenance = bundle.provenance
     shares = _subset_answers(bundle, answers, row, prediction)
@@ -240,6 +243,7 @@ def prediction_file(
             "command": command,
             "exhibits": exhibits_of(bundle, record, answers, row, explanation).model_dump(),
             "plain": _plain(bundle, answers, row),
+            "novelty": novelty and novelty.model_dump(),
         }
     )
 

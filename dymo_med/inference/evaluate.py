@@ -75,6 +75,7 @@ from dymo_med.inference.software import versions
 from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord, Scale
 
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
+_NOVEL = {"unknown": -1, "familiar": 0, "unusual": 1, "strange": 2}
 _NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
 
 
@@ -476,6 +477,7 @@ class _Run:
                 "points_to": points[row],
                 "set": members,
                 "calibrated_on": calibrated_on,
+                "novel": _NOVEL[answers.unusual[row].state] if answers.unusual else -1,
                 "subgroups": {
                     s.name: level(s, case.entry, case.whole, self.specs)
                     for s in self.cohort.subgroups
@@ -549,6 +551,9 @@ class _Run:
             if one["method"] == answers.method:
                 one["prediction_set"] = "+".join(_escaped(classes[k]) for k in members)
                 one |= self._interval(answers, row)
+                if answers.unusual:
+                    unusual = answers.unusual[row]
+                    one |= {"novelty": unusual.state, "novelty_p": unusual.p}
         for name, probabilities in compared.items():
             # They see what was observed and nothing else.
             base = self._prediction(rule, record, answers, "observed_only", name, row)
@@ -601,6 +606,8 @@ class _Run:
             **self._answer(answers.probabilities[method][row]),
             **({} if record.value is None else {"value_true": record.value, **_NO_INTERVAL}),
             "prediction_set": "",
+            "novelty": "",
+            "novelty_p": None,
             "observed": joined(trace.names, trace.observed[row]),
             "trusted": joined(trace.names, trace.admitted[row]),
             "rejected": joined(trace.names, trace.rejected[row]),
@@ -646,4 +653,5 @@ def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[st
         *(() if scale is None else ("value_true", "value", *_NO_INTERVAL)),
         *(f"prob_{c}" for c in classes),
         *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
+        *("novelty", "novelty_p"),
     )

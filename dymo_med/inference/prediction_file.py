@@ -43,6 +43,9 @@ Code = Literal[
     "refused",
     "quality",
     "outside_training",
+    "stranger",
+    "unusual",
+    "never_together",
     "few_held_back",
     "borrowed",
     "volume_uncertain",
@@ -439,10 +442,29 @@ class PlainPart(Part):
     change: dict[str, float | None]
 
 
+class NoveltyPart(Part):
+    """Whether this patient is like those that the bundle was made with.
+
+    `p`: share of held-back patients, this one counted, who are at least as unusual; 1 where that is
+    unknown. `patients`: how many of them there were to compare with, `least`: how many it takes.
+    `modalities`: likewise of each. `alarm`, `strange`: p-values at or below which the answer needs
+    caution, and is none. `apart`: pairs of modalities that no training patient had both of.
+    """
+
+    state: Literal["familiar", "unusual", "strange", "unknown"]
+    p: Probability
+    patients: Annotated[int, Field(ge=0)]
+    least: Annotated[int, Field(ge=1)]
+    modalities: dict[str, Probability]
+    alarm: Probability
+    strange: Probability
+    apart: tuple[tuple[str, str], ...]
+
+
 class PredictionFile(Part):
     """`prediction.json`, version 5; `value` is there if the task is a regression.
 
-    `plain` is there if the bundle has references.
+    `plain` is there if the bundle has references, `novelty` if it knows what is usual.
     """
 
     schema_version: Literal[5]
@@ -489,6 +511,7 @@ class PredictionFile(Part):
     exhibits: ExhibitsPart
     value: ValuePart | None = None
     plain: PlainPart | None = None
+    novelty: NoveltyPart | None = None
     content_sha256: Sha256
 
     @property
@@ -738,6 +761,7 @@ def status_of(
     performance: PerformancePart | None,
     steps: Sequence[StepPart],
     found: Sequence[ReasonPart],
+    novelty: NoveltyPart | None = None,
 ) -> tuple[Status, tuple[ReasonPart, ...]]:
     """Return whether the answer stands, stands with caution, or is none; and why.
 
@@ -750,15 +774,18 @@ def status_of(
         performance: Null: nothing is known of it.
         steps: The selection.
         found: What was found in the patient's own data (`gate_reasons`).
+        novelty: Whether the patient is like those of training; null: nothing is known of it.
 
     Returns:
-        `abstained` if no class can be ruled out, else `caution` if there is any other reason.
+        `abstained` if the patient is a stranger or no class can be ruled out, else `caution` if
+        there is any other reason.
     """
     reasons: list[ReasonPart] = []
 
     def because(code: Code, **values: str | int | float) -> None:
         reasons.append(ReasonPart(code=code, values=values))
 
+    reasons += novelty_reasons(novelty)
     if prediction_set is not None and len(prediction_set.classes) == len(classes):
         if prediction_set.calibrated_on < prediction_set.least:
             because(
@@ -780,9 +807,35 @@ def status_of(
     borrowed = dict.fromkeys(s.modality for s in steps if s.borrowed and s.decision == "admitted")
     if borrowed:
         because("borrowed", modalities=", ".join(borrowed))
-    if reasons and reasons[0].code in ("no_class_ruled_out", "too_few_calibrated"):
+    none = ("stranger", "no_class_ruled_out", "too_few_calibrated")
+    if any(reason.code in none for reason in reasons):
         return "abstained", tuple(reasons)
     return ("caution" if reasons else "answered"), tuple(reasons)
+
+
+def novelty_reasons(novelty: NoveltyPart | None) -> list[ReasonPart]:
+    """Return why a patient who is unlike those of training needs caution, or gets no answer.
+
+    Args:
+        novelty: Null: nothing is known of it.
+    """
+    if novelty is None:
+        return []
+    reasons = []
+    code = {"strange": "stranger", "unusual": "unusual"}.get(novelty.state)
+    if code is not None:
+        furthest = sorted((p, name) for name, p in novelty.modalities.items() if p <= novelty.alarm)
+        values = {
+            "modalities": ", ".join(name for _, name in furthest) or "all of them together",
+            "as_unusual": round(novelty.p * (novelty.patients + 1)) - 1,
+            "patients": novelty.patients,
+        }
+        reasons.append(ReasonPart.model_validate({"code": code, "values": values}))
+    reasons += [
+        ReasonPart(code="never_together", values={"one": one, "other": other})
+        for one, other in novelty.apart
+    ]
+    return reasons
 
 
 def quality_parts(results: Mapping[str, GateResult]) -> dict[str, QualityPart]:

@@ -320,14 +320,15 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     other = prediction.classes[order[1]]
     possible = prediction.prediction_set
     abstained = prediction.status == "abstained"
+    strange = prediction.novelty is not None and prediction.novelty.state == "strange"
     return {
         "abstained": abstained,
-        "statement": text["cannot_tell"]
+        "statement": text["stranger" if strange else "cannot_tell"]
         if abstained
         else text[form].format_map({"class": name, "other": other}),
-        "set": _set(prediction),
-        "possible": None if possible is None else possible.classes,
-        "frequency": text[key].format_map(
+        "set": [text["stranger_set"]] if strange else _set(prediction),
+        "possible": None if possible is None or strange else possible.classes,
+        "frequency": text["stranger_number" if strange else key].format_map(
             {
                 "class": name,
                 "count": counted.count,
@@ -336,7 +337,7 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
                 "right": counted.right,
             }
         ),
-        "count": counted.count,
+        "count": None if strange else counted.count,
         "base": text["base"].format_map(
             {"class": name, "percent": percent(prediction.base_rates[chosen])}
         )

@@ -102,6 +102,8 @@ class Scores:
         calibrated_on: `(n,)` how many patients a set was calibrated on.
         subgroups: Per subgroup n levels.
         numbers: Of a regression, whose bands `classes` are; else None.
+        novel: Bool `(n, 2)`: whether a patient is unlike those of training, and so much that there
+            is no answer; None where the bundle cannot say.
     """
 
     scenario: str
@@ -120,6 +122,7 @@ class Scores:
     calibrated_on: Integers
     subgroups: Mapping[str, tuple[str, ...]]
     numbers: Numbers | None = None
+    novel: Bools | None = None
 
     def __len__(self) -> int:
         """Return n."""
@@ -150,6 +153,7 @@ class Scores:
             calibrated_on=self.calibrated_on[index],
             subgroups={name: pick(levels) for name, levels in self.subgroups.items()},
             numbers=None if self.numbers is None else self.numbers.rows(index),
+            novel=None if self.novel is None else self.novel[index],
         )
 
 
@@ -187,7 +191,8 @@ class Collector:
         Args:
             predictions: Rows of `predictions.csv`.
             facts: What else is known of each record: `points_to` by modality, `set` as class
-                indices (names of classes may hold anything), `subgroups`, `calibrated_on`.
+                indices (names of classes may hold anything), `subgroups`, `calibrated_on`, `novel`
+                (0 familiar, 1 unusual, 2 strange; -1 = the bundle cannot say).
         """
         columns = [f"prob_{c}" for c in self.classes]
         by_method: dict[str, list[Row]] = {}
@@ -212,7 +217,11 @@ class Collector:
             trusted, rejected = (set(row[key].split("+")) for key in ("trusted", "rejected"))
             numbers.append(
                 [
-                    *(self.classes.index(row["label"]), known["calibrated_on"]),
+                    *(
+                        self.classes.index(row["label"]),
+                        known["calibrated_on"],
+                        known.get("novel", -1),
+                    ),
                     *(m in trusted | rejected for m in self.modalities),
                     *(m in trusted for m in self.modalities),
                     *(known["points_to"].get(m, -1) for m in self.modalities),
@@ -227,10 +236,10 @@ class Collector:
     def scores(self) -> Scores:
         """Return what was collected."""
         k, m = len(self.classes), len(self.modalities)
-        empty = np.empty((0, 2 + 3 * m + k), dtype=np.int64)
+        empty = np.empty((0, 3 + 3 * m + k), dtype=np.int64)
         numbers = np.concatenate([empty, *self._numbers])
         facts, candidates, admitted, points_to, sets = np.split(
-            numbers, np.cumsum([2, m, m, m]), axis=1
+            numbers, np.cumsum([3, m, m, m]), axis=1
         )
         records, patients, patterns = zip(*self._ids, strict=True) if self._ids else ((), (), ())
         answered = None
@@ -257,6 +266,7 @@ class Collector:
             calibrated_on=facts[:, 1].copy(),
             subgroups={name: tuple(levels) for name, levels in self._levels.items()},
             numbers=answered,
+            novel=None if (facts[:, 2] < 0).all() else facts[:, 2:3] >= np.array([1, 2]),
         )
 
 
@@ -298,7 +308,7 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
                     scores.probabilities[other][:, 1],
                     scores.patient_ids,
                 )
-        estimates[own] |= _set_quality(scores, seed)
+        estimates[own] |= _set_quality(scores, seed) | _alarms(scores, seed)
         estimates[own] |= selection_quality(
             scores.labels,
             scores.probabilities["observed_only"].argmax(1),
@@ -360,6 +370,7 @@ def _number_estimates(
         table = np.stack([inside, numbers.high - numbers.low], 1).astype(np.float64)
         coverage, width = bootstrap_means(table, scores.patient_ids, seed=seed, resamples=resamples)
         estimates[scores.own] |= {"interval_coverage": coverage, "interval_width": width}
+    estimates[scores.own] |= _alarms(scores, seed, resamples)
     if scores.candidates.any():
         with np.errstate(invalid="ignore"):
             share = scores.admitted.sum(1) / scores.candidates.sum(1)
@@ -436,6 +447,7 @@ def _part(scores: Scores, seed: int) -> Iterator[Row]:
             resamples=resamples,
         )
         estimates[scores.own] |= _set_quality(scores, seed, resamples)
+        estimates[scores.own] |= _alarms(scores, seed, resamples)
     for method, by_metric in estimates.items():
         for metric, estimate in by_metric.items():
             yield {
@@ -447,6 +459,16 @@ def _part(scores: Scores, seed: int) -> Iterator[Row]:
                 "records": len(scores),
                 "patients": scores.patients,
             }
+
+
+def _alarms(scores: Scores, seed: int, resamples: int = 1000) -> dict[str, Estimate]:
+    """Return how many patients are unlike those of training, and too much so for an answer."""
+    if scores.novel is None:
+        return {}
+    unusual, strange = bootstrap_means(
+        scores.novel.astype(np.float64), scores.patient_ids, seed=seed, resamples=resamples
+    )
+    return {"unusual": unusual, "strange": strange}
 
 
 def _set_quality(scores: Scores, seed: int, resamples: int = 1000) -> dict[str, Estimate]:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dymo_med import novelty
 from dymo_med.backbones import BACKBONES, FusionBackbone, as_one
 from dymo_med.bundle import ModelBundle, save_bundle
 from dymo_med.data.gate import fit_norms
 from dymo_med.errors import ConfigError, Problem
-from dymo_med.references import References
+from dymo_med.novelty import Novelty
+from dymo_med.references import References, features_of, layout_of
 from dymo_med.selection import fit_statistics
 from dymo_med.training.answers import fit_answers, part
 from dymo_med.training.comparators import train_comparators
@@ -125,6 +127,7 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
         base_rates=_shares(labelled["train"], run.classes),
         comparators=comparators,
         references=answering.references,
+        novelty=_fit_novelty(run),
         use=answering.use,
         conformal=answering.conformal,
         performance=answering.performance,
@@ -136,6 +139,34 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
         for text in filter(None, [warning_of(answering.references), *warnings_of(answering.use)]):
             warn(text)
     return run.out / "bundle"
+
+
+def _fit_novelty(run: Run) -> Novelty:
+    """Return what is usual among training patients, and how unusual held-back ones are.
+
+    Labels have no part in it, so patients without one count too; of each patient the first record.
+    """
+    layout = layout_of(run.specs)
+
+    def features(*splits: Split) -> Tensor:
+        found, seen = [], set[str]()
+        for split in splits:
+            batch = run.data[split]
+            each = features_of(batch, run.specs)
+            for row, patient in enumerate(batch.patient_ids):
+                if patient not in seen:
+                    seen.add(patient)
+                    found.append(each[row])
+        return torch.stack(found)
+
+    return novelty.fit(
+        features("train"),
+        features("validation", "calibration"),
+        layout.owner,
+        layout.categories,
+        [spec.name for spec in run.specs],
+        run.plan.seed,
+    )
 
 
 def _new_networks(run: Run) -> _Networks:

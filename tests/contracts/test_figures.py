@@ -70,7 +70,9 @@ def differences(path: str, was: object, now: object) -> list[str]:
         same = math.isclose(was, now, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
         return [] if same else [f"{path}: {was} is now {now}"]
     if isinstance(was, dict) and isinstance(now, dict) and was.keys() <= now.keys():
-        return [d for k in was for d in differences(f"{path}.{k}", was[k], now[k])]
+        # A hash is of everything, of what is new too.
+        kept = [k for k in was if k != "content_sha256"]
+        return [d for k in kept for d in differences(f"{path}.{k}", was[k], now[k])]
     if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         pairs = enumerate(zip(was, now, strict=True))
         return [d for i, (a, b) in pairs for d in differences(f"{path}[{i}]", a, b)]
