@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import signal
@@ -21,6 +22,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import metadata
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
@@ -30,8 +32,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from dymo_med import __version__
-from dymo_med.errors import ConfigError, DymoMedError, Problem, out_of_memory
+from dymo_med.errors import BundleError, ConfigError, DymoMedError, Problem, out_of_memory
 from dymo_med.logs import LIBRARIES, be_verbose, heard, is_verbose
+from dymo_med.shipped import found, shipped
 
 if TYPE_CHECKING:
     from dymo_med.bundle import ModelBundle
@@ -44,7 +47,7 @@ app = typer.Typer(
     help="Predict for patients whose imaging or records are incomplete, "
     "and show what was made up and what was trusted.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # its tables cut the names of options at 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -87,8 +90,24 @@ Verbose = Annotated[
         help="Print more: every epoch, warnings of libraries, tracebacks of records that failed.",
     ),
 ]
+
+
+def _bundle(path: Path | None) -> Path | None:
+    return None if path is None else found(path, "bundle")
+
+
+def _recipe(path: Path | None) -> Path | None:
+    return None if path is None else found(path, "recipe")
+
+
 Bundle = Annotated[
-    Path, typer.Option("--bundle", "-b", help="Bundle folder that `dymo-med train` wrote.")
+    Path,
+    typer.Option(
+        "--bundle",
+        "-b",
+        callback=_bundle,
+        help="Bundle folder that `dymo-med train` wrote, or `simulated`, which is installed.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 PatientDir = Annotated[
@@ -215,11 +234,77 @@ def _left(done: int, left: int, began: float) -> str:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print name and version, and those of the rest.")
+    ] = False,
 ) -> None:
     if version:
-        out_console.print(__version__)
+        rest = ", ".join(f"{name} {number}" for name, number in _versions().items())
+        out_console.print(f"dymo-med {__version__} ({rest})")
         raise typer.Exit
+
+
+def _versions() -> dict[str, str]:
+    """Return versions of what answers rest on, without loading any of it."""
+    names = ("torch", "monai", "numpy", "SimpleITK", "pydicom", "highdicom")
+    return {"Python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+@app.command()
+def info(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle. Without one: what is installed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Tell what a bundle is for and what it needs, or what is installed."""
+    from dymo_med.files import read_json
+
+    facts: dict[str, Any] = {"dymo-med": __version__, "versions": _versions()}
+    if bundle is None:
+        facts |= {f"{kind}s": list(shipped(kind)) for kind in ("bundle", "recipe", "cohort")}
+    else:
+        place = found(bundle, "bundle")
+        try:
+            known = read_json(place / "configs" / "metadata.json")
+            keys = ("name", "version", "description", "target")
+            facts = {"bundle": str(bundle), **{key: known[key] for key in keys}}
+            facts["made_with"] = known["required_packages_version"]
+            facts["cohort"] = known["provenance"]["cohort"]
+            facts["records"] = known["provenance"]["records"]
+            facts["modalities"] = [
+                {
+                    **{key: spec[key] for key in ("name", "kind", "file")},
+                    "columns": {c["name"]: c.get("unit", "") for c in spec.get("columns", ())},
+                }
+                for spec in known["modalities"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(
+                Problem(
+                    str(bundle),
+                    "this is not a readable bundle",
+                    expected=f"a bundle folder, or one of {', '.join(shipped('bundle'))}",
+                    got=type(error).__name__,
+                    remedy="Give the bundle folder that `dymo-med train` wrote (RUN/bundle)",
+                )
+            ) from error
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return
+    for name, value in facts.items():
+        if name == "modalities":
+            for spec in value:
+                columns = ", ".join(f"{c} {u}".rstrip() for c, u in spec["columns"].items())
+                kind = f"{spec['kind']}: {columns}" if columns else spec["kind"]
+                out_console.print(escape(f"modality {spec['name']} ({spec['file']}), {kind}"))
+        else:
+            shown = value if isinstance(value, str) else None
+            if isinstance(value, Mapping):
+                shown = ", ".join(
+                    f"{k} {' or '.join(v) if isinstance(v, list) else v}" for k, v in value.items()
+                )
+            out_console.print(escape(f"{name}: {shown if shown is not None else ', '.join(value)}"))
 
 
 @app.command()
@@ -353,7 +438,11 @@ def train(
     out: Out,
     recipe: Annotated[
         Path | None,
-        typer.Argument(help="Recipe (YAML). Without one, it is chosen from the cohort."),
+        typer.Argument(
+            callback=_recipe,
+            help="Recipe (YAML), or the name of one that is installed. Without one, it is chosen"
+            " from the cohort.",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -657,7 +746,12 @@ def export(
     ] = None,
     bundle: Annotated[
         Path | None,
-        typer.Option("--bundle", "-b", help="The bundle: knows how BIDS names its modalities."),
+        typer.Option(
+            "--bundle",
+            "-b",
+            callback=_bundle,
+            help="The bundle: knows how BIDS names its modalities.",
+        ),
     ] = None,
     dicom: Dicom = False,
     fhir: Fhir = False,
@@ -948,6 +1042,11 @@ def impute(
         reporter.say(str(file))
     if not written:
         reporter.say("nothing was missing")
+
+
+# The list of commands shows whole sentences: without this, they are cut to the terminal's width.
+for _registered in app.registered_commands:
+    _registered.short_help = str(_registered.callback.__doc__).split("\n")[0]
 
 
 def main(arguments: list[str] | None = None) -> Any:

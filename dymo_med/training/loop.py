@@ -64,7 +64,7 @@ def new_weights(seed: int, network: str) -> Iterator[None]:
                 Problem(
                     f"Recipe: {network}",
                     "the network is too large for the memory of this computer",
-                    expected="sizes as in the recipes under configs/",
+                    expected="sizes as in the recipes that `dymo-med info` names",
                     remedy=f"Make what the recipe says of the {network} smaller",
                 )
             ) from error

@@ -211,3 +211,36 @@ def test_the_comparator_in_the_how_to_answers(bundle, records, tmp_path, monkeyp
     assert logits.shape == (len(records), 2) and bool(logits.isfinite().all())
     assert torch.allclose(comparator(batch.rows(torch.tensor([2])))[0], logits[2], atol=1e-5)
     comparator.loss(batch, torch.Generator()).sum().backward()
+
+
+def test_the_listener_of_the_how_to_answers(bundle_dir, tmp_path, monkeypatch):
+    pynetdicom = pytest.importorskip("pynetdicom", reason="pynetdicom is a dev extra")
+    from pydicom import dcmread
+
+    from tests import dicom_files
+    from tests.unit.test_dicom_outputs import AFFINE, head
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = code_blocks(DOCS / "how-to" / "listen-for-dicom.md", "python")
+    names = {"BUNDLE": str(bundle_dir), "PORT": 0}
+    exec(compile(code, "listen-for-dicom.md", "exec"), names)
+    try:
+        sent = dicom_files.series(tmp_path / "scan", head(), AFFINE, SeriesDescription="T1")
+        files = [dcmread(path) for path in sorted(sent.iterdir())]
+        sender = pynetdicom.AE()
+        for file in files:
+            context = (file.SOPClassUID, file.file_meta.TransferSyntaxUID)
+        sender.add_requested_context(*context)
+        association = sender.associate(*names["server"].server_address)
+        assert association.is_established
+        assert {association.send_c_store(file).Status for file in files} == {0}
+        done = tmp_path / "results" / files[0].StudyInstanceUID / "dicom"
+        answered = names["handlers"][1][1]
+        association.release()
+        for thread in list(names["server"].active_associations):
+            thread.join(60)
+        assert answered.__name__ == "answer"
+        assert dcmread(done / "sr.dcm").PatientID == files[0].PatientID
+        assert not any((tmp_path / "inbox").iterdir())
+    finally:
+        names["server"].shutdown()
