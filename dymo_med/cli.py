@@ -575,7 +575,7 @@ def predict(
     outputs = _asked(dicom=dicom, fhir=fhir, bids=bids)
     model: SegmentationBundle | ModelBundle
     if task_of(bundle) == "segmentation":
-        asked = {"--pdf": pdf, "--no-explain": no_explain, "--identify": identify and not outputs}
+        asked = {"--no-explain": no_explain, "--identify": identify and not outputs}
         _refuse("a segmentation", asked | {"--draws": draws is not None})
         model = load_segmentation_bundle(bundle, device)
         options: dict[str, Any] = {
@@ -583,6 +583,7 @@ def predict(
             "flips": flips,
             "selector": selector,
             "seed": seed,
+            "pdf": pdf,
             "treat_refused_as_missing": without_refused,
         }
     else:
@@ -620,6 +621,8 @@ def predict(
     reporter = Reporter(quiet)
     if isinstance(model, SegmentationBundle):
         _tell_segmentation(segment_patient(patient_dir, model, out, **options), out, reporter)
+        if pdf:
+            reporter.say(f"pdf: {out / 'report.pdf'}")
     else:
         _tell_prediction(predict_patient(patient_dir, model, out, **options), out, pdf, reporter)
     _export(out, outputs, patient_dir, None, identify, model.specs, reporter)
@@ -830,14 +833,19 @@ def report(
     page = out or prediction.with_name("report.html")
     if page.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter("the page's name must end in .html", param_hint="--out")
+    reporter = Reporter(quiet)
     if is_segmentation(prediction):
-        _refuse("a segmentation", {"--pdf": pdf})
-        write_segmentation_report(read_segmentation(prediction), page)
-        Reporter(quiet).say(f"report: {page}")
+        outline = read_segmentation(prediction)
+        write_segmentation_report(outline, page)
+        reporter.say(f"report: {page}")
+        if pdf:
+            from dymo_med.inference.segmentation_pdf import write_segmentation_pdf
+
+            write_segmentation_pdf(outline, page.with_suffix(".pdf"))
+            reporter.say(f"pdf: {page.with_suffix('.pdf')}")
         return
     file = read_prediction(prediction)
     write_report(file, page)
-    reporter = Reporter(quiet)
     reporter.say(f"report: {page}")
     if pdf:
         from dymo_med.inference.pdf import write_pdf

@@ -141,6 +141,7 @@ def segment_patient(
     seed: int = 0,
     treat_refused_as_missing: bool = False,
     patient_id: str | None = None,
+    pdf: bool = False,
 ) -> Segmentation:
     """Segment one patient from a folder.
 
@@ -155,6 +156,7 @@ def segment_patient(
         seed: Of whatever is random in the imputer.
         treat_refused_as_missing: Go on without what the quality gate refuses; the page says so.
         patient_id: Id of the patient, if it is not the record's.
+        pdf: Write the page as `report.pdf` too.
 
     Returns:
         The segmentation on the grid of the patient's reference scan.
@@ -166,7 +168,7 @@ def segment_patient(
     """
     written = ("prediction.json", "selection.csv", "report.html", RECOVERED, SEGMENTATION)
     maps = tuple(f"probability_{name}.nii.gz" for name in bundle.task.classes)
-    known = (*written, WIDE, *maps, *EXPORTED)
+    known = (*written, "report.pdf", WIDE, *maps, *EXPORTED)
     if out is not None:
         check_replaceable(out, SEGMENTATION, known)
     method = selector or bundle.selector
@@ -197,6 +199,10 @@ def segment_patient(
             file = segmentation_file(bundle, segmented, answer, folder, files, made, options, seed)
             write_text(folder / "prediction.json", file.to_text())
             write_segmentation_report(file, folder / "report.html")
+            if pdf:
+                from dymo_med.inference.segmentation_pdf import write_segmentation_pdf
+
+                write_segmentation_pdf(file, folder / "report.pdf")
             write_csv(
                 folder / "selection.csv", STEP_COLUMNS, [step.model_dump() for step in file.steps]
             )

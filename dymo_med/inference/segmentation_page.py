@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dymo_med import __version__
 from dymo_med.errors import Problem
@@ -28,31 +29,39 @@ def write_segmentation_report(file: SegmentationFile, path: Path) -> None:
 
 def render_segmentation(file: SegmentationFile) -> str:
     """Return the page of a segmentation."""
-    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS]
-    states = [
-        *((name, "observed") for name in file.observed),
-        *((name, "trusted") for name in file.trusted),
-        *((name, "rejected") for name in file.rejected),
-        *((name, "absent") for name in file.absent),
-    ]
-    content = hashlib.sha256(file.to_text().encode()).hexdigest()
     page = environment().get_template("segmentation.html.j2")
-    shown = {**file.model_dump(), "content_sha256": content}
+    return guarded(page.render(view(file)))
+
+
+def view(file: SegmentationFile) -> dict[str, Any]:
+    """Return what the page and the PDF show, in the order of their sections.
+
+    Args:
+        file: All that is known.
+    """
     intervals = [r.interval for r in file.regions if r.interval is not None]
-    return guarded(
-        page.render(
-            p=shown,
-            colours=colours,
-            states=states,
-            reasons=[reason_sentence(reason) for reason in file.status_reasons],
-            promised=bool(intervals),
-            coverage=intervals[0].coverage if intervals else 0.0,
-            wide=any(r.wide is not None for r in file.regions),
-            basis=_basis(file),
-            performance=_performance(file),
-            written=[*file.files.items(), *file.recovered_files.items()],
-        )
-    )
+    return {
+        "p": {**file.model_dump(), "content_sha256": content_of(file)},
+        "colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS],
+        "states": [
+            *((name, "observed") for name in file.observed),
+            *((name, "trusted") for name in file.trusted),
+            *((name, "rejected") for name in file.rejected),
+            *((name, "absent") for name in file.absent),
+        ],
+        "reasons": [reason_sentence(reason) for reason in file.status_reasons],
+        "promised": bool(intervals),
+        "coverage": intervals[0].coverage if intervals else 0.0,
+        "wide": any(r.wide is not None for r in file.regions),
+        "basis": _basis(file),
+        "performance": _performance(file),
+        "written": [*file.files.items(), *file.recovered_files.items()],
+    }
+
+
+def content_of(file: SegmentationFile) -> str:
+    """Return the SHA-256 of the file's text."""
+    return hashlib.sha256(file.to_text().encode()).hexdigest()
 
 
 def _basis(file: SegmentationFile) -> list[str]:
@@ -103,6 +112,17 @@ def audit_pages(folder: Path) -> Iterator[Problem]:
     expected = {"selection.csv": csv_text(STEP_COLUMNS, [step.model_dump() for step in file.steps])}
     if file.versions.get("dymo_med") == __version__:  # others word and lay out pages differently
         expected["report.html"] = render_segmentation(file)
+    pdf = folder / "report.pdf"
+    if pdf.is_file():
+        from dymo_med.inference.segmentation_pdf import audit_segmentation_pdf
+
+        if not audit_segmentation_pdf(file, pdf.read_bytes()):
+            yield Problem(
+                str(pdf),
+                "the file is not what prediction.json says",
+                expected="the same bytes that the command would write",
+                remedy="`dymo-med report --pdf` makes it again",
+            )
     for name, text in expected.items():
         path = folder / name
         if not path.is_file() or path.read_bytes() != text.encode():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pypdf import PdfReader
 
 from dymo_med.backbones import SharedUNet
 from dymo_med.backbones.shared_unet import ModalityOutput
@@ -35,6 +36,7 @@ from dymo_med.inference.segment import (
 from dymo_med.inference.segment_evaluate import evaluate_segmentation, hd95, outcome_of
 from dymo_med.inference.segmentation_file import WIDE, read_segmentation
 from dymo_med.inference.segmentation_page import render_segmentation
+from dymo_med.inference.segmentation_pdf import render_segmentation_pdf
 from dymo_med.outline import segment_record
 from dymo_med.outline_bounds import LEVELS, OutlineBounds, Overlap, Threshold
 from dymo_med.types import Norms
@@ -412,7 +414,7 @@ def test_the_commands(
     assert run(["check", out]) == 0 and run(["check", segmentation_dir]) == 0
     assert run(["check", patient, "--against", segmentation_dir]) == 0
     capsys.readouterr()
-    for extra in (["--pdf"], ["--no-explain"], ["--identify"], ["--draws", 20]):
+    for extra in (["--no-explain"], ["--identify"], ["--draws", 20]):
         assert run(["predict", "-i", patient, "-b", segmentation_dir, "-o", out, *extra]) == 2
         assert f"{extra[0]}: the bundle is for a segmentation" in capsys.readouterr().err
     assert run(["impute", "-i", patient, "-b", segmentation_dir, "-o", out, "--identify"]) == 2
@@ -535,3 +537,21 @@ def test_a_trained_bundle_keeps_its_promises_and_older_ones_have_none(
     assert bundle.bounds.to_dict() == {k: stored[k] for k in ("volumes", "thresholds", "overlap")}
     groups = bundle.bounds.overlap["observed_only"]
     assert set(bundle.bounds.overlap) == set(bundle.trust.selectors) and len(groups) == 16
+
+
+def test_the_page_on_paper(bundle, patient, tmp_path):
+    out = tmp_path / "out"
+    pattern = "+".join(s.name for s in bundle.specs if (patient / s.file).exists())
+    segment_patient(patient, promising(bundle, [pattern]), out, pdf=True)
+    file = read_segmentation(out / "prediction.json")
+    content = (out / "report.pdf").read_bytes()
+    assert content == render_segmentation_pdf(file)  # from prediction.json alone
+    sheets = PdfReader(io.BytesIO(content))
+    said = " ".join(" ".join(page.extract_text() for page in sheets.pages).split())
+    assert file.record_id in said and "answered with caution" in said and "Wide outline" in said
+    for region in file.regions:
+        assert f"{region.volume_ml:.1f} mL" in said and f"{region.interval.high_ml:.1f} mL" in said
+    assert sum(len(page.images) for page in sheets.pages) >= 3 * len(file.scans)
+    assert check(out).exit_code == 0
+    (out / "report.pdf").write_bytes(content.replace(b"/Title", b"/Tit1e", 1))
+    assert any("report.pdf" in problem.where for problem in check(out).problems)
