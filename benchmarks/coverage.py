@@ -37,6 +37,7 @@ from dymo_med.config import Strict
 from dymo_med.conformal import COVERAGE, Conformal
 from dymo_med.imputers import Imputer
 from dymo_med.selection import SELECTORS, fit_statistics
+from dymo_med.tasks import PLAIN, Regression
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.held_back import only, try_out
 from dymo_med.training.objectives import encode_all, sampled_subsets, subset_logits
@@ -104,7 +105,8 @@ class World:
     def __init__(self, modalities: int, *, regression: bool = False, telling: bool = False) -> None:
         self.names = tuple("abcdef"[:modalities])
         self.specs = tuple(ModalitySpec(n, "tokens", n, (1, K)) for n in self.names)
-        self.scale = SCALE if regression else None
+        self.task = Regression.of("y", SCALE) if regression else PLAIN
+        self.scale = self.task.scale
         self.telling = telling
         self.backbone = Evidence(self.specs, K, Strict()).eval()
         self.imputer = Guess(self.specs, Strict()).eval()
@@ -170,7 +172,7 @@ class World:
         )
         selectors = {name: SELECTORS[name]() for name in METHODS}
         answers = held_out(selectors, cases, self.statistics, patients)
-        return selectors, choose(answers, cases, patients, self.scale).name, temperature
+        return selectors, choose(answers, cases, patients, self.task).name, temperature
 
     def bounds(
         self, selector: Any, temperature: float, patients: int, g: torch.Generator, seed: int
@@ -187,7 +189,7 @@ class World:
             self.draw(patients, g),
             seed,
             CPU,
-            self.scale,
+            self.task,
         )
         return tested.conformal(), calibration
 

@@ -51,6 +51,7 @@ from dymo_med.data.patient import read_record
 from dymo_med.data.truth import TRUTH, read_truth
 from dymo_med.references import features_of, under
 from dymo_med.references.mixed import mixed_logits
+from dymo_med.tasks import PLAIN
 from dymo_med.training.answers import part
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
@@ -217,7 +218,7 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
     labelled = with_labels(data)
     weights = record_weights(labelled["train"])
     began = time.process_time()
-    references = train_references(specs, classes, None, data["train"], labelled, weights, seed)
+    references = train_references(specs, classes, PLAIN, data["train"], labelled, weights, seed)
     seconds.setdefault("references", []).append(time.process_time() - began)
     test, held = labelled["test"], labelled["calibration"]
     masks = scenarios(specs, test.observed.available, seed)
@@ -250,7 +251,7 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
                     Held(b, features_of(b, specs), encode_all(network, b, CPU), temperature)
                     for b in (labelled["validation"], held)
                 ]
-                chosen = weigh(references, both, None, seed)
+                chosen = weigh(references, both, PLAIN, seed)
                 print(f"seed {seed}: {chosen.why}", flush=True)
             for scenario, mask in masks.items():
                 rows = mask.any(1).nonzero().squeeze(1)

@@ -56,7 +56,8 @@ from dymo_med.imputers import Imputer
 from dymo_med.outline_bounds import MISSED, OutlineBounds
 from dymo_med.registry import nearest
 from dymo_med.selection import Selector
-from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics, Task
+from dymo_med.tasks import Segmentation
+from dymo_med.types import Choice, MaskSpec, ModalitySpec, Norms, SubsetStatistics
 
 _READOUT = tuple(f.name for f in fields(Readout))
 
@@ -112,7 +113,7 @@ class SegmentationBundle:
 
     name: str
     description: str
-    task: Task
+    task: Segmentation
     specs: tuple[ModalitySpec, ...]
     missing_values: tuple[str, ...]
     network: SharedUNet
@@ -128,8 +129,6 @@ class SegmentationBundle:
     @property
     def mask(self) -> MaskSpec:
         """Labels and regions."""
-        if self.task.mask is None:
-            raise ValueError("The task of a segmentation bundle has a mask.")
         return self.task.mask
 
     @property
@@ -175,8 +174,7 @@ class SegmentationBundle:
         with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
             for name in parts:
                 (work / name).mkdir()
-            about = f"{self.task.type}: {', '.join(self.task.classes)}"
-            write_json(work / "configs" / "metadata.json", metadata_of(self, about))
+            write_json(work / "configs" / "metadata.json", metadata_of(self))
             write_json(work / "configs" / "inference.json", self._inference())
             if self.norms is not None:
                 write_json(work / "configs" / "quality.json", asdict(self.norms))
@@ -306,12 +304,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
         metadata = read_part(path, "configs/metadata.json")
         inference = read_part(path, "configs/inference.json")
         target = metadata["target"]
-        task = Task(
-            "segmentation",
-            target["target"],
-            tuple(target["classes"]),
-            mask=MaskSpec.from_dict(target["mask"]),
-        )
+        task = Segmentation.from_dict(target)
         check_place(f"{path}: configs/metadata.json: mask", target["mask"]["file"])
         check_windows(path, inference["window"], float(inference["overlap"]))
         specs = read_specs(path, metadata["modalities"])

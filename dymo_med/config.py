@@ -217,72 +217,16 @@ class Recipe(Strict):
         return [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
-class TaskEntry(Strict):
-    """`task:` of a cohort description.
+class TaskEntry(BaseModel):
+    """`task:` of a cohort description; its other keys are checked by the task itself.
 
     Attributes:
-        type: `classification` (with `target` and `classes`), `regression` (with `target` and
-            `range`) or `segmentation` (with `file`, `labels` and `regions`).
-        target: Column of the labels file.
-        classes: Its values.
-        range: Lowest and highest value of a regression's target.
-        bands: How many bands a regression's networks think in, evenly spread, or the bands'
-            centres.
-        unit: Of a regression's target, for people.
-        file: File of a segmentation's mask inside the patient directory.
-        labels: Every number that a mask may hold besides 0.
-        regions: Labels of each region, by name; outer regions before those within them.
+        type: Name of the task.
     """
 
-    type: Literal["classification", "regression", "segmentation"]
-    target: str = ""
-    classes: list[str] = []
-    range: list[Annotated[float, Field(allow_inf_nan=False)]] = []
-    bands: Annotated[int, Field(ge=2, le=50)] | list[float] = 7
-    unit: str = ""
-    file: str = ""
-    labels: list[Annotated[int, Field(ge=1, le=255)]] = []
-    regions: dict[str, Annotated[list[int], Field(min_length=1)]] = {}
+    model_config = ConfigDict(extra="allow", frozen=True)
 
-    @model_validator(mode="after")
-    def _whole(self) -> TaskEntry:
-        keys_of = {
-            "classification": ("target", "classes"),
-            "regression": ("target", "range", "bands", "unit"),
-            "segmentation": ("file", "labels", "regions"),
-        }
-        mine = keys_of[self.type]
-        for keys in keys_of.values():
-            for key in keys:
-                if key in mine and not getattr(self, key) and key != "unit":
-                    raise ValueError(f"a task of type {self.type} needs the key {key}")
-                if key not in mine and key in self.model_fields_set:
-                    raise ValueError(f"a task of type {self.type} has no key {key}")
-        if self.type == "classification" and len(self.classes) < 2:
-            raise ValueError("classes must have at least two entries")
-        if self.type == "regression":
-            if len(self.range) != 2 or not self.range[0] < self.range[1]:
-                raise ValueError("range must be [lowest, highest]")
-            bands = self.bands
-            if isinstance(bands, list) and (
-                len(bands) < 2 or bands != sorted(set(bands)) or [bands[0], bands[-1]] != self.range
-            ):
-                raise ValueError("bands must rise from the lowest value of range to the highest")
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: a label occurs twice")
-        for name, labels in self.regions.items():
-            if not _REGION.fullmatch(name):
-                raise ValueError("regions: a name must be letters, digits, - or _")
-            if not set(labels) <= set(self.labels) or len(set(labels)) != len(labels):
-                raise ValueError(f"regions: {name} must list some of the labels, each once")
-        of_region = [set(labels) for labels in self.regions.values()]
-        for i, (name, own) in enumerate(zip(self.regions, of_region, strict=True)):
-            later = of_region[i + 1 :]
-            if any(not (other <= own or other.isdisjoint(own)) for other in later):
-                raise ValueError("regions must lie within each other, outer ones first, or apart")
-            if len(own.difference(*later)) != 1:
-                raise ValueError(f"regions: {name} must have one label that no later region has")
-        return self
+    type: str
 
 
 class SubgroupEntry(Strict):

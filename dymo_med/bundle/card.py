@@ -5,13 +5,14 @@ from __future__ import annotations
 from dymo_med.bundle.model import ModelBundle
 from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
 from dymo_med.references import References
-from dymo_med.types import Interval, Scale, Use
+from dymo_med.tasks import OverClasses
+from dymo_med.types import Interval, Use
 
 
-def references_card(references: References, scale: Scale | None) -> str:
+def references_card(references: References, task: OverClasses) -> str:
     """Return what a model card says of references."""
     rows = "".join(f"| {name} | {loss:.3f} |\n" for name, loss in references.losses.items())
-    key = "log-loss" if scale is None else "mean absolute error"
+    key = task.error_name
     text = f"""
 Plain references (no network; a few lines of scikit-learn on cells and measurements of scans),
 trained on the same patients. {references.why}
@@ -29,7 +30,7 @@ beyond chance.
 {rows}"""
 
 
-def use_card(use: Use, scale: Scale | None) -> str:
+def use_card(use: Use, task: OverClasses) -> str:
     """Return what a model card says of which modalities are used."""
 
     def number(one: float | None) -> str:
@@ -45,7 +46,7 @@ def use_card(use: Use, scale: Scale | None) -> str:
         f" {shown(r.loss)} | {number(r.p)} | {shown(r.alone)} | {shown(r.reference)} |\n"
         for r in use.rows
     )
-    key = "log-loss" if scale is None else "mean absolute error"
+    key = task.error_name
     return f"""
 Use audit: contents are exchanged between held-back patients who have the same modalities
 ({use.patients} patients, {use.permutations} permutations; 95 % intervals). Unused: answers change
@@ -86,22 +87,17 @@ def model_card(bundle: ModelBundle) -> str:
     rates = ", ".join(
         f"{c} {r:.1%}" for c, r in zip(bundle.task.classes, bundle.base_rates, strict=True)
     )
-    scale = bundle.task.scale
-    judged = ("MAE", "mae") if scale is not None else ("log-loss", "log_loss")
+    judged = bundle.task.error_short, bundle.task.error_key
     selectors = "\n".join(
         f"| {name} | {r[judged[1]]:.3f} | {r['accuracy']:.1%} | {r['spoilt']:.1%} |"
         f" {r['rescued']:.1%} |"
         for name, r in bundle.choice.results.items()
     )
-    predicts = ", ".join(bundle.task.classes)
-    if scale is not None:
-        unit = f" {scale.unit}" if scale.unit else ""
-        predicts = (
-            f"a number from {scale.low:g} to {scale.high:g}{unit}, as the mean over these"
-            f" bands, which below count as classes: {predicts}"
-        )
-    references = "" if bundle.references is None else references_card(bundle.references, scale)
-    references += "" if bundle.use is None else use_card(bundle.use, scale)
+    predicts = bundle.task.predicts
+    references = (
+        "" if bundle.references is None else references_card(bundle.references, bundle.task)
+    )
+    references += "" if bundle.use is None else use_card(bundle.use, bundle.task)
     comparators = "".join(
         f"| {name} | {c.validation[judged[1]]:.3f} | {c.temperature:.3f} |\n"
         for name, c in bundle.comparators.items()

@@ -21,6 +21,7 @@ from torch.nn.modules import module as registration
 from dymo_med import limits
 from dymo_med.errors import BundleError, Problem
 from dymo_med.modalities.image import plain_name
+from dymo_med.tasks import TASKS
 from dymo_med.types import ModalitySpec
 
 _AGAIN = "Copy the bundle again from where it was made"
@@ -56,8 +57,8 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     "models/references.safetensors": None,
     "models/novelty.safetensors": None,
 }
-_TARGET = ("type", "target", "classes", "scale", "mask")
-_INNER = {"scale": ("low", "high", "centers", "unit"), "mask": ("file", "labels", "regions")}
+_INNER = {key: inner for task in TASKS.values() for key, inner in task.stored.items()}
+_TARGET = ("type", "target", "classes", *_INNER)
 _MOST_FILES = 1000
 LARGEST_CONFIG_BYTES = 2**26
 """Of a file of a bundle that is read as text."""

@@ -20,6 +20,7 @@ from dymo_med.novelty import Novelty
 from dymo_med.references import References, answering
 from dymo_med.registry import nearest
 from dymo_med.selection import Selector
+from dymo_med.tasks import OverClasses
 from dymo_med.types import (
     Batch,
     Choice,
@@ -29,7 +30,6 @@ from dymo_med.types import (
     Performance,
     Recovery,
     SubsetStatistics,
-    Task,
     Use,
 )
 
@@ -71,7 +71,7 @@ class ModelBundle:
 
     name: str
     description: str
-    task: Task
+    task: OverClasses
     specs: tuple[ModalitySpec, ...]
     missing_values: tuple[str, ...]
     imputer: Imputer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from dymo_med.errors import BundleError, Problem
 from dymo_med.modalities import MODALITIES
 from dymo_med.novelty import Novelty, from_tensors
 from dymo_med.references import REFERENCES, FittedReference, Reference, References, layout_of
+from dymo_med.tasks import OverClasses, answered, task_from
 from dymo_med.types import (
     Choice,
     Interval,
@@ -41,8 +42,6 @@ from dymo_med.types import (
     Norms,
     Performance,
     PerformanceRow,
-    Scale,
-    Task,
     Use,
     UseRow,
 )
@@ -78,12 +77,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
     try:
         metadata = read_part(path, "configs/metadata.json")
         inference = read_part(path, "configs/inference.json")
-        task = Task(
-            metadata["target"]["type"],
-            metadata["target"]["target"],
-            tuple(metadata["target"]["classes"]),
-            _scale(metadata["target"].get("scale")),
-        )
+        task = answered(task_from(metadata["target"]))
         specs = read_specs(path, metadata["modalities"])
         for spec in specs:
             _ = MODALITIES[spec.kind]
@@ -154,14 +148,6 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
     return replace(bundle, statistics=statistics.to(where), device=where)
 
 
-def _scale(stored: Mapping[str, Any] | None) -> Scale | None:
-    """Return the scale of a regression."""
-    if stored is None:
-        return None
-    centers = tuple(float(c) for c in stored["centers"])
-    return Scale(float(stored["low"]), float(stored["high"]), centers, str(stored["unit"]))
-
-
 def _shares(numbers: Sequence[Any], classes: int) -> bool:
     """Return whether these are the shares of so many classes."""
     return (
@@ -171,7 +157,9 @@ def _shares(numbers: Sequence[Any], classes: int) -> bool:
     )
 
 
-def _load_calibration(path: Path, temperature: float, task: Task, choice: Choice) -> Calibration:
+def _load_calibration(
+    path: Path, temperature: float, task: OverClasses, choice: Choice
+) -> Calibration:
     """Return how a bundle turns logits into probabilities.
 
     One made before patients were counted fitted everything on its calibration patients: their
@@ -179,7 +167,7 @@ def _load_calibration(path: Path, temperature: float, task: Task, choice: Choice
     """
     if not (path / "configs" / "calibration.json").is_file():
         n = choice.patients
-        return Calibration(temperature, n, n if task.scale is None else None)
+        return Calibration(temperature, n, n if task.calibrated else None)
     stored = read_part(path, "configs/calibration.json")
     return Calibration(
         temperature,
@@ -323,7 +311,9 @@ def _load_novelty(path: Path, specs: Sequence[ModalitySpec]) -> Novelty | None:
         raise ValueError("a covariance that is not positive definite") from error
 
 
-def _load_references(path: Path, specs: Sequence[ModalitySpec], task: Task) -> References | None:
+def _load_references(
+    path: Path, specs: Sequence[ModalitySpec], task: OverClasses
+) -> References | None:
     """Return the references of a bundle; None where it holds none.
 
     Raises:

@@ -76,12 +76,11 @@ class Described(Protocol):
         """Where it comes from."""
 
 
-def metadata_of(bundle: Described, about: str) -> dict[str, Any]:
+def metadata_of(bundle: Described) -> dict[str, Any]:
     """Return `metadata.json`, with the keys that MONAI bundles must have.
 
     Args:
         bundle: Of any task.
-        about: The task in words.
     """
     versions = bundle.provenance["versions"]
     return {
@@ -92,7 +91,7 @@ def metadata_of(bundle: Described, about: str) -> dict[str, Any]:
         "pytorch_version": str(versions["torch"]),
         "numpy_version": str(versions["numpy"]),
         "required_packages_version": {"dymo-med": bundle.version},
-        "task": about,
+        "task": bundle.task.about,
         "description": bundle.description,
         "authors": "see provenance",
         "copyright": "see docs/README.md",
@@ -129,8 +128,7 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> str:
     with complete_folder(folder, "checksums.json", (*parts, "checksums.json")) as work:
         for name in parts:
             (work / name).mkdir()
-        about = f"{bundle.task.type}: {bundle.task.target}"
-        write_json(work / "configs" / "metadata.json", metadata_of(bundle, about))
+        write_json(work / "configs" / "metadata.json", metadata_of(bundle))
         write_json(work / "configs" / "inference.json", _inference(bundle))
         write_json(work / "configs" / "selectors.json", _selectors(bundle))
         write_json(work / "configs" / "calibration.json", _calibration(bundle))

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dymo_med.types import Batch, ModalityMask, ModalitySpec, Scale
+from dymo_med.tasks import PLAIN, OverClasses
+from dymo_med.types import Batch, ModalityMask, ModalitySpec
 
 # Logits `(R, K)` and what is true of the same rows (`Batch.truth`) to the loss of each `(R,)`.
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -85,13 +86,13 @@ class Comparator(nn.Module, ABC):
         """
         return {"": self}
 
-    def finish(self, batch: Batch, weights: Tensor, scale: Scale | None = None) -> None:
+    def finish(self, batch: Batch, weights: Tensor, task: OverClasses = PLAIN) -> None:
         """Fit what is left to fit once all parts are trained; nothing unless overridden.
 
         Args:
             batch: Labelled validation records, on the CPU.
             weights: `(B,)`, by which every patient counts the same.
-            scale: Of a regression.
+            task: What is predicted.
         """
 
 

@@ -8,12 +8,11 @@ from typing import cast
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dymo_med.comparators.base import Comparator, narrowed
 from dymo_med.comparators.embedding import Embedding, Sizes
-from dymo_med.survival import log_likelihood
-from dymo_med.types import Batch, ModalitySpec, Scale
+from dymo_med.tasks import PLAIN, OverClasses
+from dymo_med.types import Batch, ModalitySpec
 
 # Records that are answered at once while modalities are ranked.
 _CHUNK = 64
@@ -92,7 +91,7 @@ class Unimodal(Comparator):
         return self.log_loss.argsort(stable=True)
 
     @torch.no_grad()
-    def finish(self, batch: Batch, weights: Tensor, scale: Scale | None = None) -> None:
+    def finish(self, batch: Batch, weights: Tensor, task: OverClasses = PLAIN) -> None:
         """See `Comparator.finish`: ranks modalities by validation log-loss, or absolute error."""
         where = self.log_loss.device
         for m, network in enumerate(self.parts().values()):
@@ -105,13 +104,7 @@ class Unimodal(Comparator):
             for chunk in known.split(_CHUNK):
                 part = found.rows(chunk)
                 logits = network(part.to(where)).double().cpu()
-                if scale is None and part.shares is not None:
-                    losses.append(-log_likelihood(logits.log_softmax(-1), part.shares))
-                elif scale is None:
-                    losses.append(F.cross_entropy(logits, part.labels, reduction="none"))
-                else:
-                    answers = scale.value(logits.softmax(-1))
-                    losses.append((answers - scale.value(part.truth.double())).abs())
+                losses.append(task.judged(logits, part.labels, part.shares))
             w = weights[rows[known]].double()
             self.log_loss[m] = float((torch.cat(losses) * w).sum() / w.sum())
 

@@ -18,20 +18,18 @@ from dymo_med.data import bids
 from dymo_med.data.gate import Limits
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.modalities import MODALITIES
-from dymo_med.modalities.cells import as_code
-from dymo_med.modalities.image import plain_name
 from dymo_med.registry import nearest
+from dymo_med.tasks import TASKS
 from dymo_med.text import comparable
 from dymo_med.types import (
     SPLITS,
     Cohort,
     CohortRecord,
-    MaskSpec,
     ModalitySpec,
     PatientRecord,
-    Scale,
     Split,
     Subgroup,
+    Target,
     Task,
 )
 
@@ -147,15 +145,8 @@ def survey_cohort(path: Path) -> tuple[Cohort, tuple[Problem, ...]]:
     entry = document.parse(CohortFile)
     problems: list[Problem] = []
     specs = _read_specs(document, entry, problems)
-    if entry.task.type == "segmentation":
-        _require_one_grid(document, entry, specs, problems)
-    if len(set(entry.task.classes)) != len(entry.task.classes):
-        where = document.where(("task", "classes"))
-        raise ConfigError(
-            *problems,
-            Problem(where, "a class occurs twice", "each class once", remedy="Remove one of them"),
-        )
-    task = _task(document, entry)
+    task = _task(document, entry, problems)
+    problems.extend(task.misfits(specs, document.where))
     missing_values = tuple(entry.missing_values)
     if entry.layout == "bids" and bids.BLANK not in missing_values:
         missing_values = (*missing_values, bids.BLANK)
@@ -167,6 +158,9 @@ def survey_cohort(path: Path) -> tuple[Cohort, tuple[Problem, ...]]:
         problems.extend(error.problems)
     records = _read_records(file.parent, entry, task, subgroups, blank, problems)
     splits = _read_splits(file.parent / entry.splits, _patient_column(entry), records, problems)
+    fitting = [r for r in records if splits.get(r.patient_id) == "train"]
+    task = task.fitted(fitting)
+    records = tuple(map(task.again, records))
     cohort = Cohort(
         name=entry.name,
         root=file.parent,
@@ -181,36 +175,42 @@ def survey_cohort(path: Path) -> tuple[Cohort, tuple[Problem, ...]]:
     return cohort, tuple(problems)
 
 
-def _task(document: Document, entry: CohortFile) -> Task:
+def _task(document: Document, entry: CohortFile, problems: Sequence[Problem]) -> Task:
     """Return what is predicted.
 
+    Args:
+        document: The description.
+        entry: What it says.
+        problems: What was wrong before.
+
     Raises:
-        ConfigError: If bands cannot be told apart.
+        ConfigError: If there is no such task, or it cannot be.
     """
-    task = entry.task
-    if task.type == "classification":
-        return Task(task.type, task.target, tuple(task.classes))
-    if task.type == "segmentation":
-        regions = {name: tuple(labels) for name, labels in task.regions.items()}
-        mask = MaskSpec(task.file, tuple(task.labels), regions)
-        return Task(task.type, task.file, tuple(regions), mask=mask)
-    low, high = task.range
-    centers = task.bands
-    if isinstance(centers, int):
-        # Exact at both ends, and free of rounding where the step is a short number.
-        centers = [low + (high - low) * k / (centers - 1) for k in range(centers)]
-    try:
-        scale = Scale(low, high, tuple(centers), task.unit)
-    except ValueError as error:
+
+    def where(key: str) -> str:
+        return document.where(("task", key))
+
+    name = entry.task.type
+    if name not in TASKS:
         raise ConfigError(
+            *problems,
             Problem(
-                document.where(("task", "bands")),
-                str(error)[:-1],
-                expected="centres that can be told apart",
-                remedy="Name fewer bands, or a wider range",
-            )
-        ) from None
-    return Task(task.type, task.target, scale.names, scale)
+                where("type"),
+                f"there is no task '{name:.40}'",
+                expected=" or ".join(TASKS),
+                remedy=nearest(name, list(TASKS)),
+            ),
+        )
+    kind = TASKS[name]
+    try:
+        return kind.from_entry(
+            document.parse_part(
+                {"type": name, **(entry.task.model_extra or {})}, kind.Entry, ("task",)
+            ),
+            where,
+        )
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
 
 
 def level(
@@ -316,55 +316,6 @@ def _refuse_booleans(document: Document) -> None:
                 "a class is not text: YAML reads yes, no, on, off as booleans and 0 as a number",
                 expected="text",
                 remedy='Quote the classes, for example classes: ["no", "yes"]',
-            )
-        )
-
-
-def _require_one_grid(
-    document: Document,
-    entry: CohortFile,
-    specs: Sequence[ModalitySpec],
-    problems: list[Problem],
-) -> None:
-    """Check what a segmentation needs: volumes on one grid, and a usable name of the mask."""
-    for spec in specs:
-        where = document.where(("modalities", spec.name))
-        if len(spec.shape) != 4:
-            problems.append(
-                Problem(
-                    where,
-                    "a segmentation looks at volumes only",
-                    expected="kind: image, dims: 3",
-                    remedy="Take the modality out of this description",
-                )
-            )
-        elif (spec.shape, spec.spacing_mm) != (specs[0].shape, specs[0].spacing_mm):
-            problems.append(
-                Problem(
-                    where,
-                    "the scans of a segmentation must lie on one grid",
-                    expected=f"size and spacing_mm of {specs[0].name}",
-                    remedy="Give all of them the same",
-                )
-            )
-    try:
-        plain_name(entry.task.file)
-    except ValueError as error:
-        problems.append(
-            Problem(
-                document.where(("task", "file")),
-                str(error),
-                expected="for example seg.nii.gz",
-                remedy="Name the file as it is called in each patient directory",
-            )
-        )
-    if not entry.task.file.endswith((".nii", ".nii.gz")):
-        problems.append(
-            Problem(
-                document.where(("task", "file")),
-                "a mask must be NIfTI",
-                expected="name.nii.gz",
-                remedy="Convert the masks",
             )
         )
 
@@ -524,14 +475,13 @@ def _read_records(
     from_labels = [s for s in subgroups if s.modality is None]
     unnamed = entry.layout == "patients" and "labels" not in entry.model_fields_set
     # The mask is the label; only visits of one patient and subgroups need a table.
-    if task.mask is not None and unnamed and not from_labels and not path.exists():
+    if task.files and unnamed and not from_labels and not path.exists():
         return _folders(root, entry, problems)
     patient_column = _patient_column(entry)
     records: list[CohortRecord] = []
     unknown: dict[tuple[str, str], tuple[int, list[Problem]]] = {}
     seen: dict[str, int] = {}
-    targets = (task.target,) if task.mask is None else ()
-    needed = dict.fromkeys((patient_column, *targets, *(s.column for s in from_labels)))
+    needed = dict.fromkeys((patient_column, *task.columns, *(s.column for s in from_labels)))
     for line in _read_lines(path, tuple(needed), problems):
         where = f"{path}:{line.number}"
         visits = _visits(root, entry, line.cells, where, problems)
@@ -551,17 +501,14 @@ def _read_records(
         seen.update((record_id, line.number) for record_id, _ in visits)
         if not visits:
             continue
-        label = value = None
-        target = line.cells[task.target] if targets else ""
-        if target not in blank:
-            found = _answer(target, task, f"{where} {task.target}")
-            if isinstance(found, Problem):
-                _, others = unknown.setdefault((found.what, found.remedy), (len(problems), []))
-                if not others:
-                    problems.append(found)
-                others.append(found)
-                continue
-            label, value = found
+        found = task.read({c: line.cells[c] for c in task.columns}, blank, where)
+        if isinstance(found, Problem):
+            _, others = unknown.setdefault((found.what, found.remedy), (len(problems), []))
+            if not others:
+                problems.append(found)
+            others.append(found)
+            continue
+        target = found or Target(None)
         cells = {s.name: line.cells[s.column] for s in from_labels}
         cells = {name: cell for name, cell in cells.items() if cell not in blank}
         for subgroup in from_labels:
@@ -585,7 +532,18 @@ def _read_records(
                     )
                 )
             patient_id = line.cells[patient_column]
-            records.append(CohortRecord(record_id, patient_id, folder, label, cells, root, value))
+            records.append(
+                CohortRecord(
+                    record_id,
+                    patient_id,
+                    folder,
+                    target.label,
+                    cells,
+                    root,
+                    target.value,
+                    target.event,
+                )
+            )
     for place, alike in unknown.values():
         problems[place] = _together(alike)
     return tuple(records)
@@ -626,33 +584,6 @@ def _together(alike: Sequence[Problem]) -> Problem:
     if len(alike) == 1:
         return alike[0]
     return replace(alike[0], got=f"the same in {len(alike)} rows")
-
-
-def _answer(text: str, task: Task, where: str) -> tuple[int, float | None] | Problem:
-    """Return the class of a target's cell, and its number, or what is wrong with it."""
-    if task.scale is None:
-        classes = [as_code(name) for name in task.classes]
-        if as_code(text) in classes:
-            return classes.index(as_code(text)), None
-        remedy = f"{nearest(text, list(task.classes))}. Leave it blank if it is not known"
-        if _is_number(text):
-            codes = ", ".join(f'"{k}"' for k in range(len(classes)))
-            remedy = (
-                "Write the classes in place of numbers, or declare the numbers as classes in"
-                f" cohort.yaml, for example classes: [{codes}]"
-            )
-        expected = " or ".join(task.classes)
-        return Problem(where, "the class is not known", expected=expected, remedy=remedy)
-    scale = task.scale
-    expected = f"a number from {scale.low:g} to {scale.high:g} {scale.unit}".rstrip()
-    if not _is_number(text):
-        remedy = "Leave it blank if it is not known"
-        return Problem(where, "the cell is not a number", expected, remedy=remedy)
-    value = float(text)
-    if not scale.low <= value <= scale.high:
-        remedy = "Check the value, or widen range in cohort.yaml"
-        return Problem(where, "the number is outside the declared range", expected, remedy=remedy)
-    return scale.band(value), value
 
 
 def _is_number(text: str) -> bool:

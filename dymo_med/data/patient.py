@@ -90,7 +90,7 @@ def examine_record(
         norms=norms,
         root=entry.root,
     )
-    return replace(found, record=replace(found.record, value=entry.value))
+    return replace(found, record=replace(found.record, value=entry.value, event=entry.event))
 
 
 def read_patient(

@@ -124,7 +124,7 @@ class Survey:
     def _of_one_class(self, spec: ModalitySpec) -> list[Problem]:
         """Return whether a modality, or columns of it, give the class away by being there."""
         task = self.cohort.task
-        if task.scale is not None or task.mask is not None:
+        if not task.by_class:
             return []
 
         def shares(name: str) -> str:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isnan
-from typing import Literal, cast
 
 import numpy as np
 from torch import Tensor
 
 from dymo_med.bundle import ModelBundle
 from dymo_med.bundle_segmentation import SegmentationBundle
-from dymo_med.conformal import COVERAGE, FEWEST
 from dymo_med.data.gate import judge
 from dymo_med.inference.answer import Answers
 from dymo_med.inference.explain import Explanation
@@ -106,33 +104,18 @@ def assemble(
 
 
 def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
-    """Return the number that a regression answers, with its interval; None of other tasks.
+    """Return the number that is answered, with its interval; None of tasks without one.
 
     Args:
         bundle: The model.
         answers: Of a batch.
         row: Which record of it.
     """
-    scale, conformal = bundle.task.scale, bundle.conformal
-    if scale is None:
-        return None
-    values = {m: float(scale.value(p[row])) for m, p in answers.probabilities.items()}
-    own = values.pop(answers.method)
-    found = None
-    if conformal is not None and answers.method in conformal.errors:
-        pattern = "+".join(answers.batch.observed.of(row))
-        found = conformal.intervals(answers.method, np.array([own]), [pattern], scale)
-    return Value(
-        value=own,
-        low=None if found is None else float(found.low[0]),
-        high=None if found is None else float(found.high[0]),
-        coverage=COVERAGE,
-        compared_with=cast(Literal["pattern", "all"], "all" if found is None else found.group[0]),
-        calibrated_on=0 if found is None else int(found.calibrated_on[0]),
-        least=FEWEST,
-        unit=scale.unit,
-        centers=scale.centers,
-        alternatives=values,
+    return bundle.task.value_of(
+        {method: p[row] for method, p in answers.probabilities.items()},
+        answers.method,
+        "+".join(answers.batch.observed.of(row)),
+        bundle.conformal,
     )
 
 

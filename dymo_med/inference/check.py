@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dymo_med import __version__
-from dymo_med.backbones import BACKBONES
+from dymo_med.backbones import BACKBONES, SEGMENTERS
 from dymo_med.bundle import ModelBundle, load_bundle, read_recipe, task_of
 from dymo_med.bundle_segmentation import SegmentationBundle, load_segmentation_bundle
 from dymo_med.config import Document
@@ -39,6 +39,9 @@ NOTHING = "(nothing)"
 SCHEMA_VERSION = 1
 # Records that are written about in one note.
 _MOST_NAMED = 5
+
+# Networks by what trains and asks them.
+_BACKBONES: Mapping[str, Mapping[str, Any]] = {"fusion": BACKBONES, "outline": SEGMENTERS}
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,7 @@ def _about(bundle: ModelBundle | SegmentationBundle) -> dict[str, str]:
     return {
         "name": bundle.name,
         "id": bundle.bundle_id,
-        "task": f"{bundle.task.type}: {bundle.task.target}"
-        + (f" ({', '.join(bundle.task.classes)})" if bundle.task.scale is None else ""),
+        "task": bundle.task.in_full,
         "modalities": ", ".join(f"{s.name} ({s.kind})" for s in bundle.specs),
         "trained on": f"{provenance['cohort']}, "
         + ", ".join(f"{len(p)} patients in {s}" for s, p in provenance["patients"].items()),
@@ -321,8 +323,8 @@ def _check_recipe(path: Path, against: Path | None) -> CheckReport:
         f"{s.name} ({s.kind})" for s in cohort.specs
     )
     problems: list[Problem] = []
-    segmentation = cohort.task.mask is not None
-    if segmentation == (plan.backbone.name in BACKBONES):
+    fitting = _BACKBONES[cohort.task.pipeline]
+    if plan.backbone.name not in fitting:
         problems.append(
             Problem(
                 str(path),
@@ -333,7 +335,7 @@ def _check_recipe(path: Path, against: Path | None) -> CheckReport:
         )
     if plan.imputer is not None:
         problems += _makes(path, "imputer", lambda: _new_imputer(plan.imputer, cohort))
-    elif not segmentation:
+    elif fitting is BACKBONES:
         problems.append(
             Problem(
                 str(path),
@@ -342,7 +344,7 @@ def _check_recipe(path: Path, against: Path | None) -> CheckReport:
                 remedy=f"Name one: {', '.join(IMPUTERS)}",
             )
         )
-    if plan.backbone.name in BACKBONES and not segmentation:
+    if fitting is BACKBONES and plan.backbone.name in BACKBONES:
         entry = BACKBONES[plan.backbone.name]
         problems += _makes(
             path,
@@ -388,23 +390,9 @@ def _makes(path: Path, what: str, make: Callable[[], object]) -> tuple[Problem, 
 
 
 def _untrainable(cohort: Cohort) -> list[Problem]:
-    """Return the classes that `train` would miss in a split."""
-    if cohort.task.mask is not None:
-        return []
-    problems = []
-    for split in SPLITS[:3]:
-        labels = {record.label for record in cohort.in_split(split)}
-        absent = [c for k, c in enumerate(cohort.task.classes) if k not in labels]
-        if absent and (cohort.task.scale is None or not labels - {None}):
-            problems.append(
-                Problem(
-                    f"Cohort {cohort.name}",
-                    f"split '{split}' has no labelled record of class {', '.join(absent)}",
-                    expected="each class in each split but test",
-                    remedy="Move patients between splits in splits.csv",
-                )
-            )
-    return problems
+    """Return what `train` would miss in a split."""
+    found = (cohort.task.shortage(split, cohort.in_split(split)) for split in SPLITS[:3])
+    return [replace(p, where=f"Cohort {cohort.name}") for p in found if p is not None]
 
 
 # --- Patients and cohorts -------------------------------------------------------------------------
@@ -425,9 +413,7 @@ def _check_cohort(
         bundle = _bundle(against)
         specs, norms = matched_specs(bundle, cohort), bundle.norms or norms
     problems, notes = list(described), []
-    looked_at = [spec.file for spec in cohort.specs]
-    if cohort.task.mask is not None:
-        looked_at.append(cohort.task.mask.file)
+    looked_at = [*(spec.file for spec in cohort.specs), *cohort.task.files]
     rows, files = [], _Files(looked_at)
     warned: dict[tuple[str, str], list[str]] = defaultdict(list)
     said: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -715,17 +701,17 @@ def _loose_ends(cohort: Cohort, path: Path, without: Sequence[str]) -> list[Prob
     """
     where = f"Cohort {cohort.name}"
     notes = []
-    if cohort.task.mask is not None and without:
+    if cohort.task.files and without:
         notes.append(
             Problem(
                 where,
                 "records without mask: they are not learned from and not evaluated",
-                expected=cohort.task.mask.file,
+                expected=", ".join(cohort.task.files),
                 got=_some(without),
             )
         )
-    if cohort.task.mask is None:
-        unlabelled = [r.record_id for r in cohort.records if r.label is None]
+    if cohort.task.columns:
+        unlabelled = [r.record_id for r in cohort.records if not cohort.task.known(r)]
         if unlabelled:
             notes.append(
                 Problem(

@@ -25,7 +25,7 @@ from dymo_med.inference.cohort_plots import (
     rates,
 )
 from dymo_med.inference.report import environment, guarded, words
-from dymo_med.inference.scores import Scores
+from dymo_med.types import Scores
 
 Row = Mapping[str, Any]
 

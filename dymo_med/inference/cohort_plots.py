@@ -12,8 +12,9 @@ import numpy as np
 
 from dymo_med.inference.answer import COMPARED
 from dymo_med.inference.report import words
-from dymo_med.inference.scores import ORACLE, Scores
+from dymo_med.inference.scores import ORACLE
 from dymo_med.metrics import patient_weights, reliability
+from dymo_med.types import Scores
 
 Row = Mapping[str, Any]
 

@@ -225,7 +225,7 @@ def prediction_file(
             "acquire": acquire and acquire.model_dump(),
             "performance": tested and tested.model_dump(),
             "limits": {
-                "task": f"{bundle.task.type}: {bundle.task.target}",
+                "task": bundle.task.about,
                 "cohort": provenance["cohort"],
                 "records": provenance["records"],
                 "patients": {s: len(p) for s, p in provenance["patients"].items()},

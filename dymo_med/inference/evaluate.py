@@ -72,11 +72,11 @@ from dymo_med.inference.scores import (
     metrics,
 )
 from dymo_med.inference.software import versions
-from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord, Scale
+from dymo_med.tasks import OverClasses
+from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord
 
 _QUALITY_COLUMNS = ("record_id", "modality", "state", "check", "got", "expected")
 _NOVEL = {"unknown": -1, "familiar": 0, "unusual": 1, "strange": 2}
-_NO_INTERVAL = {"value_low": None, "value_high": None}  # of methods other than the bundle's own
 
 
 def evaluate(
@@ -252,10 +252,9 @@ def evaluate(
     notes = scenario_notes(rules, len(specs))
     if notes:
         facts["scenario_notes"] = list(notes)
-    if bundle.task.scale is not None:
-        facts["scale"] = asdict(bundle.task.scale)
+    facts |= {k: v for k, v in bundle.task.to_dict().items() if k in bundle.task.stored}
     with naming(out):
-        return _write(out, facts, rules, len(chunks), specs, start, bundle.task.scale)
+        return _write(out, facts, rules, len(chunks), specs, start, bundle.task)
 
 
 def _write(
@@ -265,19 +264,19 @@ def _write(
     batches: int,
     specs: Sequence[ModalitySpec],
     start: float,
-    scale: Scale | None,
+    task: OverClasses,
 ) -> EvaluateResult:
     """Write tables, plots and the page from the finished batches, one batch at a time."""
     (out / "run.json").unlink(missing_ok=True)  # while it is there, everything belongs together
     classes, names, seed = facts["classes"], facts["modalities"], facts["seed"]
     on_page = {*COMPARED, facts["selector"]}
-    collectors = [Collector(r.text, classes, names, facts["selector"], scale) for r in rules]
+    collectors = [Collector(r.text, classes, names, facts["selector"], task) for r in rules]
     recoveries = quality.Collector(specs)
     failures: dict[tuple[object, ...], Row] = {}
     unexpected: set[str] = set()
     listed: list[Row] = []
     columns = {
-        "predictions": _prediction_columns(classes, scale),
+        "predictions": _prediction_columns(task),
         "selections": ("scenario", "record_id", *STEP_COLUMNS),
         "hidden": HIDDEN_COLUMNS,
         "recovery": quality.COLUMNS,
@@ -307,9 +306,9 @@ def _write(
         if not lines[kind]:  # nothing was hidden, or nothing of it recovered
             (out / f"{kind}.csv").unlink(missing_ok=True)
     scores = [collector.scores() for collector in collectors]
-    table = metrics(scores, facts["patients_seen_in_training"], seed)
-    patterns = list(by_pattern(scores, seed))
-    subgroups = list(by_subgroup(scores, seed))
+    table = metrics(scores, facts["patients_seen_in_training"], seed, task)
+    patterns = list(by_pattern(scores, seed, task))
+    subgroups = list(by_subgroup(scores, seed, task))
     write_csv(out / "metrics.csv", METRIC_COLUMNS, table)
     write_csv(out / "metrics_by_pattern.csv", PATTERN_COLUMNS, patterns)
     write_csv(out / "metrics_by_subgroup.csv", SUBGROUP_COLUMNS, subgroups)
@@ -321,7 +320,8 @@ def _write(
         "unexpected_failures": len(unexpected),
     }
     recovery = recoveries.write(out, facts["scenarios"], seed)
-    (write_pages if scale is None else write_number_page)(
+    pages = {"classes": write_pages, "numbers": write_number_page}
+    pages[task.cohort_page](
         out,
         facts,
         scores,
@@ -550,7 +550,7 @@ class _Run:
         for one in rows:
             if one["method"] == answers.method:
                 one["prediction_set"] = "+".join(_escaped(classes[k]) for k in members)
-                one |= self._interval(answers, row)
+                one |= self.bundle.task.own_row(value_of(self.bundle, answers, row))
                 if answers.unusual:
                     unusual = answers.unusual[row]
                     one |= {"novelty": unusual.state, "novelty_p": unusual.p}
@@ -567,21 +567,14 @@ class _Run:
             rows.append(self._prediction(rule, record, oracle, "observed_only", ORACLE, row))
         return rows
 
-    def _interval(self, answers: Answers, row: int) -> Row:
-        """Return the columns of a regression's interval; none of a classification."""
-        found = value_of(self.bundle, answers, row)
-        return {} if found is None else {"value_low": found.low, "value_high": found.high}
-
     def _answer(self, probabilities: Tensor) -> Row:
         """Return the columns that say what a method answers."""
         classes, values = self.bundle.task.classes, probabilities.tolist()
-        answer: Row = {
+        return {
             **{f"prob_{c}": p for c, p in zip(classes, values, strict=True)},
             "predicted": classes[int(np.argmax(values))],
+            **self.bundle.task.answer_row(probabilities),
         }
-        if self.bundle.task.scale is not None:
-            answer["value"] = float(self.bundle.task.scale.value(probabilities))
-        return answer
 
     def _prediction(
         self,
@@ -604,7 +597,7 @@ class _Run:
             "label": self.bundle.task.classes[label],
             "method": name,
             **self._answer(answers.probabilities[method][row]),
-            **({} if record.value is None else {"value_true": record.value, **_NO_INTERVAL}),
+            **self.bundle.task.truth_row(record),
             "prediction_set": "",
             "novelty": "",
             "novelty_p": None,
@@ -647,11 +640,11 @@ def _escaped(name: str) -> str:
     return name.replace("\\", "\\\\").replace("+", "\\+")
 
 
-def _prediction_columns(classes: Sequence[str], scale: Scale | None) -> tuple[str, ...]:
+def _prediction_columns(task: OverClasses) -> tuple[str, ...]:
     return (
         *("scenario", "record_id", "patient_id", "split", "label", "method"),
-        *(() if scale is None else ("value_true", "value", *_NO_INTERVAL)),
-        *(f"prob_{c}" for c in classes),
+        *(*task.truth_columns, *task.answer_columns, *task.own_columns),
+        *(f"prob_{c}" for c in task.classes),
         *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
         *("novelty", "novelty_p"),
     )

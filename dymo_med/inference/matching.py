@@ -99,7 +99,7 @@ def labelled_records(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:
     Raises:
         ConfigError: If there is none.
     """
-    records = tuple(r for r in cohort.in_split(known_split(split)) if r.label is not None)
+    records = tuple(r for r in cohort.in_split(known_split(split)) if cohort.task.known(r))
     if not records:
         raise ConfigError(
             Problem(
@@ -127,20 +127,13 @@ def matched_specs(
     theirs = {spec.name: spec for spec in cohort.specs}
     where = f"bundle {bundle.name}, cohort {cohort.name}"
     problems = []
-    if cohort.task.type != bundle.task.type:
-        got = f"a {cohort.task.type}"
-        remedy = "Give the cohort description whose task is the bundle's"
-        raise BundleError(Problem(where, "the tasks differ", f"a {bundle.task.type}", got, remedy))
-    if (cohort.task.classes, cohort.task.scale) != (bundle.task.classes, bundle.task.scale):
-        problems.append(
-            Problem(
-                where,
-                "the classes differ",
-                expected=", ".join(bundle.task.classes),
-                got=", ".join(cohort.task.classes),
-                remedy=_ANOTHER,
-            )
-        )
+    differs = bundle.task.accepts(cohort.task)
+    if differs is not None:
+        what, expected, got = differs
+        if cohort.task.type != bundle.task.type:
+            remedy = "Give the cohort description whose task is the bundle's"
+            raise BundleError(Problem(where, what, expected, got, remedy))
+        problems.append(Problem(where, what, expected, got, _ANOTHER))
     for spec in bundle.specs:
         other = theirs.get(spec.name)
         if other is None:

@@ -14,7 +14,7 @@ from dymo_med.conformal import COVERAGE
 from dymo_med.files import write_text
 from dymo_med.inference.answer import COMPARED
 from dymo_med.inference.report import environment, guarded, percent, words
-from dymo_med.inference.scores import Scores
+from dymo_med.types import Scores
 
 Row = Mapping[str, Any]
 
@@ -161,22 +161,21 @@ def _plot(path: Path, facts: Row, scores: Scores) -> None:
     from matplotlib.figure import Figure
 
     text, names = words()["numbers"], words()["cohort"]["methods"]
-    numbers = scores.numbers
-    assert numbers is not None
-    own, scale = facts["selector"], numbers.scale
-    shown = [m for m in dict.fromkeys((own, *COMPARED[:2])) if m in numbers.answers]
+    own, unit = facts["selector"], facts["scale"]["unit"]
+    answered = scores.told["value"]
+    truth, least, most = (scores.known[c] for c in ("value_true", "value_low", "value_high"))
+    shown = [m for m in dict.fromkeys((own, *COMPARED[:2])) if m in answered]
     figure = Figure(figsize=(3.2 * len(shown), 3.8), layout="compressed")
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    margin = 0.04 * (scale.high - scale.low)
-    ends = (scale.low - margin, scale.high + margin)
+    low, high = facts["scale"]["low"], facts["scale"]["high"]
+    margin = 0.04 * (high - low)
+    ends = (low - margin, high + margin)
     for method, colour, axes in zip(shown, _COLOURS, panels, strict=False):
-        answers = numbers.answers[method]
+        answers = answered[method]
         axes.plot(ends, ends, color="#b8c0c8", lw=1, zorder=1)
-        if method == own and not np.isnan(numbers.low).all():
-            axes.vlines(
-                numbers.truth, numbers.low, numbers.high, color=colour, lw=0.6, alpha=0.35, zorder=2
-            )
-        axes.plot(numbers.truth, answers, "o", color=colour, ms=3.5, alpha=0.7, mew=0, zorder=3)
+        if method == own and not np.isnan(least).all():
+            axes.vlines(truth, least, most, color=colour, lw=0.6, alpha=0.35, zorder=2)
+        axes.plot(truth, answers, "o", color=colour, ms=3.5, alpha=0.7, mew=0, zorder=3)
         axes.set_title(names.get(method, method).replace("$", r"\$"), fontsize=9, loc="left")
         axes.set_xlim(ends)
         axes.set_ylim(ends)
@@ -184,7 +183,7 @@ def _plot(path: Path, facts: Row, scores: Scores) -> None:
         axes.tick_params(labelsize=8)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    unit = f" ({scale.unit})" if scale.unit else ""
+    unit = f" ({unit})" if unit else ""
     target = text["truth"].format(target=facts["target"], unit=unit).replace("$", r"\$")
     figure.supxlabel(target, fontsize=9, color=_SOFT)
     panels[0].set_ylabel(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from sys import intern
 from typing import Any
 
@@ -13,15 +13,11 @@ from numpy.typing import NDArray
 from dymo_med.metrics import (
     Estimate,
     Floats,
-    bootstrap,
     bootstrap_means,
-    bootstrap_numbers,
-    delong,
     holm,
-    number_metrics,
-    selection_quality,
 )
-from dymo_med.types import Scale
+from dymo_med.tasks import PLAIN, OverClasses
+from dymo_med.types import Scores
 
 Row = dict[str, Any]
 Bools = NDArray[np.bool_]
@@ -47,116 +43,6 @@ _FEWEST = 10
 _QUALITY = ("admitted", "harmed", "rescued", "trusted_right", "rejected_right")
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """What a regression answered in one scenario: n records in order.
-
-    Attributes:
-        scale: Of the regression.
-        truth: `(n,)`.
-        answers: Per method `(n,)`.
-        low: `(n,)` lower ends of the bundle's own intervals; NaN where it cannot tell.
-        high: `(n,)` upper ends.
-    """
-
-    scale: Scale
-    truth: Floats
-    answers: Mapping[str, Floats]
-    low: Floats
-    high: Floats
-
-    def rows(self, index: Integers) -> Numbers:
-        """Return some of the records."""
-        return Numbers(
-            self.scale,
-            self.truth[index],
-            {m: values[index] for m, values in self.answers.items()},
-            self.low[index],
-            self.high[index],
-        )
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that mean something on the scale."""
-        return number_metrics(self.scale.low, self.scale.high)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One scenario: n records in order, every method's answer for each.
-
-    Attributes:
-        scenario: Its text.
-        classes: K class names.
-        modalities: M names.
-        own: The bundle's selector.
-        record_ids: n ids.
-        patient_ids: n ids.
-        labels: `(n,)` class indices.
-        patterns: n patterns: observed modalities joined by `+`.
-        probabilities: Per method `(n, K)`.
-        candidates: Bool `(n, M)`: recovered or completed.
-        admitted: Bool `(n, M)`: by the bundle's selector.
-        points_to: `(n, M)`: class that a recovery alone points to; -1 = no candidate.
-        sets: Bool `(n, K)`: prediction sets; None where the bundle has no calibration for them.
-        calibrated_on: `(n,)` how many patients a set was calibrated on.
-        subgroups: Per subgroup n levels.
-        numbers: Of a regression, whose bands `classes` are; else None.
-        novel: Bool `(n, 2)`: whether a patient is unlike those of training, and so much that there
-            is no answer; None where the bundle cannot say.
-    """
-
-    scenario: str
-    classes: tuple[str, ...]
-    modalities: tuple[str, ...]
-    own: str
-    record_ids: tuple[str, ...]
-    patient_ids: tuple[str, ...]
-    labels: Integers
-    patterns: tuple[str, ...]
-    probabilities: Mapping[str, Floats]
-    candidates: Bools
-    admitted: Bools
-    points_to: Integers
-    sets: Bools | None
-    calibrated_on: Integers
-    subgroups: Mapping[str, tuple[str, ...]]
-    numbers: Numbers | None = None
-    novel: Bools | None = None
-
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self.record_ids)
-
-    @property
-    def patients(self) -> int:
-        """How many patients the records are of."""
-        return len(set(self.patient_ids))
-
-    def rows(self, index: Integers) -> Scores:
-        """Return some of the records."""
-
-        def pick(values: Sequence[str]) -> tuple[str, ...]:
-            return tuple(values[i] for i in index)
-
-        return replace(
-            self,
-            record_ids=pick(self.record_ids),
-            patient_ids=pick(self.patient_ids),
-            labels=self.labels[index],
-            patterns=pick(self.patterns),
-            probabilities={m: p[index] for m, p in self.probabilities.items()},
-            candidates=self.candidates[index],
-            admitted=self.admitted[index],
-            points_to=self.points_to[index],
-            sets=None if self.sets is None else self.sets[index],
-            calibrated_on=self.calibrated_on[index],
-            subgroups={name: pick(levels) for name, levels in self.subgroups.items()},
-            numbers=None if self.numbers is None else self.numbers.rows(index),
-            novel=None if self.novel is None else self.novel[index],
-        )
-
-
 class Collector:
     """Takes the parts of one scenario as they come, and keeps numbers only.
 
@@ -165,7 +51,7 @@ class Collector:
         classes: K class names.
         modalities: M names.
         own: The bundle's selector.
-        scale: Of a regression.
+        task: What is predicted.
     """
 
     def __init__(
@@ -174,16 +60,18 @@ class Collector:
         classes: Sequence[str],
         modalities: Sequence[str],
         own: str,
-        scale: Scale | None = None,
+        task: OverClasses = PLAIN,
     ) -> None:
-        self.scenario, self.own, self.scale = scenario, own, scale
+        self.scenario, self.own, self.task = scenario, own, task
         self.classes, self.modalities = tuple(classes), tuple(modalities)
         self._ids: list[tuple[str, str, str]] = []
         self._levels: dict[str, list[str]] = {}
         self._probabilities: dict[str, list[Floats]] = {}
         self._numbers: list[Integers] = []
-        self._values: dict[str, list[float]] = {}
-        self._known: list[tuple[float, float, float]] = []
+        self._told: dict[str, dict[str, list[float]]] = {c: {} for c in task.answer_columns}
+        self._known: dict[str, list[float]] = {
+            c: [] for c in (*task.truth_columns, *task.own_columns)
+        }
 
     def add(self, predictions: Sequence[Row], facts: Mapping[str, Row]) -> None:
         """Take the rows of one batch.
@@ -201,15 +89,13 @@ class Collector:
         for method, rows in by_method.items():
             values = np.array([[row[c] for c in columns] for row in rows], dtype=np.float64)
             self._probabilities.setdefault(method, []).append(values)
-            if self.scale is not None:
-                self._values.setdefault(method, []).extend(row["value"] for row in rows)
+            for column, told in self._told.items():
+                told.setdefault(method, []).extend(row[column] for row in rows)
         numbers = []
         for row in by_method.get(self.own, []):
             known = facts[row["record_id"]]
-            if self.scale is not None:
-                ends = (row[end] for end in ("value_low", "value_high"))
-                low, high = (float("nan") if end is None else float(end) for end in ends)
-                self._known.append((row["value_true"], low, high))
+            for column, one in self._known.items():
+                one.append(float("nan") if row[column] is None else float(row[column]))
             pattern = row["pattern"].replace("~", "")
             # Ids and patterns come again in every scenario; one copy is enough.
             ids = (row["record_id"], row["patient_id"], pattern)
@@ -242,11 +128,6 @@ class Collector:
             numbers, np.cumsum([3, m, m, m]), axis=1
         )
         records, patients, patterns = zip(*self._ids, strict=True) if self._ids else ((), (), ())
-        answered = None
-        if self.scale is not None:
-            truth, low, high = np.array(self._known, dtype=np.float64).reshape(-1, 3).T
-            values = {m: np.array(v, dtype=np.float64) for m, v in self._values.items()}
-            answered = Numbers(self.scale, truth, values, low, high)
         return Scores(
             scenario=self.scenario,
             classes=self.classes,
@@ -265,12 +146,18 @@ class Collector:
             sets=sets.astype(bool) if sets.any() else None,
             calibrated_on=facts[:, 1].copy(),
             subgroups={name: tuple(levels) for name, levels in self._levels.items()},
-            numbers=answered,
+            known={c: np.array(v, dtype=np.float64) for c, v in self._known.items()},
+            told={
+                c: {m: np.array(v, dtype=np.float64) for m, v in by_method.items()}
+                for c, by_method in self._told.items()
+            },
             novel=None if (facts[:, 2] < 0).all() else facts[:, 2:3] >= np.array([1, 2]),
         )
 
 
-def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
+def metrics(
+    scenarios: Sequence[Scores], seen: int, seed: int, task: OverClasses = PLAIN
+) -> list[Row]:
     """Return the rows of `metrics.csv`.
 
     Per scenario every metric of every method; the difference of the bundle's selector to every
@@ -282,6 +169,7 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
         scenarios: In order.
         seen: How many of the patients the bundle was fitted on.
         seed: Of the bootstrap.
+        task: What is predicted.
     """
     rows: list[Row] = []
     for scores in scenarios:
@@ -290,35 +178,8 @@ def metrics(scenarios: Sequence[Scores], seen: int, seed: int) -> list[Row]:
         own = scores.own
         others = [m for m in scores.probabilities if m not in (own, ORACLE)]
         pairs = [(own, other) for other in others]
-        if scores.numbers is not None:
-            rows += _rows(scores, _number_estimates(scores, scores.numbers, pairs, seed), seen)
-            continue
-        estimates = bootstrap(
-            scores.labels.tolist(),
-            scores.probabilities,
-            scores.patient_ids,
-            pairs=pairs,
-            seed=seed,
-        )
-        if len(scores.classes) == 2:
-            for other in others:
-                estimates[f"{own} - {other}"]["auroc_delong"] = delong(
-                    scores.labels.tolist(),
-                    scores.probabilities[own][:, 1],
-                    scores.probabilities[other][:, 1],
-                    scores.patient_ids,
-                )
-        estimates[own] |= _set_quality(scores, seed) | _alarms(scores, seed)
-        estimates[own] |= selection_quality(
-            scores.labels,
-            scores.probabilities["observed_only"].argmax(1),
-            scores.probabilities[own].argmax(1),
-            scores.candidates,
-            scores.admitted,
-            scores.points_to,
-            scores.patient_ids,
-            seed=seed,
-        )
+        estimates = task.estimates(scores, pairs, seed)
+        estimates[own] |= _alarms(scores, seed)
         rows += _rows(scores, estimates, seen)
     families: dict[str, list[Row]] = {}
     for row in rows:
@@ -348,50 +209,18 @@ def _rows(scores: Scores, estimates: Mapping[str, Mapping[str, Estimate]], seen:
     ]
 
 
-def _number_estimates(
-    scores: Scores,
-    numbers: Numbers,
-    pairs: Sequence[tuple[str, str]],
-    seed: int,
-    resamples: int = 1000,
-) -> dict[str, dict[str, Estimate]]:
-    """Return how good the numbers of every method are, and the bundle's own intervals."""
-    estimates = bootstrap_numbers(
-        numbers.truth,
-        numbers.answers,
-        scores.patient_ids,
-        pairs=pairs,
-        metrics=numbers.metrics,
-        seed=seed,
-        resamples=resamples,
-    )
-    if not np.isnan(numbers.low).all():
-        inside = (numbers.low <= numbers.truth) & (numbers.truth <= numbers.high)
-        table = np.stack([inside, numbers.high - numbers.low], 1).astype(np.float64)
-        coverage, width = bootstrap_means(table, scores.patient_ids, seed=seed, resamples=resamples)
-        estimates[scores.own] |= {"interval_coverage": coverage, "interval_width": width}
-    estimates[scores.own] |= _alarms(scores, seed, resamples)
-    if scores.candidates.any():
-        with np.errstate(invalid="ignore"):
-            share = scores.admitted.sum(1) / scores.candidates.sum(1)
-        (admitted,) = bootstrap_means(
-            share[:, None], scores.patient_ids, seed=seed, resamples=resamples
-        )
-        estimates[scores.own]["admitted"] = admitted
-    return estimates
-
-
-def by_pattern(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
+def by_pattern(scenarios: Sequence[Scores], seed: int, task: OverClasses = PLAIN) -> Iterator[Row]:
     """Yield the rows of `metrics_by_pattern.csv`, commonest pattern first.
 
     Args:
         scenarios: In order.
         seed: Of the bootstrap.
+        task: What is predicted.
     """
     for scores in scenarios:
         for pattern, part in parts(scores, scores.patterns):
             calibrated = int(part.calibrated_on.min())
-            for row in _part(part, seed):
+            for row in _part(part, seed, task):
                 on = calibrated if row["metric"].startswith(("set_", "interval_")) else None
                 yield {
                     "scenario": scores.scenario,
@@ -401,17 +230,18 @@ def by_pattern(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
                 }
 
 
-def by_subgroup(scenarios: Sequence[Scores], seed: int) -> Iterator[Row]:
+def by_subgroup(scenarios: Sequence[Scores], seed: int, task: OverClasses = PLAIN) -> Iterator[Row]:
     """Yield the rows of `metrics_by_subgroup.csv`.
 
     Args:
         scenarios: In order.
         seed: Of the bootstrap.
+        task: What is predicted.
     """
     for scores in scenarios:
         for name, levels in scores.subgroups.items():
             for found, part in parts(scores, levels):
-                for row in _part(part, seed):
+                for row in _part(part, seed, task):
                     yield {
                         "scenario": scores.scenario,
                         "subgroup": name,
@@ -432,22 +262,11 @@ def parts(scores: Scores, values: Sequence[str]) -> Iterator[tuple[str, Scores]]
         yield str(names[k]), scores.rows((which == k).nonzero()[0])
 
 
-def _part(scores: Scores, seed: int) -> Iterator[Row]:
+def _part(scores: Scores, seed: int, task: OverClasses) -> Iterator[Row]:
     """Yield the metrics of some of a scenario's records; no intervals for a handful of patients."""
     resamples = 1000 if scores.patients >= _FEWEST else 0
-    if scores.numbers is not None:
-        estimates = _number_estimates(scores, scores.numbers, (), seed, resamples)
-    else:
-        estimates = bootstrap(
-            scores.labels.tolist(),
-            scores.probabilities,
-            scores.patient_ids,
-            metrics=_PART_METRICS,
-            seed=seed,
-            resamples=resamples,
-        )
-        estimates[scores.own] |= _set_quality(scores, seed, resamples)
-        estimates[scores.own] |= _alarms(scores, seed, resamples)
+    estimates = task.estimates(scores, (), seed, resamples=resamples, whole=False)
+    estimates[scores.own] |= _alarms(scores, seed, resamples)
     for method, by_metric in estimates.items():
         for metric, estimate in by_metric.items():
             yield {
@@ -469,13 +288,3 @@ def _alarms(scores: Scores, seed: int, resamples: int = 1000) -> dict[str, Estim
         scores.novel.astype(np.float64), scores.patient_ids, seed=seed, resamples=resamples
     )
     return {"unusual": unusual, "strange": strange}
-
-
-def _set_quality(scores: Scores, seed: int, resamples: int = 1000) -> dict[str, Estimate]:
-    """Return how often prediction sets hold the truth, and how many classes they hold."""
-    if scores.sets is None:
-        return {}
-    right = scores.sets[np.arange(len(scores)), scores.labels]
-    table = np.stack([right, scores.sets.sum(1)], 1).astype(np.float64)
-    coverage, size = bootstrap_means(table, scores.patient_ids, seed=seed, resamples=resamples)
-    return {"set_coverage": coverage, "set_size": size}

@@ -14,6 +14,7 @@ from dymo_med.conformal import Conformal
 from dymo_med.imputers import Imputer
 from dymo_med.references import References, features_of
 from dymo_med.selection import Selector
+from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.calibration import FEWEST, fit_temperature
 from dymo_med.training.held_back import try_out
 from dymo_med.training.loop import stream
@@ -22,7 +23,7 @@ from dymo_med.training.performance import performance
 from dymo_med.training.references import Held, weigh
 from dymo_med.training.selectors import calibration_cases, choose, fit_all, held_out
 from dymo_med.training.use import audit_use
-from dymo_med.types import Batch, Choice, Performance, Scale, SubsetStatistics, Use
+from dymo_med.types import Batch, Choice, Performance, SubsetStatistics, Use
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def fit_answers(
     fitting: Batch,
     held_back: Batch,
     device: torch.device,
-    scale: Scale | None = None,
+    task: OverClasses = PLAIN,
 ) -> Answering:
     """Fit temperature, selectors and the choice among them, then try the result out on others.
 
@@ -99,10 +100,10 @@ def fit_answers(
         held_back: Labelled records of other patients, on the CPU: nothing is fitted on these, so
             sets and figures that rest on them hold for new patients.
         device: Where to compute.
-        scale: Of a regression.
+        task: What is predicted.
     """
-    temperature = 1.0  # of a regression: another would move the answers themselves
-    if scale is None:
+    temperature = 1.0
+    if task.calibrated:
         logits, rows = subset_logits(
             encode_all(backbone, fitting, device),
             fitting.observed.available.to(device),
@@ -123,7 +124,7 @@ def fit_answers(
         )
         for batch in ((fitting,) if fitting is validation else (validation, fitting))
     ]
-    references = weigh(references, held, scale, plan.seed)
+    references = weigh(references, held, task, plan.seed)
     cases, patients = calibration_cases(
         imputer,
         backbone,
@@ -136,13 +137,13 @@ def fit_answers(
     )
     asked = plan.selector
     selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
-    choice = choose(held_out(selectors, cases, statistics, patients), cases, patients, scale)
+    choice = choose(held_out(selectors, cases, statistics, patients), cases, patients, task)
     if asked is not None:
         choice = replace(choice, name=asked.name, why="The recipe asked for it.")
     calibration = Calibration(
         temperature,
         len(set(fitting.patient_ids)),
-        len(set(held_back.patient_ids)) if scale is None else None,
+        len(set(held_back.patient_ids)) if task.calibrated else None,
     )
     tested = try_out(
         imputer,
@@ -153,12 +154,12 @@ def fit_answers(
         held_back,
         plan.seed,
         device,
-        scale,
+        task,
         references,
     )
     return Answering(
         references,
-        audit_use(held, references, scale, plan.seed),
+        audit_use(held, references, task, plan.seed),
         tested.counted(calibration),
         selectors,
         choice,

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from dymo_med.training.losses import answer_loss
+from dymo_med.tasks import class_loss
 
 # A priori log T is normal around 0 with this standard deviation: in 95 of 100 cases T is between
 # 0.38 and 2.7.
@@ -47,7 +47,7 @@ def fit_temperature(logits: Tensor, truth: Tensor, patients: Sequence[Hashable])
 
     def objective(log_temperature: float) -> float:
         scale = torch.tensor(log_temperature, dtype=torch.float64).exp()
-        losses = answer_loss(z / scale, truth, None)
+        losses = class_loss(z / scale, truth)
         return float((losses * w).sum()) + log_temperature**2 / (2 * PRIOR**2)
 
     answers = z.argmax(-1)

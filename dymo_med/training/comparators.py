@@ -12,16 +12,15 @@ from torch import Tensor
 from dymo_med.comparators import COMPARATORS, Comparator, FittedComparator
 from dymo_med.comparators.base import narrowed
 from dymo_med.config import Augmentation, Recipe, Schedule
+from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.loop import Log, Objective, Step, new_weights
-from dymo_med.training.losses import answer_loss, within
+from dymo_med.training.losses import within
 from dymo_med.training.objectives import (
     augment,
-    regression_figures,
     sampled_subsets,
-    validation_figures,
 )
-from dymo_med.types import Batch, ModalitySpec, Scale, Split
+from dymo_med.types import Batch, ModalitySpec, Split
 
 _CHUNK = 64
 
@@ -56,7 +55,7 @@ class ComparatorObjective(Objective):
         weights: `(n,)` their weights.
         device: Where to compute.
         seed: Seed of the sample of validation subsets.
-        scale: Of a regression.
+        task: What is predicted.
         class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
     """
 
@@ -70,12 +69,12 @@ class ComparatorObjective(Objective):
         weights: Tensor,
         device: torch.device,
         seed: int,
-        scale: Scale | None = None,
+        task: OverClasses = PLAIN,
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.comparator = comparator
-        self._scale = scale
+        self._task = task
         self.register_buffer("class_weights", class_weights, persistent=False)
         self._augmentation = augmentation
         self._validation, self._weights = validation, weights
@@ -88,13 +87,13 @@ class ComparatorObjective(Objective):
         return (loss * step.weights).mean()
 
     def _task_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        return answer_loss(logits, truth, self._scale, self.class_weights)
+        return self._task.loss(logits, truth, self.class_weights)
 
     def validate(self) -> dict[str, float]:
         """Return `score` and, for two classes, AUROC over subsets."""
         return _figures(
             *(self.comparator, self._validation, self._weights, self._device, self._seed),
-            self._scale,
+            self._task,
         )
 
 
@@ -108,7 +107,7 @@ def train_comparators(
     log: Log,
     checkpoints: Path,
     device: torch.device,
-    scale: Scale | None = None,
+    task: OverClasses = PLAIN,
     class_weights: Tensor | None = None,
 ) -> dict[str, FittedComparator]:
     """Train every comparator that a recipe names, on what the backbone is trained on.
@@ -124,7 +123,7 @@ def train_comparators(
         log: Where stages leave their figures.
         checkpoints: Folder of the checkpoints.
         device: Where to compute.
-        scale: Of a regression.
+        task: What is predicted.
         class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
 
     Returns:
@@ -157,7 +156,7 @@ def train_comparators(
                     held_weights,
                     device,
                     plan.seed,
-                    scale,
+                    task,
                     class_weights,
                 ),
                 data,
@@ -167,15 +166,15 @@ def train_comparators(
             )
             best_epoch[stage] = log.best_epoch(stage)
         comparator.to(device).eval()
-        comparator.finish(labelled["validation"], weights["validation"], scale)
+        comparator.finish(labelled["validation"], weights["validation"], task)
         figures = _figures(
-            comparator, labelled["validation"], weights["validation"], device, plan.seed, scale
+            comparator, labelled["validation"], weights["validation"], device, plan.seed, task
         )
-        error = {"log_loss" if scale is None else "mae": -figures.pop("score")}
+        error = {task.error_key: -figures.pop("score")}
         fitting = labelled["calibration"]
         logits, rows = _logits(comparator, fitting, device, plan.seed)
         temperature = 1.0  # of a regression: another would move the answers themselves
-        if scale is None:
+        if task.calibrated:
             temperature = fit_temperature(
                 logits, fitting.truth[rows], [fitting.patient_ids[i] for i in rows.tolist()]
             )
@@ -219,10 +218,8 @@ def _figures(
     weights: Tensor,
     device: torch.device,
     seed: int,
-    scale: Scale | None,
+    task: OverClasses,
 ) -> dict[str, float]:
     """Return `score` and AUROC over the sampled subsets of labelled records."""
     logits, rows = _logits(comparator, batch, device, seed)
-    if scale is not None:
-        return regression_figures(logits, batch.truth[rows], weights[rows], scale)
-    return validation_figures(logits, batch.truth[rows], weights[rows])
+    return task.figures(logits, batch.truth[rows], weights[rows])

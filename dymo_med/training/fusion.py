@@ -78,7 +78,7 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
     tied = imputer.tie(made.backbone)
     if not tied:
         train_imputer(run, imputer)
-    labelled = {s: b.rows(b.known.nonzero().squeeze(1)) for s, b in run.data.items()}
+    labelled = {s: b.rows(run.task.known_rows(b).nonzero().squeeze(1)) for s, b in run.data.items()}
     adjusting, held_back = part(labelled["validation"], labelled["calibration"], plan.seed)
     balance = _train_networks(run, made, labelled)
     if tied:
@@ -94,7 +94,7 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
         run.log,
         run.checkpoints,
         device,
-        run.cohort.task.scale,
+        run.task,
         balance,
     )
     statistics, references = _fit_plain(run, made.backbone, fitted_on)
@@ -108,12 +108,12 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
         adjusting,
         held_back,
         device,
-        run.cohort.task.scale,
+        run.task,
     )
     bundle = ModelBundle(
         name=plan.name,
         description=plan.description,
-        task=run.cohort.task,
+        task=run.task,
         specs=run.specs,
         missing_values=run.cohort.missing_values,
         imputer=imputer,
@@ -212,7 +212,7 @@ def _train_networks(run: Run, made: _Networks, labelled: Mapping[Split, Batch]) 
             record_weights(labelled["validation"]),
             run.device,
             run.plan.seed,
-            run.cohort.task.scale,
+            run.task,
             balance,
         )
         run.stage(
@@ -245,7 +245,7 @@ def _fit_plain(
     references = train_references(
         run.specs,
         run.classes,
-        run.cohort.task.scale,
+        run.task,
         run.data["train"],
         {**labelled, "train": fitting},
         weights,

@@ -19,10 +19,11 @@ from dymo_med.drawn import recovered
 from dymo_med.imputers import Imputer
 from dymo_med.references import References
 from dymo_med.selection import Selector
+from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.loop import stream
 from dymo_med.training.objectives import sampled_subsets
 from dymo_med.training.selectors import remember
-from dymo_med.types import Batch, ModalityMask, Scale, SubsetStatistics
+from dymo_med.types import Batch, ModalityMask, SubsetStatistics
 
 _CHUNK = 64
 # Up to so many modalities every combination is looked at: 127 of seven.
@@ -43,23 +44,25 @@ class TriedOut:
         patients: Whose case each of the B is.
         labels: Int64 `(B,)`.
         answers: By selector, stated probabilities: float64 `(B, K)` on the CPU.
-        errors: Of a regression, by selector: how far its number was from the truth, `(B,)`.
+        shares: `(B, K)` as in `Batch`; None where labels say all.
+        task: What is predicted.
     """
 
     groups: tuple[str, ...]
     patients: tuple[str, ...]
     labels: Tensor
     answers: Mapping[str, Tensor]
-    errors: Mapping[str, Tensor]
+    shares: Tensor | None = None
+    task: OverClasses = PLAIN
 
     def conformal(self) -> Conformal:
         """Return what prediction sets, and a regression's intervals, go by."""
-        scores = {
-            name: (1 - p.gather(1, self.labels[:, None])).squeeze(1).tolist()
-            for name, p in self.answers.items()
-        }
-        errors = {name: error.tolist() for name, error in self.errors.items()}
-        return calibrate(self.groups, self.patients, scores, errors)
+        found: dict[str, dict[str, list[float]]] = {}
+        for name, p in self.answers.items():
+            strange = self.task.nonconformity(p, self.labels, self.shares)
+            for kind, values in strange.items():
+                found.setdefault(kind, {})[name] = values.tolist()
+        return calibrate(self.groups, self.patients, **found)
 
     def counted(self, calibration: Calibration) -> Calibration:
         """Return the calibration with how sure, and how right, answers were for each patient.
@@ -151,7 +154,7 @@ def try_out(
     batch: Batch,
     seed: int,
     device: torch.device,
-    scale: Scale | None = None,
+    task: OverClasses = PLAIN,
     references: References | None = None,
 ) -> TriedOut:
     """Return what the finished selectors answer for held-back patients.
@@ -165,7 +168,7 @@ def try_out(
         batch: n labelled calibration records, on the CPU.
         seed: Decides which record stands for a patient.
         device: Where to compute.
-        scale: Of a regression.
+        task: What is predicted.
         references: Of the bundle, where one of them may have a part in its answers.
     """
     cases = draw_cases(batch.observed, batch.patient_ids, seed)
@@ -185,14 +188,11 @@ def try_out(
                 parts[name].append(calibration.probabilities(trace.output.logits.cpu()))
     rows = torch.tensor([case[1] for case in cases], dtype=torch.int64)
     answers = {name: torch.cat(found) for name, found in parts.items()}
-    errors = {}
-    if scale is not None and batch.shares is not None:
-        truth = scale.value(batch.shares[rows].double())
-        errors = {name: (scale.value(p) - truth).abs() for name, p in answers.items()}
     return TriedOut(
         tuple(case[0] for case in cases),
         tuple(batch.patient_ids[case[1]] for case in cases),
         batch.labels[rows],
         answers,
-        errors,
+        None if batch.shares is None else batch.shares[rows],
+        task,
     )

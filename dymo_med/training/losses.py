@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.survival import log_likelihood
-from dymo_med.types import Scale
-
 # Up to this many modalities all subsets are numbered; beyond it they are drawn by coin flips.
 _NUMBER_UP_TO = 16
 
@@ -51,35 +48,6 @@ def within(available: Tensor, subsets: Tensor) -> Tensor:
     """
     cut = subsets[:, None] & available[None]
     return torch.where(cut.any(-1, keepdim=True), cut, available[None].expand_as(cut))
-
-
-def answer_loss(
-    logits: Tensor, truth: Tensor, scale: Scale | None, class_weights: Tensor | None = None
-) -> Tensor:
-    """Return the loss of the answer per row.
-
-    Of a classification the cross entropy; of a regression that of the bands' shares, plus the
-    absolute error of the answer in steps between neighbouring bands (their mean distance). Where
-    classes are known in part, minus the log-likelihood of what is known: of a censored patient
-    -log P(T > c).
-
-    Args:
-        logits: `(R, K)`.
-        truth: Int64 `(R,)`, or shares `(R, K)` (`Batch.truth`); all known.
-        scale: Of a regression.
-        class_weights: `(K,)` weights of classes or bands in the cross entropy; None = the same.
-
-    Returns:
-        `(R,)`.
-    """
-    if scale is None and truth.is_floating_point():
-        return -log_likelihood(logits.log_softmax(-1), truth)
-    loss = F.cross_entropy(logits, truth, weight=class_weights, reduction="none")
-    if scale is None:
-        return loss
-    step = (scale.high - scale.low) / (len(scale.centers) - 1)
-    error = scale.value(logits.softmax(-1)) - scale.value(truth)
-    return loss + error.abs() / step
 
 
 def soft_dice_loss(probability: Tensor, target: Tensor, weights: Tensor) -> Tensor:

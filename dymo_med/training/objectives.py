@@ -19,11 +19,11 @@ from dymo_med.backbones import (
 from dymo_med.config import Augmentation, BackboneTraining
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.imputers import Imputer
-from dymo_med.metrics import auroc
+from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.gmd import Decoupling
 from dymo_med.training.loop import Objective, Step, stream
-from dymo_med.training.losses import answer_loss, distinct_subsets, prototype_loss, within
-from dymo_med.types import Batch, FusionOutput, Scale
+from dymo_med.training.losses import distinct_subsets, prototype_loss, within
+from dymo_med.types import Batch, FusionOutput
 
 # Validation looks at every subset up to this many, and at a fixed sample of this size beyond.
 _MOST_SUBSETS = 64
@@ -207,7 +207,7 @@ class FusionObjective(Objective):
         weights: `(n,)` their weights.
         device: Where to compute.
         seed: Seed of the sample of validation subsets.
-        scale: Of a regression.
+        task: What is predicted.
         class_weights: `(K,)` weights of the classes in the loss; None = all count the same.
 
     References:
@@ -229,12 +229,12 @@ class FusionObjective(Objective):
         weights: Tensor,
         device: torch.device,
         seed: int,
-        scale: Scale | None = None,
+        task: OverClasses = PLAIN,
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self._scale = scale
+        self._task = task
         self._settings, self._device = settings, device
         self._validation, self._weights = validation, weights
         self._subsets = sampled_subsets(len(backbone.specs), seed)
@@ -298,7 +298,7 @@ class FusionObjective(Objective):
         own = self.backbone.own_loss(
             batch,
             self._epoch / s.epochs,
-            lambda logits: answer_loss(logits, batch.truth, self._scale, self.class_weights),
+            lambda logits: self._task.loss(logits, batch.truth, self.class_weights),
             step.generator,
         )
         return total if own is None else total + (own * step.weights).mean()
@@ -307,7 +307,7 @@ class FusionObjective(Objective):
         """Return the mean loss of answers from one modality each, over those that records have."""
         rows, used = singles(batch.observed.available)
         logits = fuse(rows, used, torch.zeros_like(used)).logits
-        loss = answer_loss(logits, batch.truth[rows], self._scale, self.class_weights)
+        loss = self._task.loss(logits, batch.truth[rows], self.class_weights)
         return (loss * weights[rows]).mean()
 
     def _per_subset(self, batch: Batch, weights: Tensor) -> tuple[Tensor, ...]:
@@ -340,7 +340,7 @@ class FusionObjective(Objective):
         """Return the loss per row `(R,)`, and add the rows to this epoch's sums."""
         s = self._settings
         labels = batch.labels[rows]
-        loss = answer_loss(output.logits, batch.truth[rows], self._scale, self.class_weights)
+        loss = self._task.loss(output.logits, batch.truth[rows], self.class_weights)
         with torch.no_grad():
             sure = labels >= 0  # a censored patient's bin is not known
             z, of = output.embedding.detach().to(self.sums.dtype)[sure], labels[sure]
@@ -374,9 +374,7 @@ class FusionObjective(Objective):
         """Return what is thought of answers `(R, K)` about validation records `(R,)`."""
         rows = rows.cpu()
         truth, weights = self._validation.truth[rows], self._weights[rows]
-        if self._scale is not None:
-            return regression_figures(logits.cpu(), truth, weights, self._scale)
-        return validation_figures(logits.cpu(), truth, weights)
+        return self._task.figures(logits.cpu(), truth, weights)
 
     def _figures_alone(self, fuse: EncodedVersions, available: Tensor) -> dict[str, float]:
         """Return the score of each modality alone, over the records that have it."""
@@ -388,41 +386,6 @@ class FusionObjective(Objective):
             if bool(mine.any()):
                 found[f"only_{spec.name}"] = self._figures(logits[mine], rows[mine])["score"]
         return found
-
-
-def regression_figures(
-    logits: Tensor, shares: Tensor, weights: Tensor, scale: Scale
-) -> dict[str, float]:
-    """Return what is thought of a regression: `score`, minus the mean absolute error.
-
-    Args:
-        logits: `(R, K)`.
-        shares: `(R, K)`, as in `Batch`.
-        weights: `(R,)`.
-        scale: Of the regression.
-    """
-    answers, truth = scale.value(logits.double().softmax(-1)), scale.value(shares.double())
-    return {"score": -float(((answers - truth).abs() * weights).sum() / weights.sum())}
-
-
-def validation_figures(logits: Tensor, truth: Tensor, weights: Tensor) -> dict[str, float]:
-    """Return what is thought of a classifier: minus the mean log-loss and, of two classes, AUROC.
-
-    Args:
-        logits: `(R, K)`.
-        truth: Int64 `(R,)`, or shares `(R, K)` where classes are known in part.
-        weights: `(R,)`.
-
-    Returns:
-        `score`, the one to raise, and `auroc`.
-    """
-    losses = answer_loss(logits.double(), truth, None)
-    log_loss = float((losses * weights).sum() / weights.sum())
-    figures = {"score": -log_loss}
-    if logits.shape[1] == 2 and not truth.is_floating_point():
-        probability, one = logits.double().softmax(1).numpy(), weights.numpy()[None]
-        figures["auroc"] = float(auroc(truth.numpy(), probability, one)[0])
-    return figures
 
 
 def _turned(image: Tensor, chance: Tensor, settings: Augmentation, exact: bool) -> Tensor:

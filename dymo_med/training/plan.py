@@ -24,13 +24,12 @@ from torch import Tensor
 from dymo_med.backbones import BACKBONES
 from dymo_med.config import Recipe
 from dymo_med.imputers import IMPUTERS
+from dymo_med.tasks import TASKS, answered
 from dymo_med.training.loop import Log, Step, new_weights, stream, train_stage
-from dymo_med.training.losses import answer_loss
 from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
     encode_all,
-    mask_known,
     record_weights,
     sampled_subsets,
     subset_logits,
@@ -123,7 +122,7 @@ def fingerprint(cohort: Cohort, data: Mapping[Split, Batch]) -> Fingerprint:
         cohort: As described.
         data: Its records, per split.
     """
-    known = {s: b.known if cohort.task.mask is None else mask_known(b) for s, b in data.items()}
+    known = {s: cohort.task.known_rows(b) for s, b in data.items()}
     train = data["train"]
     have = train.observed.available
     modalities: dict[str, dict[str, Any]] = {}
@@ -141,7 +140,7 @@ def fingerprint(cohort: Cohort, data: Mapping[Split, Batch]) -> Fingerprint:
         modalities[spec.name] = about
     patterns, counts = torch.unique(have, dim=0, return_counts=True)
     classes: tuple[int, ...] = ()
-    if cohort.task.mask is None:
+    if cohort.task.pipeline == "fusion":
         classes = tuple(
             _patients(train, train.labels == k) for k in range(len(cohort.task.classes))
         )
@@ -213,7 +212,7 @@ def rules(found: Fingerprint) -> Plan:
     """
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in found.name).strip("-") or "plan"
     plan = Plan({"name": name, "seed": 0})
-    if found.task == "segmentation":
+    if TASKS[found.task].pipeline == "outline":
         return _outline(plan, found)
     few = found.labelled["train"]
     r, why = plan.recipe, plan.why
@@ -418,7 +417,7 @@ def propose(
         say(line)
     plan = rules(found)
     plan.recipe["seed"] = seed
-    if found.task == "segmentation":
+    if TASKS[found.task].pipeline == "outline":
         return _finished(plan, found)
     ways = candidates(found)
     best: Trial | None = None
@@ -545,7 +544,7 @@ def _tried(
             record_weights(check),
             device,
             seed,
-            cohort.task.scale,
+            answered(cohort.task),
         )
         with tempfile.TemporaryDirectory() as folder:
             train_stage(
@@ -565,7 +564,7 @@ def _tried(
             available = check.observed.available.to(device)
             logits, rows = subset_logits(fuse, available, sampled_subsets(len(specs), seed))
             rows = rows.cpu()
-            each = answer_loss(logits.cpu(), check.truth[rows], cohort.task.scale, None)
+            each = answered(cohort.task).loss(logits.cpu(), check.truth[rows])
         total: dict[str, list[float]] = {}
         for row, loss in zip(rows.tolist(), each.tolist(), strict=True):
             total.setdefault(check.patient_ids[row], []).append(loss)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,10 +16,9 @@ from dymo_med.bundle import hashed_id
 from dymo_med.config import Recipe
 from dymo_med.data.gate import WITHOUT_IT
 from dymo_med.data.masks import read_known
-from dymo_med.errors import ConfigError, PatientDataError, Problem
+from dymo_med.errors import PatientDataError, Problem
 from dymo_med.training.loop import Log
-from dymo_med.training.segmentation import LEAST_MASKS
-from dymo_med.types import Batch, Cohort, PatientRecord, Scale, Split
+from dymo_med.types import Batch, Cohort, PatientRecord, Split
 
 FITTED_ON: tuple[Split, ...] = ("train", "validation", "calibration")
 
@@ -78,65 +76,6 @@ def read_fitted_on(
     return records
 
 
-def with_shares(batch: Batch, records: Sequence[PatientRecord], scale: Scale | None) -> Batch:
-    """Return the batch with what a regression is trained on."""
-    if scale is None:
-        return batch
-    nan = float("nan")
-    values = [nan if r.value is None else r.value for r in records]
-    return replace(batch, shares=scale.shares(torch.tensor(values, dtype=torch.float64)))
-
-
-def require_labels(cohort: Cohort, split: Split, labels: Sequence[int | None]) -> None:
-    """Check that every class occurs in a split; of a regression's bands, in training alone.
-
-    Raises:
-        ConfigError: If one does not.
-    """
-    counts = Counter(labels)
-    absent = [c for k, c in enumerate(cohort.task.classes) if not counts[k]]
-    if cohort.task.scale is not None:
-        if absent and split == "train":
-            raise ConfigError(
-                Problem(
-                    f"Cohort {cohort.name}",
-                    f"no labelled training record is {', '.join(absent)}",
-                    expected="a record that is nearest to each of the bands' centres",
-                    remedy="List other centres under bands in cohort.yaml, or fewer",
-                )
-            )
-        absent = [] if len(absent) < len(cohort.task.classes) else absent
-    if absent:
-        raise ConfigError(
-            Problem(
-                f"Cohort {cohort.name}",
-                f"split '{split}' has no labelled record of class {', '.join(absent)}",
-                expected="each class in each split but test",
-                remedy="Move patients between splits in splits.csv",
-            )
-        )
-
-
-def require_masks(cohort: Cohort, split: Split, records: Sequence[PatientRecord]) -> None:
-    """Check that a split has as many masks as something is fitted on.
-
-    Raises:
-        ConfigError: If it has not.
-    """
-    needed = LEAST_MASKS if split == "train" else 1
-    count = sum(r.mask is not None for r in records)
-    if count < needed:
-        raise ConfigError(
-            Problem(
-                f"Cohort {cohort.name}",
-                f"split '{split}' has too few records with a mask",
-                expected=f"at least {needed}",
-                got=str(count),
-                remedy="Move patients between splits in splits.csv, or add masks",
-            )
-        )
-
-
 def fingerprint_of(
     recipe: Recipe, cohort: Cohort, records: Mapping[Split, Sequence[PatientRecord]]
 ) -> str:
@@ -151,7 +90,7 @@ def fingerprint_of(
         ],
         "versions": [dymo_med.__version__, torch.__version__],
     }
-    if cohort.task.mask is not None:
+    if cohort.task.files:
         about["task"] = cohort.task.to_dict()
         about["masks"] = [
             None if r.mask is None else hashlib.sha256(r.mask.numpy().tobytes()).hexdigest()

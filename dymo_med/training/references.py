@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dymo_med.backbones import EncodedVersions
 from dymo_med.references import (
@@ -20,13 +19,13 @@ from dymo_med.references import (
     layout_of,
     under,
 )
-from dymo_med.survival import log_likelihood
+from dymo_med.tasks import OverClasses
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.loop import stream
 from dymo_med.training.losses import within
 from dymo_med.training.objectives import sampled_subsets
 from dymo_med.training.selectors import hide
-from dymo_med.types import Batch, ModalitySpec, Scale, Split
+from dymo_med.types import Batch, ModalitySpec, Split
 
 # Shares of the network that are tried.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -57,7 +56,7 @@ class Held:
 def train_references(
     specs: Sequence[ModalitySpec],
     classes: int,
-    scale: Scale | None,
+    task: OverClasses,
     everybody: Batch,
     labelled: Mapping[Split, Batch],
     weights: Tensor,
@@ -68,7 +67,7 @@ def train_references(
     Args:
         specs: Modalities in canonical order, fitted.
         classes: K.
-        scale: Of a regression.
+        task: What is predicted.
         everybody: All training records, labelled or not, on the CPU.
         labelled: Of `train` records whose class is known, and of `calibration` labelled ones that
             temperatures are fitted on.
@@ -78,8 +77,8 @@ def train_references(
     layout = layout_of(specs)
     fitting, held_back = labelled["train"], labelled["calibration"]
     values = None
-    if scale is not None and fitting.shares is not None:
-        values = scale.value(fitting.shares.double())
+    if task.scale is not None and fitting.shares is not None:
+        values = task.scale.value(fitting.shares.double())
     data = Training(
         features_of(fitting, specs),
         fitting.labels,
@@ -95,10 +94,10 @@ def train_references(
     models: dict[str, Reference] = {}
     fitted = {}
     for name, kind in REFERENCES.items():
-        model = kind(layout, classes, scale)
+        model = kind(layout, classes, task.scale)
         settings = model.fit(data, models)
         temperature = 1.0  # of a regression: another would move the answers themselves
-        if scale is None:
+        if task.calibrated:
             temperature = fit_temperature(
                 model.logits(features),
                 held_back.truth[rows],
@@ -109,9 +108,7 @@ def train_references(
     return References(layout, fitted)
 
 
-def weigh(
-    references: References, held: Sequence[Held], scale: Scale | None, seed: int
-) -> References:
+def weigh(references: References, held: Sequence[Held], task: OverClasses, seed: int) -> References:
     """Decide what part of a bundle's answers a reference is.
 
     The network, each reference, and mixtures of both answer for held-back patients as they are and
@@ -123,13 +120,13 @@ def weigh(
     Args:
         references: Fitted.
         held: Validation and calibration records; none that prediction sets rest on.
-        scale: Of a regression.
+        task: What is predicted.
         seed: Of what is hidden and of the folds.
 
     Returns:
         The same with weight, partner, reason and losses.
     """
-    losses, patients = _losses(references, held, scale, seed)  # (options, cases), (cases,)
+    losses, patients = _losses(references, held, task, seed)  # (options, cases), (cases,)
     options = [("", 1.0), *((n, s) for n in references.fitted for s in SHARES if s < 1)]
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients], dtype=torch.int64)
@@ -139,7 +136,7 @@ def weigh(
     cases = torch.bincount(who, minlength=n).double()
     each = torch.zeros(len(options), n, dtype=torch.float64).index_add_(1, who, losses) / cases
     mean = each.mean(1)
-    key = "mean absolute error" if scale is not None else "log-loss"
+    key = task.error_name
     fold = torch.randperm(n, generator=stream(seed, "weigh")) % _FOLDS
     answer = each[0].clone()
     for k in fold.unique().tolist():
@@ -209,7 +206,7 @@ def _surely(gain: Tensor) -> bool:
 
 
 def _losses(
-    references: References, held: Sequence[Held], scale: Scale | None, seed: int
+    references: References, held: Sequence[Held], task: OverClasses, seed: int
 ) -> tuple[Tensor, list[str]]:
     """Return the loss of every option on every case, and the patient of each case."""
     parts: list[Tensor] = []
@@ -231,24 +228,6 @@ def _losses(
             answers += [s * own + (1 - s) * other for s in SHARES if s < 1]
         labels = batch.labels[rows]
         shares = None if batch.shares is None else batch.shares[rows]
-        parts.append(torch.stack([loss_of(p, labels, shares, scale) for p in answers]))
+        parts.append(torch.stack([task.error(p, labels, shares) for p in answers]))
         patients += list(batch.patient_ids) * len(masks)
     return torch.cat(parts, dim=1), patients
-
-
-def loss_of(
-    probabilities: Tensor, labels: Tensor, shares: Tensor | None, scale: Scale | None
-) -> Tensor:
-    """Return the log-loss of each answer, or how far its number is from the truth, `(n,)`.
-
-    Args:
-        probabilities: `(n, K)`.
-        labels: Int64 `(n,)`.
-        shares: `(n, K)`, as in `Batch`; None where labels say all.
-        scale: Of a regression.
-    """
-    if scale is not None and shares is not None:
-        return (scale.value(probabilities) - scale.value(shares.double())).abs()
-    if shares is not None:
-        return -log_likelihood(probabilities.clamp_min(1e-6).log(), shares)
-    return F.nll_loss(probabilities.clamp_min(1e-6).log(), labels, reduction="none")

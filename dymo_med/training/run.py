@@ -11,6 +11,7 @@ import torch
 
 from dymo_med.config import Named, Recipe
 from dymo_med.imputers import IMPUTERS, Imputer, require_recovery
+from dymo_med.tasks import OverClasses, answered
 from dymo_med.training.loop import Log, new_weights
 from dymo_med.training.objectives import ImputerObjective, record_weights
 from dymo_med.types import Batch, Cohort, ModalitySpec, PatientRecord, Split
@@ -46,6 +47,11 @@ class Run:
     def classes(self) -> int:
         """K."""
         return len(self.cohort.task.classes)
+
+    @property
+    def task(self) -> OverClasses:
+        """What is predicted, of a network that answers with K probabilities."""
+        return answered(self.cohort.task)
 
     @property
     def checkpoints(self) -> Path:

@@ -20,6 +20,7 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.imputers import Imputer
 from dymo_med.metrics import bootstrap_means
 from dymo_med.selection import SELECTORS, Selector, fit_statistics
+from dymo_med.tasks import Segmentation
 from dymo_med.training.gmd import Decoupling
 from dymo_med.training.loop import Objective, Step, new_weights, stream
 from dymo_med.training.losses import distinct_subsets, soft_dice_loss, within
@@ -36,7 +37,6 @@ from dymo_med.types import (
     SubsetStatistics,
 )
 
-LEAST_MASKS = 3  # of training records: one per class of volume
 CLASSES = ("small", "medium", "large")
 SELECTABLE = ("observed_only", "trust_all", "dymo")
 _REPEATS = 4  # times that scans are hidden from each calibration record
@@ -76,9 +76,10 @@ def train_segmentation(
     Raises:
         ConfigError: If the recipe is for another task, or does not fit the cohort's grid.
     """
-    mask = described.task.mask
-    if mask is None:
+    task = described.task
+    if not isinstance(task, Segmentation):
         raise ValueError("The cohort's task is no segmentation.")
+    mask = task.mask
     network, entry = _network(plan, specs, len(mask.regions))
     grid = specs[0].shape[1:]
     crop = plan.backbone_training.crop
@@ -131,7 +132,7 @@ def train_segmentation(
     return SegmentationBundle(
         name=plan.name,
         description=plan.description,
-        task=described.task,
+        task=task,
         specs=specs,
         missing_values=described.missing_values,
         network=network,

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dymo_med.backbones import FusionBackbone
 from dymo_med.drawn import recovered
 from dymo_med.imputers import Imputer
 from dymo_med.references import References
 from dymo_med.selection import SELECTORS, Cases, Selector, WithDraws, joined
-from dymo_med.survival import log_likelihood
+from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.loop import stream
 from dymo_med.types import (
     Batch,
@@ -26,7 +25,6 @@ from dymo_med.types import (
     Fuse,
     FusionOutput,
     ModalityMask,
-    Scale,
     SubsetStatistics,
 )
 
@@ -277,27 +275,11 @@ def held_out(
     return {n: (z.double().cpu() / cases.temperature).log_softmax(-1) for n, z in logits.items()}
 
 
-def absolute_errors(
-    answers: Mapping[str, Tensor], cases: Cases, scale: Scale | None
-) -> dict[str, Tensor]:
-    """Return how far each selector's number is from the truth `(B,)`; nothing without a scale.
-
-    Args:
-        answers: What `held_out` returned.
-        cases: The same cases.
-        scale: Of a regression.
-    """
-    if scale is None or cases.shares is None:
-        return {}
-    truth = scale.value(cases.shares.double().cpu())
-    return {name: (scale.value(p.exp()) - truth).abs() for name, p in answers.items()}
-
-
 def choose(
     answers: Mapping[str, Tensor],
     cases: Cases,
     patients: Sequence[str],
-    scale: Scale | None = None,
+    task: OverClasses = PLAIN,
 ) -> Choice:
     """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
 
@@ -312,10 +294,10 @@ def choose(
         answers: What `held_out` returned.
         cases: The same cases.
         patients: Whose case each is.
-        scale: Of a regression.
+        task: What is predicted.
     """
     labels, weights = cases.labels.cpu(), cases.weights.double().cpu()
-    shares = None if cases.shares is None or scale is not None else cases.shares.cpu()
+    shares = None if cases.shares is None else cases.shares.cpu()
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients])
     n, total = len(order), weights.sum()
@@ -325,16 +307,12 @@ def choose(
     among = standing.sum().clamp_min(1e-12)
     losses, right = {}, {}
     for name, p in answers.items():
-        losses[name] = (
-            F.nll_loss(p, labels, reduction="none")
-            if shares is None
-            else -log_likelihood(p, shares)
-        )
+        losses[name] = task.log_loss(p, labels, shares)
         right[name] = (p.argmax(-1) == labels).double()
-    errors = absolute_errors(answers, cases, scale)
-    key, called = ("mae", "mean absolute error") if errors else ("log_loss", "log-loss")
-    judged = errors or losses
-    classes_matter = cases.shares is None  # not the bands of a number, nor the bins of a time
+    key, called, judged = task.error_key, task.error_name, losses
+    if key != "log_loss":
+        judged = {name: task.error(p.exp(), labels, shares) for name, p in answers.items()}
+    classes_matter = task.classes_matter and shares is None
     base_loss, base_right = judged["observed_only"], right["observed_only"]
     results, eligible = {}, {}
     for name in answers:
@@ -344,8 +322,7 @@ def choose(
             "spoilt": float((standing * base_right * (1 - right[name])).sum() / among),
             "rescued": float((standing * (1 - base_right) * right[name]).sum() / among),
         }
-        if errors:
-            results[name]["mae"] = float((weights * errors[name]).sum() / total)
+        results[name][key] = float((weights * judged[name]).sum() / total)
         gain = torch.zeros(n, dtype=torch.float64)
         gain.index_add_(0, who, weights * (base_loss - judged[name]))
         share = torch.zeros_like(gain).index_add_(0, who, weights)

@@ -26,7 +26,6 @@ from dymo_med.training.fit_specs import fit_importances, fit_specs
 from dymo_med.training.fusion import fit_fusion
 from dymo_med.training.loop import Log, Progress, train_stage
 from dymo_med.training.objectives import (
-    mask_known,
     record_weights,
 )
 from dymo_med.training.outline_bounds import outline_cases
@@ -36,9 +35,6 @@ from dymo_med.training.records import (
     fingerprint_of,
     provenance_of,
     read_fitted_on,
-    require_labels,
-    require_masks,
-    with_shares,
 )
 from dymo_med.training.run import Run, new_imputer, train_imputer
 from dymo_med.training.segmentation import train_segmentation
@@ -115,10 +111,9 @@ def train(
     _require_enough(described, records)
     for note in survey(described, [r for split in FITTED_ON for r in records[split]]):
         say(f"note: {note}")
-    scale = described.task.scale
     data = {
-        split: with_shares(collate(records[split], described.specs), records[split], scale)
-        for split in FITTED_ON
+        split: described.task.with_targets(collate(found, described.specs), found)
+        for split, found in records.items()
     }
     specs = fit_importances(fit_specs(described.specs, data["train"]), data["train"])
     if plan is None:
@@ -132,10 +127,7 @@ def train(
         plan = plan.model_copy(update={"seed": seed})
     with kept(out / "warnings.log"):
         run = _started(plan, described, specs, records, data, where, out, progress)
-        if described.task.mask is not None:
-            bundle = _fit_outline(run)
-        else:
-            bundle = fit_fusion(run, str(recipe or chosen), warn)
+        bundle = _PIPELINES[described.task.pipeline](run, str(recipe or chosen), warn)
         draw_curves(run.log.stages, out / "curves.png")
     return bundle
 
@@ -147,10 +139,9 @@ def _require_enough(described: Cohort, records: Mapping[Split, Sequence[PatientR
         ConfigError: If there is not.
     """
     for split in FITTED_ON:
-        if described.task.mask is None:
-            require_labels(described, split, [r.label for r in records[split]])
-        else:
-            require_masks(described, split, records[split])
+        lacking = described.task.shortage(split, records[split])
+        if lacking is not None:
+            raise ConfigError(replace(lacking, where=f"Cohort {described.name}"))
     names = [spec.name for spec in described.specs]
     seen = Counter(n for r in records["train"] for n in r.modalities)
     never = [n for n in names if not seen[n]]
@@ -193,13 +184,15 @@ def _started(
     return Run(plan, described, specs, records, data, fabric.device, out, log, stage)
 
 
-def _fit_outline(run: Run) -> Path:
+def _fit_outline(run: Run, named: str, warn: Callable[[str], None] | None) -> Path:
     """Train and fit everything of a segmentation, and write the bundle."""
     imputer = entry = None
     if run.plan.imputer is not None:
         imputer, entry = new_imputer(run, run.plan.imputer)
         train_imputer(run, imputer)
-    known = {s: b.rows(mask_known(b).nonzero().squeeze(1)) for s, b in run.data.items()}
+    known = {
+        s: b.rows(run.cohort.task.known_rows(b).nonzero().squeeze(1)) for s, b in run.data.items()
+    }
     segmenter = train_segmentation(
         run.plan,
         run.cohort,
@@ -220,3 +213,9 @@ def _fit_outline(run: Run) -> Path:
         bounds=calibrate_outlines(cases, run.cohort.task.classes, run.plan.seed),
     ).save(run.out / "bundle")
     return run.out / "bundle"
+
+
+_PIPELINES: Mapping[str, Callable[[Run, str, Callable[[str], None] | None], Path]] = {
+    "fusion": fit_fusion,
+    "outline": _fit_outline,
+}

@@ -19,8 +19,9 @@ from torch import Tensor
 from dymo_med.backbones import EncodedVersions
 from dymo_med.metrics import auroc
 from dymo_med.references import Mixed, References, under
-from dymo_med.training.references import Held, loss_of
-from dymo_med.types import Batch, Interval, Scale, Use, UseRow
+from dymo_med.tasks import OverClasses
+from dymo_med.training.references import Held
+from dymo_med.types import Batch, Interval, Use, UseRow
 
 # Fewer patients who could exchange something tell nothing.
 _FEWEST = 10
@@ -35,7 +36,7 @@ Floats = NDArray[np.float64]
 
 
 def audit_use(
-    held: Sequence[Held], references: References | None, scale: Scale | None, seed: int
+    held: Sequence[Held], references: References | None, task: OverClasses, seed: int
 ) -> Use:
     """Return what exchanging each modality between patients of the same pattern does.
 
@@ -45,7 +46,7 @@ def audit_use(
     Args:
         held: Labelled held-back records.
         references: Of the bundle.
-        scale: Of a regression, whose mean absolute error takes the place of the log-loss.
+        task: What is predicted, and what answers are judged by.
         seed: Of permutations and resamples.
 
     Returns:
@@ -77,7 +78,7 @@ def audit_use(
         )
     )
     rows = [
-        _row(name, part, asked, people, kept, number, scale, rng) for name, part in parts.items()
+        _row(name, part, asked, people, kept, number, task, rng) for name, part in parts.items()
     ]
     return Use(tuple(rows), len(set(people.patients)), number)
 
@@ -181,7 +182,7 @@ def _row(
     people: _People,
     kept: Tensor,
     number: int,
-    scale: Scale | None,
+    task: OverClasses,
     rng: np.random.Generator,
 ) -> UseRow:
     """Return what exchanging one part does."""
@@ -215,8 +216,8 @@ def _row(
     weights = np.array([1 / patients.count(p) for p in patients])
     labels = people.labels[rows]
     shares = None if people.shares is None else people.shares[rows]
-    loss = loss_of(own, labels, shares, scale).numpy()
-    lost = np.stack([loss_of(c, labels, shares, scale).numpy() for c in changed]) - loss  # (R, n)
+    loss = task.error(own, labels, shares).numpy()
+    lost = np.stack([task.error(c, labels, shares).numpy() for c in changed]) - loss  # (R, n)
     means = lost @ weights / weights.sum()
     total = 0.5 * (changed - own).abs().sum(-1).mean(0).numpy()
     only = torch.zeros_like(used)
@@ -235,7 +236,7 @@ def _row(
     picked = rng.permutation(number)[:_DRAWN]
     base = weights[None]
     auroc_loss = auroc_alone = auroc_reference = nothing
-    if scale is None:
+    if task.ranked:
         value = float(area(own, base)[0] - np.mean([area(changed[r], base)[0] for r in picked]))
         spread = [area(own, drawn) - area(changed[r], drawn) for r in picked]
         auroc_loss = _interval(value, np.concatenate(spread))

@@ -8,9 +8,10 @@ Polarity, everywhere: True = available.
 
 from dymo_med.types.answer import Attribution, Prediction, Value, WeightedSubset
 from dymo_med.types.batch import Batch, LatentTokens, ModalityMask, Recovery, Tokens, subset_id
-from dymo_med.types.cohort import SPLITS, Cohort, CohortRecord, Split, Subgroup
+from dymo_med.types.cohort import SPLITS, Cohort, Split, Subgroup
 from dymo_med.types.performance import Interval, Performance, PerformanceRow, Use, UseRow
 from dymo_med.types.record import (
+    CohortRecord,
     FieldOfView,
     GateFinding,
     GateResult,
@@ -21,6 +22,7 @@ from dymo_med.types.record import (
     PatientRecord,
     Source,
 )
+from dymo_med.types.scores import Scores
 from dymo_med.types.selection import (
     Choice,
     Fuse,
@@ -41,7 +43,7 @@ from dymo_med.types.spec import (
     SeriesRule,
     Steps,
 )
-from dymo_med.types.task import MaskSpec, Scale, Task
+from dymo_med.types.task import MaskSpec, Scale, Target, Task
 
 __all__ = [
     "SPLITS",
@@ -77,6 +79,7 @@ __all__ = [
     "Recovery",
     "RulesT",
     "Scale",
+    "Scores",
     "SelectionStep",
     "SelectionTrace",
     "SeriesRule",
@@ -85,6 +88,7 @@ __all__ = [
     "Steps",
     "Subgroup",
     "SubsetStatistics",
+    "Target",
     "Task",
     "Tokens",
     "Use",

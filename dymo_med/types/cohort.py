@@ -7,34 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dymo_med.types.record import CohortRecord
 from dymo_med.types.spec import ModalitySpec
 from dymo_med.types.task import Task
 
 Split = Literal["train", "validation", "calibration", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
-
-
-@dataclass(frozen=True)
-class CohortRecord:
-    """Where one record (visit) is, before any file of it is read.
-
-    Attributes:
-        record_id: Unique within the cohort.
-        patient_id: Whose visit this is; splits go by patient.
-        folder: Patient directory of this record.
-        label: Class index, or None where the target is not known.
-        value: The number of a regression, or None; `label` is its band.
-        subgroups: Cells of the labels file that subgroups are made from, by subgroup.
-        root: Folder of the cohort.
-    """
-
-    record_id: str
-    patient_id: str
-    folder: Path
-    label: int | None = None
-    subgroups: Mapping[str, str] = field(default_factory=dict)
-    root: Path | None = None
-    value: float | None = None
 
 
 @dataclass(frozen=True)

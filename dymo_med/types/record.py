@@ -4,11 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 GateState = Literal["pass", "warn", "refuse"]
+
+
+@dataclass(frozen=True)
+class CohortRecord:
+    """Where one record (visit) is, before any file of it is read.
+
+    Attributes:
+        record_id: Unique within the cohort.
+        patient_id: Whose visit this is; splits go by patient.
+        folder: Patient directory of this record.
+        label: Class index, or None where the target is not known.
+        value: The number of a regression, or None; `label` is its band. Of survival, the time.
+        subgroups: Cells of the labels file that subgroups are made from, by subgroup.
+        root: Folder of the cohort.
+        event: Of survival, whether that is the time of the event.
+    """
+
+    record_id: str
+    patient_id: str
+    folder: Path
+    label: int | None = None
+    subgroups: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
+    value: float | None = None
+    event: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -158,12 +184,13 @@ class PatientRecord:
         patient_id: Id of the patient.
         modalities: Observed modalities by name.
         label: Class index, or None.
-        value: The number of a regression, or None; `label` is its band.
+        value: The number of a regression, or None; `label` is its band. Of survival, the time.
         mask: Uint8 `(X, Y, Z)`, the labels of a segmentation on the grid of the scans; None if
             not known or not read.
         refused: Modalities that were brought, that the quality gate refused and that therefore
             count as missing.
         unused: Files and folders of the patient directory that no modality looks at.
+        event: Of survival, whether `value` is the time of the event.
     """
 
     record_id: str
@@ -174,6 +201,7 @@ class PatientRecord:
     mask: Tensor | None = None
     refused: Mapping[str, GateResult] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    event: bool | None = None
 
     @property
     def identifier(self) -> str | None:

@@ -1,14 +1,39 @@
-"""What is predicted."""
+"""What is predicted, and everything that differs from one kind of prediction to another.
+
+A `Task` answers for itself. Whoever holds one (`cohort.task`, `bundle.task`) says what it wants
+done, and never asks which task it is; `dymo_med.tasks` holds the concrete ones, one file and one
+line of the table `TASKS` each. What a task answers for, in the order in which it is asked:
+
+1. *Reading.* `Entry` are its keys in cohort.yaml, `from_entry` makes it from them. `columns` of
+   the labels file hold the target, `read` makes a `Target` of their cells, `fitted` may learn from
+   the training patients' targets (bins of a time), `known` says who has one.
+2. *Training.* `shortage` says what is lacking to learn from, `with_targets` puts into a batch what
+   the loss is about. `pipeline` names what trains and asks its networks.
+3. *Commands and pages.* `about`, `predicts`, `lacks` and `cohort_page`.
+4. *Other cohorts.* `accepts` says why answers for a cohort's task cannot be judged by this one's.
+
+Tasks whose networks answer with K probabilities (`dymo_med.tasks.base.OverClasses`) answer for
+more: losses, calibration, figures, columns of tables.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
+
+from dymo_med.errors import Problem
+from dymo_med.types.batch import Batch
+from dymo_med.types.record import CohortRecord, PatientRecord
+from dymo_med.types.spec import ModalitySpec
+
+EntryModel: TypeAlias = type[BaseModel]
 
 
 @dataclass(frozen=True)
@@ -110,37 +135,183 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is predicted.
+class Target:
+    """What the labels file says of one record.
 
     Attributes:
-        type: `classification`, `regression` or `segmentation`.
-        target: Column of `labels.csv`; of a segmentation, the file of the masks.
-        classes: Class names in canonical order. For two classes the last is the positive one. Of a
-            regression, the names of its bands; of a segmentation, those of its regions.
-        scale: The number that a regression predicts.
-        mask: The masks of a segmentation.
+        label: Class index; None where something is known, but not the class (a censored time).
+        value: The number that the class is a band or bin of; None where there is none.
+        event: Of a time, whether it is that of the event; None of other tasks.
     """
 
-    type: Literal["classification", "regression", "segmentation"]
+    label: int | None
+    value: float | None = None
+    event: bool | None = None
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What is predicted, and what differs by it; see the module.
+
+    Attributes:
+        target: Column of the labels file, or file, that holds the truth.
+        classes: K names in canonical order. For two classes the last is the positive one.
+    """
+
+    type: ClassVar[str]
+    """Its name in `TASKS`, in cohort.yaml, and in sentences ("a regression")."""
+    Entry: ClassVar[EntryModel]
+    """What cohort.yaml says of it."""
+    pipeline: ClassVar[str] = "fusion"
+    """What trains and asks its networks: `fusion` of all modalities into K logits, or `outline`."""
+    cohort_page: ClassVar[str] = "classes"
+    """Which page shows a cohort."""
+    stored: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Keys of `to_dict` beside target and classes, with the keys within each."""
+    by_class: ClassVar[bool] = True
+    """Whether patients of one class are alike, so that what only they have gives it away."""
+    lacks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Options that it has no use for, by command."""
+
     target: str
     classes: tuple[str, ...]
-    scale: Scale | None = None
-    mask: MaskSpec | None = None
 
-    def __post_init__(self) -> None:
-        if (self.type == "regression") != (self.scale is not None):
-            raise ValueError("A regression has a scale, and nothing else has one.")
-        if self.scale is not None and self.scale.names != self.classes:
-            raise ValueError("The classes of a regression are its bands.")
-        if (self.type == "segmentation") != (self.mask is not None):
-            raise ValueError("A segmentation has masks, and nothing else has any.")
-        if self.mask is not None:
-            if tuple(self.mask.regions) != self.classes:
-                raise ValueError("The classes of a segmentation are the regions of its masks.")
-        elif len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"A task needs at least two distinct classes, got {self.classes}.")
+    # Reading
+
+    @classmethod
+    @abstractmethod
+    def from_entry(cls, entry: Any, where: Callable[[str], str]) -> Self:
+        """Return the task that cohort.yaml describes.
+
+        Args:
+            entry: An `Entry`.
+            where: Place of one of its keys in the file, for messages.
+
+        Raises:
+            ConfigError: If keys do not go together.
+        """
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the task that `to_dict` described; `ValueError` or `KeyError` if it cannot be."""
+        return cls(str(stored["target"]), tuple(map(str, stored["classes"])))
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; what does not apply to the task has no key."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
+        return {"type": self.type, "target": self.target, "classes": self.classes}
+
+    @property
+    def scale(self) -> Scale | None:
+        """The number that classes are bands of; None where they are no bands of a number."""
+        return None
+
+    @property
+    def mask(self) -> MaskSpec | None:
+        """The masks that classes are regions of; None where they are no regions."""
+        return None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the labels file that hold the target."""
+        return (self.target,)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of a patient directory that hold the target."""
+        return ()
+
+    @abstractmethod
+    def read(
+        self, cells: Mapping[str, str], blank: Set[str], where: str
+    ) -> Target | Problem | None:
+        """Return what the labels file says of a record.
+
+        Args:
+            cells: Cells of `columns`.
+            blank: Words that mean "not known".
+            where: File and line, for messages.
+
+        Returns:
+            None where nothing is known; what is wrong with the cells.
+        """
+
+    def misfits(
+        self, specs: Sequence[ModalitySpec], where: Callable[[tuple[str, ...]], str]
+    ) -> list[Problem]:
+        """Return what is wrong with modalities, or with a file that the task names.
+
+        Args:
+            specs: Of the cohort.
+            where: Place of a key in the file, for messages.
+        """
+        return []
+
+    def fitted(self, training: Sequence[CohortRecord]) -> Self:
+        """Return the task with what it learns from targets of training records; most learn nothing.
+
+        Records are read anew by what is returned (`again`).
+        """
+        return self
+
+    def again(self, record: CohortRecord) -> CohortRecord:
+        """Return a record whose target was read by another task, as this one sees it."""
+        return record
+
+    def known(self, record: CohortRecord | PatientRecord) -> bool:
+        """Return whether something is known of a record's target."""
+        return record.label is not None
+
+    def known_rows(self, batch: Batch) -> Tensor:
+        """Return bool `(B,)`: the records of whose target something is known."""
+        return batch.known
+
+    # Training
+
+    def with_targets(self, batch: Batch, records: Sequence[PatientRecord]) -> Batch:
+        """Return a batch with what the loss is about, where that is more than `labels`.
+
+        Args:
+            batch: B records, collated.
+            records: The same.
+        """
+        return batch
+
+    @abstractmethod
+    def shortage(
+        self, split: str, records: Sequence[CohortRecord | PatientRecord]
+    ) -> Problem | None:
+        """Return what a split lacks that has to be there to learn from; `where` is left empty.
+
+        Args:
+            split: Which split.
+            records: All of it, read or not; what only files can tell is not missed before.
+        """
+
+    # Pages and commands
+
+    @property
+    def about(self) -> str:
+        """The task in a few words, for metadata ("classification: grade")."""
+        return f"{self.type}: {self.target}"
+
+    @property
+    def in_full(self) -> str:
+        """The task with its classes."""
+        return f"{self.type}: {self.target} ({', '.join(self.classes)})"
+
+    @property
+    def predicts(self) -> str:
+        """What is predicted, for the model card."""
+        return ", ".join(self.classes)
+
+    def accepts(self, other: Task) -> tuple[str, str, str] | None:
+        """Return why answers for another cohort's task cannot be judged by this one.
+
+        Returns:
+            What is wrong, what is expected and what was got; None = they can.
+        """
+        if other.type != self.type:
+            return "the tasks differ", f"a {self.type}", f"a {other.type}"
+        if other.classes != self.classes:
+            return "the classes differ", ", ".join(self.classes), ", ".join(other.classes)
+        return None

@@ -18,6 +18,7 @@ from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.matching import matched_specs
 from dymo_med.inference.run_folder import digest_of
 from dymo_med.inference.segment_evaluate import evaluate_segmentation
+from dymo_med.tasks import Regression
 from dymo_med.types import (
     CellRules,
     Column,
@@ -26,7 +27,6 @@ from dymo_med.types import (
     Scale,
     SeriesRule,
     Steps,
-    Task,
 )
 from tests.contracts.conftest import TASKS
 
@@ -129,7 +129,7 @@ def test_another_scale_is_another_task(tiny):
     cohort = read_cohort(tiny.cohort("regression"))
     assert matched_specs(bundle, cohort)
     scale = Scale(0.0, 10.0, (0.0, 5.0000001, 10.0))  # of the same names
-    task = Task("regression", "growth", scale.names, scale)
+    task = Regression.of("growth", scale)
     with pytest.raises(BundleError, match="classes differ"):
         matched_specs(bundle, replace(cohort, task=task))
 

@@ -22,10 +22,11 @@ from dymo_med.demo import shipped_bundle
 from dymo_med.errors import BundleError, ConfigError, PatientDataError
 from dymo_med.inference.compare import comparator_probabilities
 from dymo_med.selection import SELECTORS
+from dymo_med.tasks import PLAIN, Regression
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
 from dymo_med.training.loop import Log, Step
-from dymo_med.training.losses import answer_loss, within
+from dymo_med.training.losses import within
 from dymo_med.training.objectives import augment
 from dymo_med.training.train import train
 from dymo_med.types import Scale
@@ -379,6 +380,7 @@ SCALE = Scale(0.0, 4.0, (0.0, 2.0, 4.0))
 def test_loss_and_score_are_the_backbones(tmp_path, name, scale, balance):
     """Of a regression the absolute error, with class weights a weighted loss."""
     data = {s: make_batch(12, i, torch.float32) for i, s in enumerate(COLLATED)}
+    task = PLAIN if scale is None else Regression.of("y", scale)
     if scale is not None:
         values = torch.arange(12) % 3 * 2 + 0.5 - torch.arange(12) % 3 / 2
         shares = scale.shares(values)
@@ -390,7 +392,7 @@ def test_loss_and_score_are_the_backbones(tmp_path, name, scale, balance):
         step = Step(batch, torch.ones(len(batch)), torch.Generator().manual_seed(3))
         part, again = objective.comparator, torch.Generator().manual_seed(3)
         batch = augment(batch, plan.backbone_training.augmentation, again)
-        expected = part.loss(batch, again, lambda z, y: answer_loss(z, y, scale, balance)).mean()
+        expected = part.loss(batch, again, lambda z, y: task.loss(z, y, balance)).mean()
         plain = part.loss(batch, torch.Generator().manual_seed(3)).mean()
         assert float(objective(step)) == pytest.approx(float(expected))
         seen.append(float((expected - plain).abs().detach()))
@@ -401,7 +403,7 @@ def test_loss_and_score_are_the_backbones(tmp_path, name, scale, balance):
     plan = Recipe.model_validate({**yaml.safe_load(RECIPE), "comparators": [entry]})
     ones, cpu = {s: torch.ones(12) for s in data}, torch.device("cpu")
     (found,) = train_comparators(
-        *(plan, SPECS, K, data, ones, run_stage, log, tmp_path, cpu), scale, balance
+        *(plan, SPECS, K, data, ones, run_stage, log, tmp_path, cpu), task, balance
     ).values()
     assert (max(seen) > 1e-3) == (scale is not None or balance is not None)
     subsets = torch.tensor(list(itertools.product([False, True], repeat=M))[1:])

@@ -12,6 +12,7 @@ from dymo_med.bundle_segmentation import load_segmentation_bundle
 from dymo_med.cli import main
 from dymo_med.comparators import COMPARATORS
 from dymo_med.errors import ConfigError
+from dymo_med.tasks import OverClasses
 from dymo_med.training import fusion
 from dymo_med.training import train as training
 from tests.contracts.conftest import recipe_of
@@ -116,15 +117,13 @@ def test_a_training_that_diverges_says_what_to_change(tiny, tmp_path, capsys, ca
 
 @pytest.mark.parametrize("gradient", ["sum", "gmd"])
 def test_gradients_that_diverge_alone_are_noticed(tiny, tmp_path, monkeypatch, gradient):
-    from dymo_med.training import objectives
-
-    original = objectives.answer_loss
+    original = OverClasses.loss
 
     def steep(*given):  # a finite loss whose gradient is not
         loss = original(*given)
         return loss + (loss * 0).abs().sqrt()
 
-    monkeypatch.setattr(objectives, "answer_loss", steep)
+    monkeypatch.setattr(OverClasses, "loss", steep)
     recipe = recipe_of("classification", "transformer", "template", gradient=gradient)
     del recipe["imputer_training"]
     with pytest.raises(ConfigError, match=r"diverges.*a gradient that is not finite"):

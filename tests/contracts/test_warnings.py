@@ -15,7 +15,7 @@ from dymo_med.inference import evaluate as module
 from dymo_med.inference import predict, recovered
 from dymo_med.logs import LIBRARIES, OURS, heard
 from dymo_med.selection.gate import Gate
-from dymo_med.training import selectors
+from dymo_med.training import fusion, selectors
 from dymo_med.training import train as training
 from tests.contracts.conftest import recipe_of
 
@@ -82,7 +82,7 @@ def test_who_chose_what_python_warns_of_is_left_with_it(monkeypatch):
 
 def test_a_training_keeps_what_was_warned_of(tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "draw_curves", lambda *_: None)
-    warning_of(monkeypatch, training, "fit_statistics", "singular")
+    warning_of(monkeypatch, fusion, "fit_statistics", "singular")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of("classification", "transformer", "template")))
     about = "train", recipe, "-c", tiny.cohort("classification"), "-d", "cpu", "-o"

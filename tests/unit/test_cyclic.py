@@ -15,6 +15,7 @@ from dymo_med.config import BackboneTraining
 from dymo_med.cyclic import CrossModalFusion, CyclicLatents, LatentOptions, kl_per_token
 from dymo_med.errors import ConfigError
 from dymo_med.imputers import IMPUTERS
+from dymo_med.tasks import Regression
 from dymo_med.training.fusion import class_weights
 from dymo_med.training.loop import Step
 from dymo_med.training.losses import distinct_subsets
@@ -346,7 +347,14 @@ class TestLoss:
         settings = BackboneTraining(subsets=7, epochs=1)
         weights = torch.ones(6, dtype=torch.float64)
         objective = FusionObjective(
-            network, K, settings, batch, weights, torch.device("cpu"), seed=0, scale=scale
+            network,
+            K,
+            settings,
+            batch,
+            weights,
+            torch.device("cpu"),
+            seed=0,
+            task=Regression.of("y", scale),
         ).double()
         objective.begin_epoch(0)
         found = objective(Step(batch, weights, generator()))

@@ -6,10 +6,9 @@ from torch.nn import functional as F
 
 from dymo_med.selection import Cases
 from dymo_med.survival import TimeBins
+from dymo_med.tasks import PLAIN, class_loss
 from dymo_med.training.calibration import fit_temperature
-from dymo_med.training.losses import answer_loss
-from dymo_med.training.objectives import of_known_class, record_weights, validation_figures
-from dymo_med.training.references import loss_of
+from dymo_med.training.objectives import of_known_class, record_weights
 from dymo_med.training.selectors import choose
 from dymo_med.types import Batch, ModalityMask
 
@@ -32,14 +31,14 @@ def test_what_is_known_for_certain_is_a_class():
     """Shares of one class each give every figure that labels give."""
     logits, labels = random(40, 3), random(40, 3, seed=1).argmax(1)
     sure = F.one_hot(labels, 3).float()
-    assert torch.allclose(answer_loss(logits, labels, None), answer_loss(logits, sure, None))
+    assert torch.allclose(class_loss(logits, labels), class_loss(logits, sure))
     who = [f"p{i % 25}" for i in range(40)]
     assert fit_temperature(logits, sure, who) == pytest.approx(fit_temperature(logits, labels, who))
     one = torch.ones(40)
-    score = validation_figures(logits, labels, one)["score"]
-    assert validation_figures(logits, sure, one) == {"score": pytest.approx(score)}
+    score = PLAIN.figures(logits, labels, one)["score"]
+    assert PLAIN.figures(logits, sure, one) == {"score": pytest.approx(score)}
     p = logits.double().softmax(1)
-    assert torch.allclose(loss_of(p, labels, None, None), loss_of(p, labels, sure, None))
+    assert torch.allclose(PLAIN.error(p, labels, None), PLAIN.error(p, labels, sure))
 
 
 def test_censored_patients_ask_for_what_comes_later():
@@ -47,7 +46,7 @@ def test_censored_patients_ask_for_what_comes_later():
     logits = random(4, 3)
     p = logits.softmax(1)
     later = torch.stack([torch.ones(()), p[1, 1:].sum(), p[2, 1] / 2 + p[2, 2], p[3, 2]])
-    assert torch.allclose(answer_loss(logits, fits, None), -later.log(), atol=1e-6)
+    assert torch.allclose(class_loss(logits, fits), -later.log(), atol=1e-6)
 
 
 def test_a_temperature_is_found_under_censoring():

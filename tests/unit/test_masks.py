@@ -26,7 +26,8 @@ from dymo_med.data.patient import read_patient
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import ConfigError, PatientDataError
 from dymo_med.inference.check import check
-from dymo_med.types import MaskSpec, Task
+from dymo_med.tasks import Segmentation
+from dymo_med.types import MaskSpec
 from tests.segmentation import masked_cohort, masked_dir  # noqa: F401
 
 BRATS = MaskSpec("seg.nii.gz", (1, 2, 4), {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)})
@@ -126,7 +127,7 @@ def edited(folder, change):
 def test_a_mask_is_read_onto_the_grid_of_the_scans(copied):
     root, folder = copied
     cohort = read_cohort(root / SEGMENTATION)
-    assert cohort.task == Task("segmentation", "seg.nii.gz", ("WT", "TC", "ET"), mask=BRATS)
+    assert cohort.task == Segmentation("seg.nii.gz", ("WT", "TC", "ET"), BRATS)
     record = read_known(cohort.records[0], cohort)
     stored = np.asarray(nib.load(folder / "seg.nii.gz").dataobj)
     assert np.array_equal(record.mask.numpy(), stored) and stored.any()

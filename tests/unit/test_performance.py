@@ -27,7 +27,6 @@ def answered(patients=40):
         (*names, *names, *names),
         torch.cat([labels, labels[first]]),
         {name: torch.cat([p, p[first]]) for name, p in answers.items()},
-        {},
     )
 
 

@@ -20,6 +20,7 @@ from dymo_med.references import (
     Training,
     features_of,
 )
+from dymo_med.tasks import PLAIN
 from dymo_med.training.references import SHARES, Held, warning_of, weigh
 from dymo_med.types import Batch, FusionOutput, ModalityMask, Scale
 
@@ -231,7 +232,7 @@ def test_a_reference_takes_part_where_it_is_better_beyond_chance(
 ):
     known = FittedReference(Known(), 1.0, {})
     found = weigh(
-        References(known.model.layout, {"known": known}), [held(n, network, reference)], None, 0
+        References(known.model.layout, {"known": known}), [held(n, network, reference)], PLAIN, 0
     )
     assert found.weight in weights
     assert found.patients == n

@@ -10,16 +10,16 @@ import torch
 import yaml
 
 from dymo_med.bundle import load_bundle
-from dymo_med.config import Document, TaskEntry
+from dymo_med.config import Document
 from dymo_med.conformal import AS_THEY_CAME, calibrate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.errors import ConfigError
 from dymo_med.inference.number_page import _use
-from dymo_med.training.losses import answer_loss
-from dymo_med.training.objectives import regression_figures
-from dymo_med.types import Scale, Task
+from dymo_med.tasks import TASKS, Classification, Regression
+from dymo_med.types import Scale
 
 SCALE = Scale(-3.0, 3.0, (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+REGRESSION = Regression.of("y", SCALE)
 SPLITS = ["train"] * 40 + ["validation"] * 10 + ["calibration"] * 24 + ["test"] * 14
 COHORT = {
     "name": "speeches",
@@ -113,25 +113,21 @@ def test_wrong_bands_are_refused(centers):
 
 
 def test_a_task_has_a_scale_if_and_only_if_it_is_a_regression():
-    with pytest.raises(ValueError, match="has a scale"):
-        Task("regression", "y", SCALE.names)
-    with pytest.raises(ValueError, match="has a scale"):
-        Task("classification", "y", SCALE.names, scale=SCALE)
+    assert Classification("y", SCALE.names).scale is None
+    assert REGRESSION.scale == SCALE and REGRESSION.classes == SCALE.names
     with pytest.raises(ValueError, match="are its bands"):
-        Task("regression", "y", ("a", "b"), scale=SCALE)
+        Regression("y", ("a", "b"), SCALE)
 
 
 def test_the_loss_is_least_at_the_truth_and_counts_the_error():
     truth = SCALE.shares(torch.tensor([0.25]))
     right = truth.clamp_min(1e-6).log()
     far = SCALE.shares(torch.tensor([-2.0])).clamp_min(1e-6).log()
-    least = float(answer_loss(right, truth, SCALE))
+    least = float(REGRESSION.loss(right, truth))
     assert least == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), abs=1e-3)
     entropy_part = float(torch.nn.functional.cross_entropy(far, truth))
-    assert float(answer_loss(far, truth, SCALE)) == pytest.approx(entropy_part + 2.25, abs=1e-3)
-    assert regression_figures(far, truth, torch.ones(1), SCALE)["score"] == pytest.approx(
-        -2.25, abs=1e-3
-    )
+    assert float(REGRESSION.loss(far, truth)) == pytest.approx(entropy_part + 2.25, abs=1e-3)
+    assert REGRESSION.figures(far, truth, torch.ones(1))["score"] == pytest.approx(-2.25, abs=1e-3)
 
 
 # --- Cohort ---------------------------------------------------------------------------------------
@@ -152,7 +148,7 @@ def test_wrong_tasks_are_refused(tmp_path, task, pattern):
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(task))
     with pytest.raises(ConfigError, match=pattern):
-        Document(path).parse(TaskEntry)
+        Document(path).parse(TASKS[task["type"]].Entry)
 
 
 def test_labels_are_numbers_within_the_range(speeches, tmp_path):

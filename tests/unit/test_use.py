@@ -17,6 +17,7 @@ from dymo_med.inference.evaluate import evaluate
 from dymo_med.inference.pdf import write_pdf
 from dymo_med.inference.prediction_file import read_prediction
 from dymo_med.references import features_of
+from dymo_med.tasks import PLAIN
 from dymo_med.training.objectives import encode_all
 from dymo_med.training.references import Held
 from dymo_med.training.train import train
@@ -120,7 +121,7 @@ def test_a_network_that_does_not_see_is_caught(trained):
             batch = collate(read, bundle.specs)
             found = encode_all(bundle.backbone, batch, torch.device("cpu"))
             held.append(Held(batch, features_of(batch, bundle.specs), found, 1.0))
-        use = audit_use(held, replace(bundle.references, weight=1.0, partner=""), None, 0)
+        use = audit_use(held, replace(bundle.references, weight=1.0, partner=""), PLAIN, 0)
     row = use.of("scan")
     assert row.verdict == "unused" and row.neglected
     assert row.change < 1e-6 and row.p == 1
