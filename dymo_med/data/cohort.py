@@ -118,7 +118,7 @@ def read_folders(path: Path) -> Cohort:
     return Cohort(
         name=entry.name,
         root=file.parent,
-        task=_task(document, entry),
+        task=_task(document, entry, ()),
         specs=specs,
         records=records,
         splits={},

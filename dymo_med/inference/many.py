@@ -221,7 +221,7 @@ def predict_many(
         "target": bundle.task.target,
         "classes": list(bundle.task.classes),
         "task": bundle.task.type,
-        "unit": "" if bundle.task.scale is None else bundle.task.scale.unit,
+        "unit": bundle.task.unit,
         "modalities": [spec.name for spec in bundle.specs],
         "records": len(records),
         "patients": len({r.patient_id for r in records}),

@@ -123,6 +123,11 @@ class Regression(OverClasses):
         """The number."""
         return self.numbers
 
+    @property
+    def unit(self) -> str:
+        """Of the number."""
+        return self.numbers.unit
+
     def read(
         self, cells: Mapping[str, str], blank: Set[str], where: str
     ) -> Target | Problem | None:

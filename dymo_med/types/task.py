@@ -290,6 +290,11 @@ class Task(ABC):
     # Pages and commands
 
     @property
+    def unit(self) -> str:
+        """Unit of what is answered, for people; empty if there is none."""
+        return ""
+
+    @property
     def about(self) -> str:
         """The task in a few words, for metadata ("classification: grade")."""
         return f"{self.type}: {self.target}"
