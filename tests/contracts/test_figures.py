@@ -30,7 +30,10 @@ FIGURES = Path(__file__).resolve().parents[1] / "figures"
 TASKS = ("classification", "regression", "segmentation")
 SCENARIOS = ("as-is", "drop:t1")
 # Of a prediction: pictures, and what is of this machine or this version of the software.
-_LEFT_OUT = ("exhibits", "versions", "bundle_version", "device", "sources", "command")
+_LEFT_OUT = (
+    *("exhibits", "versions", "bundle_version", "device", "sources", "command"),
+    "content_sha256",  # of all of these
+)
 _TOLERANCE = 1e-6
 
 
