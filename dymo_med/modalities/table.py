@@ -22,6 +22,7 @@ from dymo_med.errors import PatientDataError, Problem
 from dymo_med.files import csv_text, write_bytes
 from dymo_med.modalities.base import Modality, Whose, the_one
 from dymo_med.modalities.cells import Cell, Row, imprecision, parse
+from dymo_med.modalities.events import FORMATS, read_events
 from dymo_med.modalities.fhir import STATUSES, read_record
 from dymo_med.modalities.image import plain_name
 from dymo_med.modalities.made_up import RECOVERED_COLUMNS, refuse_made_up
@@ -104,6 +105,11 @@ class ColumnEntry(Strict):
         loinc: LOINC code, or codes, of the FHIR observation that holds the column.
         fhir: `gender` or `birthDate` of the FHIR patient instead.
         pick: Which observation counts if several differ: `latest`, `earliest`, or an `error`.
+        concepts: Concept ids of OMOP, or codes of MEDS, of the events that hold the column.
+        person: Or what of the person it is: `gender` (a concept id of OMOP) or `age` at the index
+            time.
+        unrecorded: Of two categories: what it is without an event, `missing` or `negative`, the
+            first of them.
     """
 
     type: Literal["continuous", "categorical", "boolean", "date"]
@@ -122,6 +128,9 @@ class ColumnEntry(Strict):
     loinc: list[str] = Field(default_factory=list)
     fhir: Literal["", "gender", "birthDate"] = ""
     pick: Literal["error", "latest", "earliest"] = "error"
+    concepts: list[str] = Field(default_factory=list)
+    person: Literal["", "gender", "age"] = ""
+    unrecorded: Literal["missing", "negative"] = "missing"
 
     @field_validator("values", mode="before")
     @classmethod
@@ -153,6 +162,11 @@ class ColumnEntry(Strict):
     @classmethod
     def _one_code(cls, values: Any) -> Any:
         return [values] if isinstance(values, str) else values
+
+    @field_validator("concepts", mode="before")
+    @classmethod
+    def _codes(cls, values: Any) -> Any:
+        return as_words(values if isinstance(values, list) else [values])
 
     @field_validator("until", mode="before")
     @classmethod
@@ -189,6 +203,12 @@ class ColumnEntry(Strict):
             raise ValueError("words under missing must not be empty, or begin or end with spaces")
         if self.loinc and self.fhir:
             raise ValueError("give either loinc or fhir")
+        if self.concepts and self.person:
+            raise ValueError("give either concepts or person")
+        if self.unrecorded == "negative" and not (
+            self.type == "boolean" or len(self.values or ()) == 2
+        ):
+            raise ValueError("unrecorded: negative belongs to a column of two categories")
         if any(not re.fullmatch(r"[0-9]{1,7}-[0-9]", code) for code in self.loinc):
             raise ValueError("a LOINC code is digits, a hyphen and a check digit: '2345-7'")
         return self
@@ -264,6 +284,9 @@ class ColumnEntry(Strict):
             loinc=tuple(self.loinc),
             fhir=self.fhir,
             pick=self.pick,
+            concepts=tuple(self.concepts),
+            person=self.person,
+            unrecorded=self.unrecorded,
         )
         values = ("no", "yes") if self.type == "boolean" else tuple(self.values or ())
         return Column(
@@ -282,9 +305,11 @@ class TableEntry(Strict):
     Attributes:
         kind: `table`.
         file: File inside the patient directory, CSV, TSV, JSON or Parquet; several tables may
-            share one. A FHIR record is a JSON or NDJSON file or a folder of them.
+            share one. A FHIR record is a JSON or NDJSON file or a folder of them, events are a
+            folder of tables or shards.
         columns: Columns in canonical order.
-        format: `fhir` for a FHIR record; otherwise the extension says.
+        format: `fhir` for a FHIR record, `omop` or `meds` for timed events; otherwise the
+            extension says.
         shared: File in the cohort's folder with a row for every record; `file` is then its name.
         record_column: Column that names the record of a row, for files with several.
         patient_column: Column that names the patient of a row.
@@ -292,12 +317,14 @@ class TableEntry(Strict):
         separator: Between cells, where the header does not tell.
         decimal: The decimal sign, `.` or `,`.
         statuses: FHIR observations of other status are no data.
+        index: Of events: file in the cohort's folder with persons and index times.
+        within_days: Of events: how long before the index time they count; without it ever.
     """
 
     kind: Literal["table"]
     file: str = ""
     columns: Annotated[dict[str, ColumnEntry], Field(min_length=1)]
-    format: Literal["", "fhir"] = ""
+    format: Literal["", "fhir", "omop", "meds"] = ""
     shared: str = ""
     record_column: str = ""
     patient_column: str = ""
@@ -305,9 +332,16 @@ class TableEntry(Strict):
     separator: Literal["", ",", ";", "\t", "tab"] = ""
     decimal: Literal[".", ","] = "."
     statuses: list[str] = Field(default_factory=list)
+    index: str = ""
+    within_days: Annotated[float, Field(ge=0, le=50_000)] = 0.0
 
     @model_validator(mode="after")
     def _fits(self) -> TableEntry:
+        events = [n for n, c in self.columns.items() if c.concepts or c.person]
+        if self.format in FORMATS:
+            return self._fits_events(events)
+        if events or self.index or self.within_days:
+            raise ValueError("concepts, person, index and within_days need format: omop or meds")
         if self.shared:
             plain_name(self.shared)
             if not (self.record_column or self.patient_column):
@@ -344,6 +378,24 @@ class TableEntry(Strict):
             raise ValueError("pick needs format: fhir")
         return self
 
+    def _fits_events(self, events: Sequence[str]) -> TableEntry:
+        """Check what an entry of events says."""
+        if not (self.shared or self.file):
+            raise ValueError("events need shared, or file: the folder of their tables")
+        for name in filter(None, (self.path, self.shared, self.index)):
+            plain_name(name)
+        if self.record_column or self.patient_column or self.encoding or self.separator:
+            raise ValueError(
+                "keys of text files do not belong to events; index tells whose they are"
+            )
+        if lost := [name for name in self.columns if name not in events]:
+            raise ValueError(f"columns of events need concepts or person: {', '.join(lost)}")
+        if any(c.header or c.loinc or c.fhir or c.type == "date" for c in self.columns.values()):
+            raise ValueError("header, loinc, fhir and dates do not belong to events")
+        if self.format == "meds" and any(c.person == "gender" for c in self.columns.values()):
+            raise ValueError("gender is a code in MEDS: name it under concepts (GENDER//F)")
+        return self
+
     @property
     def path(self) -> str:
         """Name of the file inside the patient directory."""
@@ -361,6 +413,8 @@ class TableEntry(Strict):
             record_column=self.record_column,
             patient_column=self.patient_column,
             statuses=tuple(self.statuses),
+            index=self.index,
+            within_days=self.within_days,
         )
         return rules if rules != FileRules() else None
 
@@ -433,7 +487,9 @@ class Table(Modality):
         shared = None
         if self._rules.shared and whose.root is not None:
             shared = whose.root / self._rules.shared
-        if self._rules.format == "fhir":
+        if self._rules.format in FORMATS:
+            names = [declared]
+        elif self._rules.format == "fhir":
             names = [declared.with_suffix(s) for s in (".json", ".ndjson", "")]
         else:
             names = [declared.with_suffix(s) for s in EXTENSIONS]
@@ -482,7 +538,7 @@ class Table(Modality):
         remarks = [*row.remarks]
         unlearned: list[str] = []
         alike = {header.lower(): header for header in row.names if header not in wanted}
-        if self._rules.format != "fhir" and not any(
+        if not self._rules.format and not any(
             header in row.cells or header.lower() in alike for header in headers
         ):
             raise PatientDataError(_none_found(at, shown, row.names))
@@ -546,13 +602,17 @@ class Table(Modality):
         *,
         shared: bool,
     ) -> Row | None:
-        """Return the record's row of a file, or of its FHIR record."""
-        if self._rules.format != "fhir":
+        """Return the record's row of a file, or of its FHIR record or events."""
+        if not self._rules.format:
             return read_row(path, self._rules, wanted, at, whose, shared=shared)
 
         def value(cell: Cell, column: Column, where: str) -> float | Problem | None:
             return parse(cell, column, {}, where, blank=missing_values)
 
+        if self._rules.format in FORMATS:
+            return read_events(
+                path, self.spec.columns, self._rules, at, whose, value, shared=shared
+            )
         return read_record(path, self.spec.columns, self._rules, at, value)
 
     def write(

@@ -28,6 +28,9 @@ class CellRules:
         fhir: Or the element of the patient that does, `gender` or `birthDate`.
         pick: Which observation counts if several differ: none (an error), the latest, or the
             earliest.
+        concepts: Concept ids (OMOP) or codes (MEDS) of the events that hold this column.
+        person: Or what of the person it is, `gender` or `age`.
+        unrecorded: What a column of two categories is without an event: blank, or the first.
     """
 
     header: str = ""
@@ -42,6 +45,9 @@ class CellRules:
     loinc: tuple[str, ...] = ()
     fhir: str = ""
     pick: Literal["error", "latest", "earliest"] = "error"
+    concepts: tuple[str, ...] = ()
+    person: str = ""
+    unrecorded: Literal["missing", "negative"] = "missing"
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class FileRules:
     """How a table's file is written where that is more than UTF-8 with one row.
 
     Attributes:
-        format: `fhir` for a FHIR record; empty = what the extension says.
+        format: `fhir` for a FHIR record, `omop` or `meds` for events; empty = what the extension
+            says.
         encoding: Of text without a byte-order mark; empty = UTF-8.
         separator: Between cells of a CSV file; empty = the one that makes a header of the
             declared columns.
@@ -60,6 +67,8 @@ class FileRules:
         patient_column: Column that names the patient of a row.
         statuses: FHIR observations of other status are no data; empty = final, amended and
             corrected, and a preliminary one is an error.
+        index: Of events: file inside the cohort's folder with persons and index times.
+        within_days: Of events: how long before the index time they count; 0 = ever.
     """
 
     format: str = ""
@@ -70,6 +79,8 @@ class FileRules:
     record_column: str = ""
     patient_column: str = ""
     statuses: tuple[str, ...] = ()
+    index: str = ""
+    within_days: float = 0.0
 
 
 RulesT = TypeVar("RulesT", CellRules, FileRules)
