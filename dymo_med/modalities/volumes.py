@@ -64,7 +64,7 @@ def read(path: Path) -> StoredScan:
     fields, others, start = _header(path)
     nrrd = path.suffix.lower() in NRRD
     data = _detached(path, fields, others)
-    warning = _check_fields(path, fields)
+    unstated = _check_fields(path, fields)
     SimpleITK.ProcessObject.GlobalWarningDisplayOff()
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("NrrdImageIO" if nrrd else "MetaImageIO")
@@ -110,7 +110,7 @@ def read(path: Path) -> StoredScan:
     turns = _WITH_TIME.get(_space(fields), (1.0, 1.0)) if nrrd else (1.0, 1.0)
     lps = np.diag([*turns, 1.0, 1.0]) @ lps
     affine = to_ras(lps)
-    warnings = (warning,) if warning and min(values.shape) > 1 else ()
+    warnings = unstated if min(values.shape) > 1 else ()
     facts = ScanFacts(values.shape, str(values.dtype), spacing_of(affine), warnings)
     return StoredScan(values, affine, facts, (path, *data))
 
@@ -295,13 +295,14 @@ def _detached(path: Path, fields: dict[str, str], others: Sequence[str]) -> tupl
     return files
 
 
-def _check_fields(path: Path, fields: dict[str, str]) -> str:
-    """Return a warning if the header does not say how the scan lies in the body.
+def _check_fields(path: Path, fields: dict[str, str]) -> tuple[str, ...]:
+    """Return warnings if the header does not say how a scan lies in the body, or how large it is.
 
     Raises:
         ScanError: If lengths are not in millimetres.
     """
-    if path.suffix.lower() in NRRD:
+    nrrd = path.suffix.lower() in NRRD
+    if nrrd:
         units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
         stated = _space(fields) in (_ANATOMICAL | _WITH_TIME)
         stated = stated and "space directions" in fields
@@ -315,4 +316,25 @@ def _check_fields(path: Path, fields: dict[str, str]) -> str:
             got="another unit",
             remedy="Save the scan in millimetres",
         )
-    return "" if stated else "The file does not state its orientation; LPS axes were assumed."
+    warnings = []
+    if not stated:
+        warnings.append("The file does not state its orientation; LPS axes were assumed.")
+    if not (_all_sizes_stated(fields) if nrrd else {"elementspacing", "elementsize"} & {*fields}):
+        warnings.append("The file does not state its voxel size; 1 mm was assumed.")
+    return tuple(warnings)
+
+
+def _all_sizes_stated(fields: Mapping[str, str]) -> bool:
+    """Return whether a NRRD header gives a length for every axis that has several samples.
+
+    `axis mins` and `axis maxs` are none: SimpleITK does not divide their difference.
+    """
+    counts = fields.get("sizes", "").split()
+    vectors = re.findall(r"\([^)]*\)|none", fields.get("space directions", ""))
+    numbers = fields.get("spacings", "").split()
+
+    def stated(axis: int) -> bool:
+        found = [texts[axis].lower() for texts in (vectors, numbers) if axis < len(texts)]
+        return any("none" not in text and "nan" not in text for text in found)
+
+    return all(stated(axis) for axis, count in enumerate(counts) if count != "1")

@@ -134,6 +134,33 @@ def test_an_unstated_orientation_is_a_warning(tmp_path, name, text):
     assert "does not state its orientation" in volumes.read(tmp_path / name).facts.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "stated"),
+    [
+        ("t1.mhd", mhd("t1.raw", ElementSpacing=None), False),
+        ("t1.mhd", mhd("t1.raw", ElementSpacing=None, ElementSize="1 1 2"), True),
+        ("t1.nhdr", nhdr("t1.raw"), True),
+        ("t1.nhdr", nhdr("t1.raw", **{"space directions": "(1,0,0) (0,1,0) none"}), False),
+        ("t1.nhdr", nhdr("t1.raw", **{"space directions": "(1,0,0) (0,1,0) (nan,nan,nan)"}), False),
+        ("t1.nhdr", nhdr("t1.raw", **dict.fromkeys(SPACE)), False),
+        ("t1.nhdr", nhdr("t1.raw", **dict.fromkeys(SPACE), spacings="1 1 nan"), False),
+        ("t1.nhdr", nhdr("t1.raw", **dict.fromkeys(SPACE), spacings="1 1 2"), True),
+        (
+            "t1.nhdr",
+            nhdr("t1.raw", **dict.fromkeys(SPACE), **{"axis mins": "0 0 0", "axis maxs": "9 8 14"}),
+            False,
+        ),
+    ],
+)
+def test_a_voxel_size_that_is_not_stated_is_a_warning(tmp_path, name, text, stated):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "t1.raw").write_bytes(RAW)
+    facts = volumes.read(tmp_path / name).facts
+    said = [w for w in facts.warnings if "does not state its voxel size; 1 mm was assumed" in w]
+    assert len(said) == (not stated)
+    assert facts.spacing_mm[2] == pytest.approx(2.0 if stated else 1.0)
+
+
 @pytest.mark.parametrize("spelling", [str, str.upper, lambda s: s.replace("-", " ")])
 @pytest.mark.parametrize(
     ("space", "with_time", "turns"),
