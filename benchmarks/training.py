@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from dymo_med.backbones import BACKBONES
 from dymo_med.config import BackboneTraining
-from dymo_med.training.loop import Step
+from dymo_med.training.loop import MicroBatch
 from dymo_med.training.losses import distinct_subsets, prototype_loss
 from dymo_med.training.objectives import FusionObjective
 from dymo_med.types import Batch, ModalitySpec
@@ -82,7 +82,7 @@ def main() -> None:
     )
 
     def our_loss(seed: int) -> Tensor:
-        loss: Tensor = objective(Step(batch, weights, torch.Generator().manual_seed(seed)))
+        loss: Tensor = objective(MicroBatch(batch, weights, torch.Generator().manual_seed(seed)))
         return loss
 
     # An epoch gives prototypes; from then on their loss counts.

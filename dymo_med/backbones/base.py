@@ -26,6 +26,7 @@ class FusionBackbone(nn.Module, ABC):
         specs: Modalities in canonical order.
         distance: Distance its embedding is trained for.
         token_modality: Int64 `(N,)`, the modality each token belongs to; rises from 0 to M - 1.
+        embedding_size: Length D of its embedding.
         recovers: Whether it can recover modalities itself (`fill`).
     """
 
@@ -33,6 +34,7 @@ class FusionBackbone(nn.Module, ABC):
     specs: tuple[ModalitySpec, ...]
     distance: Literal["cosine", "euclidean"]
     token_modality: Tensor
+    embedding_size: int
     recovers: ClassVar[bool] = False
 
     @abstractmethod

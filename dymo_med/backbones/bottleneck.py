@@ -80,6 +80,7 @@ class CyclicFusion(FusionBackbone):
         )
         self.classifier = nn.Linear(self.fusion.width, classes)
         self.projection = nn.Linear(self.fusion.width, o.projection)
+        self.embedding_size = o.projection
         owner = torch.arange(len(specs)).repeat_interleave(o.length)
         self.register_buffer("token_modality", owner, persistent=False)
 

@@ -33,6 +33,7 @@ class Ensemble(FusionBackbone):
         self.members = nn.ModuleList(members)
         self.specs = members[0].specs
         self.distance = members[0].distance
+        self.embedding_size = sum(member.embedding_size for member in members)
         self.register_buffer("token_modality", members[0].token_modality, persistent=False)
 
     def _each(self) -> list[FusionBackbone]:

@@ -116,6 +116,7 @@ class FusionTransformer(FusionBackbone):
         self.blocks = nn.ModuleList(Block(o.dim, o.heads) for _ in range(o.layers))
         self.classifier = nn.Linear(o.dim, classes)
         self.projection = nn.Linear(o.dim, o.projection)
+        self.embedding_size = o.projection
 
     def encode(
         self,

@@ -41,12 +41,6 @@ from dymo_med.inference.prediction_file import (
 from dymo_med.inference.report import percentile
 from dymo_med.inference.software import versions
 from dymo_med.references import features_of
-from dymo_med.selection import Average, Guarded
-from dymo_med.selection.average import SubsetAverage
-from dymo_med.selection.fixed import TrustAll
-from dymo_med.selection.gate import Gate
-from dymo_med.selection.greedy import Dymo, Simultaneous, published_calibration
-from dymo_med.selection.reward import SimilarityCalibration
 from dymo_med.types import (
     Column,
     ModalitySpec,
@@ -350,44 +344,17 @@ def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformanceP
 def _rule(bundle: ModelBundle, trace: SelectionTrace, row: int) -> RulePart:
     """Return how the bundle's selector decides."""
     selector = bundle.selector
-    if isinstance(selector, SubsetAverage):
-        return RulePart(
-            decides_by="weights", admits="all", calibration=_calibration(bundle), threshold=0.5
-        )
-    if not isinstance(selector, Dymo):
-        everything = isinstance(selector, TrustAll | Average)
-        if isinstance(selector, Guarded):
-            everything = bool(trace.admitted[row].any())
-        return RulePart(
-            decides_by="guard"
-            if isinstance(selector, Guarded)
-            else "draws"
-            if isinstance(selector, Average)
-            else "rule",
-            admits="everything" if everything else "nothing",
-            calibration=None,
-            threshold=0.0,
-        )
     return RulePart(
-        decides_by="trust" if isinstance(selector, Gate) else "reward",
-        admits="all" if isinstance(selector, Simultaneous) else "one",
-        calibration=_calibration(bundle),
+        decides_by=selector.decides_by,
+        admits=selector.admits_in(trace, row),
+        calibration=selector.similarity_calibration(bundle.statistics.distance),
         threshold=_bound(trace.threshold),
     )
 
 
 def _why(bundle: ModelBundle, trace: SelectionTrace, row: int) -> str:
-    """Return why the bundle's selector is what it is, and what a guard can promise here."""
-    selector, why = bundle.selector, bundle.choice.why
-    if not isinstance(selector, Guarded) or not bool(trace.candidates[row].any()):
-        return why
-    return f"{why} {selector.sentence(trace.observed[row], trace.candidates[row])}"
-
-
-def _calibration(bundle: ModelBundle) -> SimilarityCalibration:
-    """Return the similarity calibration of a selector by reward."""
-    asked: SimilarityCalibration | None = bundle.selector.options.calibration
-    return asked or published_calibration(bundle.statistics.distance)
+    """Return why the bundle's selector is what it is, and what it can promise here."""
+    return f"{bundle.choice.why} {bundle.selector.promise(trace, row)}".rstrip()
 
 
 def _bound(threshold: float) -> float | None:

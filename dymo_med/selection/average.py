@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import torch
 from pydantic import Field
@@ -14,22 +14,24 @@ from dymo_med.selection.base import Cases, Fitted, require_something
 from dymo_med.selection.evidence import (
     FEATURES,
     Alone,
-    Scale,
+    Standardiser,
     ask_alone,
     features,
     log_odds,
     spreads,
 )
 from dymo_med.selection.greedy import (
-    Judged,
+    Assessed,
+    Candidates,
     RewardOptions,
-    Step,
+    assess,
     attempt,
-    judge,
     make_trace,
+    published_calibration,
     record,
     scatter,
 )
+from dymo_med.selection.reward import Distance, SimilarityCalibration
 from dymo_med.types import (
     Fuse,
     FusionOutput,
@@ -89,8 +91,8 @@ class _Subsets:
     embedding: Tensor
     candidate: Tensor
     whole: Tensor
-    step: Step
-    state: Judged
+    step: Candidates
+    state: Assessed
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,14 @@ class _Model:
         temperature: Of the probabilities that are averaged.
     """
 
-    candidate_scale: Scale
+    candidate_scale: Standardiser
     candidate_weight: Tensor
-    whole_scale: Scale
+    whole_scale: Standardiser
     whole_weight: Tensor
     temperature: float
 
 
+@final
 class SubsetAverage(Fitted[_Model]):
     """Average the answers over subsets of the recoveries instead of committing to one.
 
@@ -129,6 +132,8 @@ class SubsetAverage(Fitted[_Model]):
     """
 
     name = "subset_average"
+    decides_by = "weights"
+    admits = "all"
     Options = AverageOptions
 
     def select(
@@ -171,6 +176,11 @@ class SubsetAverage(Fitted[_Model]):
             Mixture(rows, subsets.admitted[rows, code], weight[rows, code]),
         )
 
+    def similarity_calibration(self, distance: Distance) -> SimilarityCalibration:
+        """See `Selector.similarity_calibration`."""
+        asked: SimilarityCalibration | None = self.options.calibration
+        return asked or published_calibration(distance)
+
     def fit(self, cases: Cases, statistics: SubsetStatistics) -> None:
         """See `Selector.fit`."""
         from scipy.optimize import minimize
@@ -181,10 +191,10 @@ class SubsetAverage(Fitted[_Model]):
         weights = cases.weights.double()
         valid = subsets.valid
         there = cases.candidates
-        candidate_scale = Scale.of(
+        candidate_scale = Standardiser.of(
             subsets.candidate[there], weights[:, None].expand(there.shape)[there]
         )
-        whole_scale = Scale.of(
+        whole_scale = Standardiser.of(
             subsets.whole[valid], (weights / valid.sum(1))[:, None].expand(valid.shape)[valid]
         )
         p, q = subsets.candidate.shape[-1], subsets.whole.shape[-1]
@@ -194,7 +204,7 @@ class SubsetAverage(Fitted[_Model]):
             self._model = _Model(
                 candidate_scale,
                 torch.zeros(p, dtype=torch.float64),
-                Scale(torch.zeros_like(none), torch.ones_like(none)),
+                Standardiser(torch.zeros_like(none), torch.ones_like(none)),
                 none,
                 cases.temperature,
             )
@@ -244,9 +254,9 @@ class SubsetAverage(Fitted[_Model]):
             return torch.tensor(state[key], dtype=torch.float64)
 
         self._model = _Model(
-            Scale(read("candidate_mean"), read("candidate_std")),
+            Standardiser(read("candidate_mean"), read("candidate_std")),
             read("candidate_weight"),
-            Scale(read("whole_mean"), read("whole_std")),
+            Standardiser(read("whole_mean"), read("whole_std")),
             read("whole_weight"),
             float(state["temperature"]),
         )
@@ -266,7 +276,7 @@ class SubsetAverage(Fitted[_Model]):
         everyone = torch.arange(b, device=device)
         nobody = torch.zeros_like(candidates)
         start = fuse(everyone, observed.available, nobody)
-        state = judge(start, observed.available, statistics, self.options.temperature)
+        state = assess(start, observed.available, statistics, self.options.temperature)
         alone = ask_alone(fuse, observed, candidates, start.logits.shape[1], temperature)
         rows, column = candidates.nonzero(as_tuple=True)
         step, single = attempt(
@@ -335,7 +345,7 @@ class SubsetAverage(Fitted[_Model]):
         """Return the features of each subset as a whole, float64 `(B, S, Q)`."""
         rows, code = valid.nonzero(as_tuple=True)
         inside = admitted[rows, code]  # (R, M)
-        judged = judge(
+        assessed = assess(
             FusionOutput(logits[rows, code], embedding[rows, code]),
             observed.available[rows] | inside,
             statistics,
@@ -348,8 +358,8 @@ class SubsetAverage(Fitted[_Model]):
         members, size = alone.there[rows].double(), inside.sum(1)
         columns = [
             size.double(),
-            judged.quality.exp(),
-            spreads(judged.similarity),
+            assessed.quality.exp(),
+            spreads(assessed.similarity),
             log_odds(p),
             (p * probability[rows, 0]).sum(-1),
             (says * members).sum(1) / members.sum(1).clamp_min(1),
@@ -360,7 +370,7 @@ class SubsetAverage(Fitted[_Model]):
         return whole
 
 
-def _members(subsets: _Subsets, scale: Scale) -> Tensor:
+def _members(subsets: _Subsets, scale: Standardiser) -> Tensor:
     """Return the scaled features of each subset's members, added up, `(B, S, P)`."""
     return subsets.admitted.double() @ scale(subsets.candidate)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 from torch import Tensor
 
 from dymo_med.config import Strict
+from dymo_med.selection.reward import Distance, SimilarityCalibration
 from dymo_med.types import Fuse, FusionOutput, ModalityMask, SelectionTrace, SubsetStatistics
 
 ModelT = TypeVar("ModelT")
@@ -111,6 +112,10 @@ class Cases:
         return replace(part, weights=weights, stands_for=None)
 
 
+DecidesBy = Literal["rule", "draws", "guard", "reward", "trust", "weights"]
+Admits = Literal["nothing", "everything", "one", "all"]
+
+
 class NoOptions(Strict):
     """A selector without options."""
 
@@ -124,12 +129,18 @@ class Selector(ABC):
     Attributes:
         needs_fit: Whether `fit` or `load_state` must come before `select`.
         integrates: Whether it asks for draws of recoveries (`draws.over_draws`).
+        decides_by: `rule` (looks at nothing), `draws` (likewise, and averages over draws), `guard`
+            (all or none, by what was proven), `reward`, `trust`, or `weights` (an average).
+        admits: `nothing` or `everything`, whatever it sees; `one` candidate per step, or `all` of
+            those that it admits at once.
     """
 
     Options: ClassVar[type[BaseModel]] = NoOptions
     name: ClassVar[str]
     needs_fit: ClassVar[bool] = False
     integrates: ClassVar[bool] = False
+    decides_by: ClassVar[DecidesBy]
+    admits: ClassVar[Admits]
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = self.Options.model_validate(options.model_dump() if options else {})
@@ -154,6 +165,18 @@ class Selector(ABC):
             ValueError: If a patient has nothing observed (there is nothing to judge by), or the
                 selector needs a fit and has none.
         """
+
+    def admits_in(self, trace: SelectionTrace, row: int) -> Admits:
+        """Return how it admits, for one patient of a trace of its own."""
+        return self.admits
+
+    def similarity_calibration(self, distance: Distance) -> SimilarityCalibration | None:
+        """Return the similarity calibration behind its rewards; None where it has none."""
+        return None
+
+    def promise(self, trace: SelectionTrace, row: int) -> str:
+        """Return what was proven for patients like one of a trace; empty where nothing is."""
+        return ""
 
     def fit(self, cases: Cases, statistics: SubsetStatistics) -> None:  # noqa: B027
         """Fit whatever is fitted; nothing by default.

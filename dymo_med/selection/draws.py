@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from dymo_med.config import Strict
-from dymo_med.selection.base import Cases, Fitted, Selector, WithDraws, require_something
+from dymo_med.selection.base import Admits, Cases, Fitted, Selector, WithDraws, require_something
 from dymo_med.selection.greedy import make_trace
 from dymo_med.types import Fuse, FusionOutput, ModalityMask, SelectionTrace, SubsetStatistics
 
@@ -105,6 +105,7 @@ def joined(parts: Sequence[Fuse], sizes: Sequence[int]) -> Fuse:
     return WithDraws(single, Joined(tuple(map(over_draws, parts)), tuple(sizes)))
 
 
+@final
 class Average(Selector):
     """Admit every recovery, and average the answer over draws of all of them.
 
@@ -119,6 +120,8 @@ class Average(Selector):
     """
 
     name = "average"
+    decides_by = "draws"
+    admits = "everything"
     integrates = True
 
     def select(
@@ -176,6 +179,7 @@ class _Model:
     temperature: float
 
 
+@final
 class Guarded(Fitted[_Model]):
     """Admit the average over draws only where it is proven to harm few patients.
 
@@ -202,6 +206,8 @@ class Guarded(Fitted[_Model]):
     """
 
     name = "guarded"
+    decides_by = "guard"
+    admits = "everything"
     Options = GuardOptions
     integrates = True
 
@@ -220,6 +226,16 @@ class Guarded(Fitted[_Model]):
             torch.where(inside[:, None], after.embedding, before.embedding),
         )
         return make_trace(self.name, observed, candidates, admitted, [], 0.0, output)
+
+    def admits_in(self, trace: SelectionTrace, row: int) -> Admits:
+        """See `Selector.admits_in`: all or none."""
+        return "everything" if bool(trace.admitted[row].any()) else "nothing"
+
+    def promise(self, trace: SelectionTrace, row: int) -> str:
+        """See `Selector.promise`."""
+        if not bool(trace.candidates[row].any()):
+            return ""
+        return self.sentence(trace.observed[row], trace.candidates[row])
 
     def fit(self, cases: Cases, statistics: SubsetStatistics) -> None:
         """See `Selector.fit`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dymo_med.selection.greedy import Step
+from dymo_med.selection.greedy import Candidates
 from dymo_med.types import Fuse, ModalityMask
 
 # Names of the columns of `features`.
@@ -88,7 +88,7 @@ def ask_alone(
     )
 
 
-def features(step: Step, alone: Alone) -> Tensor:
+def features(step: Candidates, alone: Alone) -> Tensor:
     """Return what is known of each open pair.
 
     Args:
@@ -141,7 +141,7 @@ def spreads(log_tail: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Standardiser:
     """Shift and scale that give features mean 0 and deviation 1 on held-back cases.
 
     What lies further out than five deviations counts as five: a feature that hardly varied there
@@ -156,7 +156,7 @@ class Scale:
     std: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, weights: Tensor) -> Scale:
+    def of(cls, values: Tensor, weights: Tensor) -> Standardiser:
         """Fit to `(R, P)` features with `(R,)` weights; without any, nothing is scaled."""
         if not len(values):
             return cls(values.new_zeros(values.shape[1]), values.new_ones(values.shape[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,13 @@ from dymo_med.selection.greedy import make_trace
 from dymo_med.types import Fuse, ModalityMask, SelectionTrace, SubsetStatistics
 
 
+@final
 class ObservedOnly(Selector):
     """Discard every recovery."""
 
     name = "observed_only"
+    decides_by = "rule"
+    admits = "nothing"
 
     def select(
         self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
@@ -22,10 +27,13 @@ class ObservedOnly(Selector):
         return _fixed(fuse, observed, candidates, torch.zeros_like(candidates), self.name)
 
 
+@final
 class TrustAll(Selector):
     """Admit every recovery."""
 
     name = "trust_all"
+    decides_by = "rule"
+    admits = "everything"
 
     def select(
         self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics

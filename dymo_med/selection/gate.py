@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import torch
 from pydantic import Field
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.selection.base import Cases, Fitted
-from dymo_med.selection.evidence import FEATURES, Alone, Scale, ask_alone, features
-from dymo_med.selection.greedy import Dymo, RewardOptions, Step, attempt, judge
+from dymo_med.selection.evidence import FEATURES, Alone, Standardiser, ask_alone, features
+from dymo_med.selection.greedy import Candidates, GreedySearch, RewardOptions, assess, attempt
 from dymo_med.types import Fuse, ModalityMask, SelectionTrace, SubsetStatistics
 
 # A single patient's log-loss may not weigh more than this when the gate is fitted.
@@ -43,13 +43,14 @@ class _Model:
         temperature: Of the probabilities among the features.
     """
 
-    scale: Scale
+    scale: Standardiser
     weight: Tensor
     bias: float
     temperature: float
 
 
-class Gate(Fitted[_Model], Dymo):
+@final
+class Gate(Fitted[_Model], GreedySearch):
     """Admit the candidate with the best odds of gain against loss, while they are above even.
 
     A ridge-penalised logistic regression on what the trace knows of a candidate, what it says by
@@ -63,6 +64,7 @@ class Gate(Fitted[_Model], Dymo):
     """
 
     name = "gate"
+    decides_by = "trust"
     Options = GateOptions
 
     def select(
@@ -79,7 +81,7 @@ class Gate(Fitted[_Model], Dymo):
         """Ask every candidate alone."""
         return ask_alone(fuse, observed, candidates, logits.shape[1], self.model.temperature)
 
-    def trust(self, step: Step, aid: Any) -> Tensor | None:
+    def trust(self, step: Candidates, aid: Any) -> Tensor | None:
         """Return the probability that the candidate helps."""
         model = self.model
         x = model.scale(features(step, aid))
@@ -98,10 +100,10 @@ class Gate(Fitted[_Model], Dymo):
         if examples is None:  # nothing can be said of candidates nobody has seen: admit none
             size = len(FEATURES) + cases.candidates.shape[1]
             zero = torch.zeros(size, dtype=torch.float64)
-            self._model = _Model(Scale(zero, zero + 1), zero, -_CERTAIN, cases.temperature)
+            self._model = _Model(Standardiser(zero, zero + 1), zero, -_CERTAIN, cases.temperature)
             return
         x, gain, weight = examples
-        scale = Scale.of(x, weight)
+        scale = Standardiser.of(x, weight)
         helps = gain > 0
         importance = weight * gain.abs()
         if bool(helps.all()) or not bool(helps.any()) or float(importance.sum()) == 0:
@@ -141,7 +143,7 @@ class Gate(Fitted[_Model], Dymo):
             torch.tensor(state[k], dtype=torch.float64) for k in ("mean", "std", "weight")
         )
         self._model = _Model(
-            Scale(mean, std), weight, float(state["bias"]), float(state["temperature"])
+            Standardiser(mean, std), weight, float(state["bias"]), float(state["temperature"])
         )
 
 
@@ -171,7 +173,7 @@ def _examples(
             column,
             admitted,
             observed,
-            judge(output, observed | admitted, statistics, options.temperature),
+            assess(output, observed | admitted, statistics, options.temperature),
             output.logits,
             statistics,
             options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dymo_med.config import Strict
-from dymo_med.selection.base import Cases, Fitted, Selector, require_something
+from dymo_med.selection.base import Admits, Cases, DecidesBy, Fitted, Selector, require_something
 from dymo_med.selection.reward import (
     Distance,
     SimilarityCalibration,
@@ -67,7 +67,7 @@ class UncalibratedOptions(RewardOptions):
 
 
 @dataclass(frozen=True)
-class Judged:
+class Assessed:
     """What the statistics say of a fused subset, in double precision.
 
     Attributes:
@@ -81,9 +81,9 @@ class Judged:
     borrowed: Tensor
 
 
-def judge(
+def assess(
     output: FusionOutput, used: Tensor, statistics: SubsetStatistics, temperature: float
-) -> Judged:
+) -> Assessed:
     """Return quality and similarity of fused subsets.
 
     Args:
@@ -96,7 +96,7 @@ def judge(
     predicted = output.logits.argmax(-1)
     # In double precision: `1 - z . c` cancels, and a small spread would magnify the rounding.
     embedding = output.embedding.double()
-    return Judged(
+    return Assessed(
         log_quality(embedding, statistics.overall.double(), statistics.distance, temperature),
         log_tail(
             embedding,
@@ -109,7 +109,7 @@ def judge(
 
 
 @dataclass(frozen=True)
-class Step:
+class Candidates:
     """What is known of the R open (patient, candidate) pairs of a step.
 
     Attributes:
@@ -127,8 +127,8 @@ class Step:
     rows: Tensor
     column: Tensor
     used: Tensor
-    before: Judged
-    after: Judged
+    before: Assessed
+    after: Assessed
     logits_before: Tensor
     logits_after: Tensor
     factor: Tensor
@@ -141,11 +141,11 @@ def attempt(
     column: Tensor,
     admitted: Tensor,
     observed: Tensor,
-    state: Judged,
+    state: Assessed,
     logits: Tensor,
     statistics: SubsetStatistics,
     options: RewardOptions,
-) -> tuple[Step, FusionOutput]:
+) -> tuple[Candidates, FusionOutput]:
     """Fuse every pair's candidate on top of what its patient has so far.
 
     Args:
@@ -167,40 +167,39 @@ def attempt(
     tried[pair, column] = True
     used = observed[rows] | tried
     after = fuse(rows, used, tried)
-    judged = judge(after, used, statistics, options.temperature)
-    before = Judged(state.quality[rows], state.similarity[rows], state.borrowed[rows])
+    assessed = assess(after, used, statistics, options.temperature)
+    before = Assessed(state.quality[rows], state.similarity[rows], state.borrowed[rows])
     calibration: SimilarityCalibration | None = options.calibration
     if calibration is None:
         calibration = published_calibration(statistics.distance)
-    factor = similarity_factor(before.similarity, judged.similarity, calibration)
-    gain = reward(before.quality, judged.quality, factor)
-    return Step(rows, column, used, before, judged, logits[rows], after.logits, factor, gain), after
+    factor = similarity_factor(before.similarity, assessed.similarity, calibration)
+    gain = reward(before.quality, assessed.quality, factor)
+    return Candidates(
+        rows, column, used, before, assessed, logits[rows], after.logits, factor, gain
+    ), after
 
 
-class Dymo(Selector):
-    """Greedy selection by reward: one admission per step, negative candidates dropped for good.
+class GreedySearch(Selector):
+    """Greedy selection: one admission per step, candidates that cannot help dropped for good.
 
     Each step evaluates all open (patient, candidate) pairs in one fusion. A candidate with a
     negative reward is never looked at again; the one with the largest positive reward is admitted
     (lowest index on a tie); a patient without a positive reward is done. The state after an
-    admission was computed as that candidate's after-state, so nothing is fused twice.
+    admission was computed as that candidate's after-state, so nothing is fused twice. A rule may
+    let another number stand in for the reward (`trust`).
 
     Args:
         options: See `RewardOptions`.
-
-    References:
-        DyMo, ICLR 2026; the published `DyMo.forward` (snapshot 64e0f78). The predicted class
-        behind the similarity is the classifier's, separately before and after.
     """
 
-    name = "dymo"
     Options = RewardOptions
+    decides_by: ClassVar[DecidesBy] = "reward"
+    admits: ClassVar[Admits] = "one"
 
-    def select(
-        self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
-    ) -> SelectionTrace:
-        """See `Selector.select`."""
-        return self.walk(fuse, observed, candidates, statistics)[0]
+    def similarity_calibration(self, distance: Distance) -> SimilarityCalibration:
+        """See `Selector.similarity_calibration`."""
+        asked: SimilarityCalibration | None = self.options.calibration
+        return asked or published_calibration(distance)
 
     def walk(
         self,
@@ -228,7 +227,7 @@ class Dymo(Selector):
         admitted = torch.zeros_like(used)
         open_ = candidates.clone()
         output = fuse(torch.arange(b, device=device), used, admitted)
-        state = judge(output, used, statistics, self.options.temperature)
+        state = assess(output, used, statistics, self.options.temperature)
         logits, embedding = output.logits.clone(), output.embedding.clone()
         aid = self.prepare(fuse, observed, candidates, logits)
         path = [logits.clone()]
@@ -256,7 +255,7 @@ class Dymo(Selector):
             winners, where = rows[won], column[won]
             used[winners, where] = True
             admitted[winners, where] = True
-            state = Judged(
+            state = Assessed(
                 state.quality.index_copy(0, winners, step.after.quality[won]),
                 state.similarity.index_copy(0, winners, step.after.similarity[won]),
                 state.borrowed.index_copy(0, winners, step.after.borrowed[won]),
@@ -289,7 +288,7 @@ class Dymo(Selector):
         """
         return None
 
-    def trust(self, step: Step, aid: Any) -> Tensor | None:
+    def trust(self, step: Candidates, aid: Any) -> Tensor | None:
         """Return what decides instead of the reward, `(R,)` in 0..1; None = the reward decides.
 
         Args:
@@ -299,7 +298,29 @@ class Dymo(Selector):
         return None
 
 
-class DymoRatio(Dymo):
+@final
+class Dymo(GreedySearch):
+    """The published rule: greedy selection by reward.
+
+    Args:
+        options: See `RewardOptions`.
+
+    References:
+        DyMo, ICLR 2026; the published `DyMo.forward` (snapshot 64e0f78). The predicted class
+        behind the similarity is the classifier's, separately before and after.
+    """
+
+    name = "dymo"
+
+    def select(
+        self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
+    ) -> SelectionTrace:
+        """See `Selector.select`."""
+        return self.walk(fuse, observed, candidates, statistics)[0]
+
+
+@final
+class DymoRatio(GreedySearch):
     """The published rule with the plain ratio p' / p as its similarity calibration.
 
     The published code has it for every Euclidean run and, with the cosine distance, for its two
@@ -310,21 +331,36 @@ class DymoRatio(Dymo):
     name = "dymo_ratio"
     Options = RatioOptions
 
+    def select(
+        self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
+    ) -> SelectionTrace:
+        """See `Selector.select`."""
+        return self.walk(fuse, observed, candidates, statistics)[0]
 
-class DymoUncalibrated(Dymo):
+
+@final
+class DymoUncalibrated(GreedySearch):
     """The published rule without its similarity calibration: reward = q' - q."""
 
     name = "dymo_uncalibrated"
     Options = UncalibratedOptions
 
+    def select(
+        self, fuse: Fuse, observed: ModalityMask, candidates: Tensor, statistics: SubsetStatistics
+    ) -> SelectionTrace:
+        """See `Selector.select`."""
+        return self.walk(fuse, observed, candidates, statistics)[0]
 
-class Simultaneous(Dymo):
+
+@final
+class Simultaneous(GreedySearch):
     """Admit every candidate whose reward on top of the observed modalities is positive, at once.
 
     The ablation of the published rule; without similarity calibration unless it is asked for.
     """
 
     name = "simultaneous"
+    admits = "all"
     Options = UncalibratedOptions
 
     def select(
@@ -340,7 +376,8 @@ class Simultaneous(Dymo):
         return replace(trace, used=used, admitted=admitted, output=fuse(rows, used, admitted))
 
 
-class DymoMargin(Fitted[float], Dymo):
+@final
+class DymoMargin(Fitted[float], GreedySearch):
     """The published rule with an admission margin: a reward must exceed it, not only 0.
 
     The margin is the one with which selection, on held-back patients, puts most answers of the
@@ -416,14 +453,16 @@ def best_margin(trace: SelectionTrace, path: Tensor, cases: Cases) -> float:
     return best
 
 
-def scatter(values: Tensor, step: Step, b: int) -> Tensor:
+def scatter(values: Tensor, step: Candidates, b: int) -> Tensor:
     """Return `(B, M)` with the pairs' `values` `(R,)` at their places and NaN elsewhere."""
     grid = values.new_full((b, step.used.shape[1]), torch.nan)
     grid[step.rows, step.column] = values
     return grid
 
 
-def record(step: Step, state: Judged, chosen: Tensor, trust: Tensor | None) -> dict[str, Tensor]:
+def record(
+    step: Candidates, state: Assessed, chosen: Tensor, trust: Tensor | None
+) -> dict[str, Tensor]:
     """Return one step's part of a trace, by field.
 
     Args:

@@ -14,7 +14,7 @@ from dymo_med.comparators.base import narrowed
 from dymo_med.config import Augmentation, Recipe, Schedule
 from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.calibration import fit_temperature
-from dymo_med.training.loop import Log, Objective, Step, new_weights
+from dymo_med.training.loop import Log, MicroBatch, Objective, new_weights
 from dymo_med.training.losses import within
 from dymo_med.training.objectives import (
     augment,
@@ -80,7 +80,7 @@ class ComparatorObjective(Objective):
         self._validation, self._weights = validation, weights
         self._device, self._seed = device, seed
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: MicroBatch) -> Tensor:
         """Return the weighted mean loss."""
         batch = augment(step.batch, self._augmentation, step.generator)
         loss = self.comparator.loss(batch, step.generator, self._task_loss)

@@ -70,7 +70,7 @@ def new_weights(seed: int, network: str) -> Iterator[None]:
             ) from error
 
 
-class Step:
+class MicroBatch:
     """What one training step works on.
 
     A plain class: the device library copies dataclasses that pass through a wrapped module.
@@ -103,7 +103,7 @@ class Objective(nn.Module):
     def begin_batch(self, generator: torch.Generator) -> None:
         """Draw what all parts of a batch have in common."""
 
-    def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, step: MicroBatch) -> Tensor | tuple[Tensor, ...]:
         """Return the loss of a batch or of a part of it, a scalar.
 
         With `decoupling`, one scalar per subset of modalities, as many for every batch.
@@ -222,7 +222,7 @@ def train_stage(
                 optimizer.zero_grad()
                 for part in index.tensor_split(min(schedule.parts, len(index))):
                     batch = data.rows(part).to(fabric.device)
-                    loss = module(Step(batch, weights[part].to(fabric.device), generator))
+                    loss = module(MicroBatch(batch, weights[part].to(fabric.device), generator))
                     share = len(part) / len(index)
                     with _same_order(fabric.device):
                         if gradients is None:

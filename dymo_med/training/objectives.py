@@ -21,7 +21,7 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.imputers import Imputer
 from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.gmd import Decoupling
-from dymo_med.training.loop import Objective, Step, stream
+from dymo_med.training.loop import MicroBatch, Objective, stream
 from dymo_med.training.losses import distinct_subsets, prototype_loss, within
 from dymo_med.types import Batch, FusionOutput
 
@@ -161,7 +161,7 @@ class ImputerObjective(Objective):
         self._validation, self._weights = validation, weights
         self._device, self._seed = device, seed
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: MicroBatch) -> Tensor:
         """Return the weighted mean loss."""
         return (self.imputer.loss(step.batch, step.generator) * step.weights).mean()
 
@@ -253,7 +253,7 @@ class FusionObjective(Objective):
             objectives = min(settings.subsets, 2 ** len(backbone.specs) - 1)
             specific = [p for m in backbone.specific_modules() for p in m.parameters()]
             self.decoupling = Decoupling(objectives, specific, settings.reduction)
-        size: int = backbone.projection.out_features  # type: ignore[union-attr, assignment]
+        size = backbone.embedding_size
         self.register_buffer("class_weights", class_weights, persistent=False)
         # Buffers, so that a checkpoint holds last epoch's prototypes too.
         self.register_buffer("sums", torch.zeros(classes, size))
@@ -278,7 +278,7 @@ class FusionObjective(Objective):
             modalities = len(self.backbone.specs)
             self._drawn = distinct_subsets(modalities, self.decoupling.objectives, generator)
 
-    def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, step: MicroBatch) -> Tensor | tuple[Tensor, ...]:
         """Return the loss averaged over subsets and records, or over records for each subset."""
         s = self._settings
         batch = augment(step.batch, s.augmentation, step.generator)

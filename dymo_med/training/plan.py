@@ -25,7 +25,7 @@ from dymo_med.backbones import BACKBONES
 from dymo_med.config import Recipe
 from dymo_med.imputers import IMPUTERS
 from dymo_med.tasks import TASKS, answered
-from dymo_med.training.loop import Log, Step, new_weights, stream, train_stage
+from dymo_med.training.loop import Log, MicroBatch, new_weights, stream, train_stage
 from dymo_med.training.objectives import (
     FusionObjective,
     ImputerObjective,
@@ -621,7 +621,7 @@ def _imputer_epoch_s(
         imputer, data["validation"], record_weights(data["validation"]), device, seed
     )
     batch = train.rows(torch.arange(min(size, len(train)))).to(device)
-    step = Step(batch, torch.ones(len(batch), device=device), stream(seed, "timing"))
+    step = MicroBatch(batch, torch.ones(len(batch), device=device), stream(seed, "timing"))
     objective(step).backward()  # the first step also pays for what is made once
     began = time.monotonic()
     objective(step).backward()

@@ -22,7 +22,7 @@ from dymo_med.metrics import bootstrap_means
 from dymo_med.selection import SELECTORS, Selector, fit_statistics
 from dymo_med.tasks import Segmentation
 from dymo_med.training.gmd import Decoupling
-from dymo_med.training.loop import Objective, Step, new_weights, stream
+from dymo_med.training.loop import MicroBatch, Objective, new_weights, stream
 from dymo_med.training.losses import distinct_subsets, soft_dice_loss, within
 from dymo_med.training.objectives import augment, sampled_subsets
 from dymo_med.training.selectors import hide
@@ -224,7 +224,7 @@ class SegmentationObjective(Objective):
         modalities, count = len(self.network.specs), self._settings.subsets
         self._drawn = distinct_subsets(modalities, count, generator)
 
-    def losses(self, step: Step) -> tuple[Tensor, ...]:
+    def losses(self, step: MicroBatch) -> tuple[Tensor, ...]:
         """Return the loss of each subset of a batch."""
         s = self._settings
         batch = augment(
@@ -250,7 +250,7 @@ class SegmentationObjective(Objective):
             for used in within(available, subsets)
         )
 
-    def forward(self, step: Step) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, step: MicroBatch) -> Tensor | tuple[Tensor, ...]:
         """Return the losses of the subsets, or their mean where gradients are not decoupled."""
         losses = self.losses(step)
         return torch.stack(losses).mean() if self.decoupling is None else losses

@@ -25,7 +25,7 @@ from dymo_med.selection import SELECTORS
 from dymo_med.tasks import PLAIN, Regression
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.comparators import train_comparators
-from dymo_med.training.loop import Log, Step
+from dymo_med.training.loop import Log, MicroBatch
 from dymo_med.training.losses import within
 from dymo_med.training.objectives import augment
 from dymo_med.training.train import train
@@ -389,7 +389,7 @@ def test_loss_and_score_are_the_backbones(tmp_path, name, scale, balance):
 
     def run_stage(stage, objective, batch, weights, schedule, *, checkpoint):
         objective.eval()
-        step = Step(batch, torch.ones(len(batch)), torch.Generator().manual_seed(3))
+        step = MicroBatch(batch, torch.ones(len(batch)), torch.Generator().manual_seed(3))
         part, again = objective.comparator, torch.Generator().manual_seed(3)
         batch = augment(batch, plan.backbone_training.augmentation, again)
         expected = part.loss(batch, again, lambda z, y: task.loss(z, y, balance)).mean()

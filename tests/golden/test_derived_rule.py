@@ -12,7 +12,7 @@ import torch
 
 from dymo_med.config import BackboneTraining
 from dymo_med.selection import SELECTORS, fit_statistics
-from dymo_med.selection.greedy import RewardOptions, judge, published_calibration
+from dymo_med.selection.greedy import RewardOptions, assess, published_calibration
 from dymo_med.selection.reward import log_quality, log_tail, similarity_factor
 from dymo_med.types import FusionOutput, ModalityMask, SubsetStatistics, subset_id
 from tests.golden import derive
@@ -78,7 +78,7 @@ def test_quality_and_tail_of_every_patient_and_subset(worlds, name):
     fuse, statistics, observed, _, _ = worlds[name]
     rows = torch.arange(len(observed)).repeat_interleave(15)
     used = bits(range(1, 16)).repeat(len(observed), 1)
-    found = judge(fuse(rows, used, used), used, statistics, 0.1)
+    found = assess(fuse(rows, used, used), used, statistics, 0.1)
     for ours, key in ((found.quality.exp(), "quality"), (found.similarity, "log_tail")):
         expected = torch.tensor(GOLDEN[name][key], dtype=torch.float64).flatten()
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)

@@ -17,7 +17,7 @@ from dymo_med.errors import ConfigError
 from dymo_med.imputers import IMPUTERS
 from dymo_med.tasks import Regression
 from dymo_med.training.fusion import class_weights
-from dymo_med.training.loop import Step
+from dymo_med.training.loop import MicroBatch
 from dymo_med.training.losses import distinct_subsets
 from dymo_med.training.objectives import FusionObjective
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec, Scale
@@ -357,7 +357,7 @@ class TestLoss:
             task=Regression.of("y", scale),
         ).double()
         objective.begin_epoch(0)
-        found = objective(Step(batch, weights, generator()))
+        found = objective(MicroBatch(batch, weights, generator()))
 
         def task_loss(logits):
             shares = -(batch.shares * logits.log_softmax(1)).sum(1)

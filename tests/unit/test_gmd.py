@@ -22,7 +22,7 @@ from dymo_med.training.gmd import (
     random_orders,
     shared_by_all,
 )
-from dymo_med.training.loop import Log, Objective, Step, _clip, train_stage
+from dymo_med.training.loop import Log, MicroBatch, Objective, _clip, train_stage
 from dymo_med.training.losses import distinct_subsets
 from dymo_med.training.objectives import FusionObjective
 from dymo_med.types import Batch, Column, ModalityMask, ModalitySpec
@@ -460,7 +460,7 @@ def test_a_classifier_too_trains_no_other_modality_in_the_name_of_a_subset():
         objective.begin_batch(generator)
         objective._drawn = torch.tensor([[True, False], [False, True], [True, True]])
         gradients = ObjectiveGradients(network.parameters(), objective.decoupling)
-        gradients.backward(objective(Step(part, torch.ones(len(rows)), generator)))
+        gradients.backward(objective(MicroBatch(part, torch.ones(len(rows)), generator)))
         flats.append(gradients.flat[0] * len(rows))
     torch.testing.assert_close(*flats)
     assert bool(flats[0].any())

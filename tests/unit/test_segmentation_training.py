@@ -21,7 +21,7 @@ from dymo_med.data.masks import read_known
 from dymo_med.data.simulate import SEGMENTATION
 from dymo_med.errors import BundleError, ConfigError
 from dymo_med.training.gmd import ObjectiveGradients
-from dymo_med.training.loop import Log, Step, train_stage
+from dymo_med.training.loop import Log, MicroBatch, train_stage
 from dymo_med.training.losses import soft_dice_loss
 from dymo_med.training.segmentation import (
     SegmentationObjective,
@@ -123,11 +123,11 @@ def test_each_subset_has_its_loss_and_absent_scans_no_say(segmentation_bundle, b
         *(network, mask, BackboneTraining(subsets=15), batch, torch.ones(3)),
         *(Windows((16, 16, 16)), torch.device("cpu"), 0),
     )
-    step = Step(batch, torch.ones(3), torch.Generator().manual_seed(0))
+    step = MicroBatch(batch, torch.ones(3), torch.Generator().manual_seed(0))
     objective.begin_batch(step.generator)
     losses = objective.losses(step)
     assert len(losses) == 15 and all(0 < float(x) < 1 for x in losses)
-    again = Step(batch, torch.ones(3), torch.Generator().manual_seed(0))
+    again = MicroBatch(batch, torch.ones(3), torch.Generator().manual_seed(0))
     objective.begin_batch(again.generator)
     assert float(objective(again)) == pytest.approx(float(torch.stack(losses).mean()))
     assert {"score", "all", "worst"} == set(objective.validate())
@@ -200,7 +200,7 @@ def gains_step(available, weights):
         masks=torch.ones(len(available), 1, 1, 1, dtype=torch.uint8),
         masked=torch.ones(len(available), dtype=torch.bool),
     )
-    return Step(batch, torch.tensor(weights), torch.Generator().manual_seed(0))
+    return MicroBatch(batch, torch.tensor(weights), torch.Generator().manual_seed(0))
 
 
 def slope(x, weight):

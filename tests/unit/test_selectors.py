@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dymo_med.selection import SELECTORS, Cases, Selector, fit_statistics
-from dymo_med.selection.evidence import Scale
-from dymo_med.selection.greedy import best_margin
+from dymo_med.selection.base import Admits, DecidesBy
+from dymo_med.selection.evidence import Standardiser
+from dymo_med.selection.greedy import GreedySearch, RewardOptions, best_margin
 from dymo_med.training.selectors import (
     choose,
     fit_all,
@@ -158,7 +160,7 @@ def test_few_patients_cannot_pick_a_default(n):
 def test_features_far_from_the_fit_stay_bounded():
     g = torch.Generator().manual_seed(0)
     values = 1 - 1e-7 * torch.rand(50, 1, generator=g, dtype=torch.float64)
-    scale = Scale.of(values, torch.ones(50))
+    scale = Standardiser.of(values, torch.ones(50))
     assert float(scale(torch.tensor([[0.6]]).double())) == -5
     assert abs(float(scale(values).mean())) < 1e-6
 
@@ -342,3 +344,20 @@ def test_remembered_answers_are_the_answers():
             assert torch.equal(got.embedding, expected.embedding)
     assert len(asked) <= 4 and sum(asked) < 200
     assert remember(fuse, 30, 20) is fuse  # too many combinations to keep a table of
+
+
+def test_selectors_say_how_they_decide():
+    for name, kind in SELECTORS.items():
+        assert kind.name == name
+        assert kind.decides_by in get_args(DecidesBy) and kind.admits in get_args(Admits)
+    by_reward = [n for n, kind in SELECTORS.items() if kind().similarity_calibration("cosine")]
+    assert set(by_reward) == {
+        n for n, k in SELECTORS.items() if issubclass(k.Options, RewardOptions)
+    }
+
+
+def test_a_search_is_no_selector_and_a_selector_no_base():
+    with pytest.raises(TypeError, match="abstract"):
+        GreedySearch()
+    kinds = list(SELECTORS.values())
+    assert not [k for k in kinds for other in kinds if k is not other and issubclass(k, other)]

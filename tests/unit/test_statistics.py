@@ -11,7 +11,7 @@ from dymo_med.backbones import BACKBONES
 from dymo_med.config import BackboneTraining
 from dymo_med.selection import SELECTORS, fit_statistics
 from dymo_med.selection.statistics import lookup, occurring_subsets
-from dymo_med.training.loop import Step
+from dymo_med.training.loop import MicroBatch
 from dymo_med.training.objectives import FusionObjective
 from dymo_med.types import Batch, Column, FusionOutput, ModalityMask, ModalitySpec, subset_id
 
@@ -249,7 +249,7 @@ def test_training_encodes_each_modality_once_per_batch():
     backbone.blocks[0].register_forward_hook(
         lambda module, given, output: fused.append(len(output))
     )
-    loss = objective(Step(batch, torch.ones(b), torch.Generator().manual_seed(0)))
+    loss = objective(MicroBatch(batch, torch.ones(b), torch.Generator().manual_seed(0)))
     loss.backward()
     assert sum(fused) == settings.subsets * b
     assert encoded == [("film", b - 2), ("age", b), ("crp", b)]
