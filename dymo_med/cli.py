@@ -433,6 +433,44 @@ def _seconds(budget: str) -> float:
 
 
 @app.command()
+def describe(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of patient directories, or a BIDS dataset.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The file to write; default: cohort.yaml in the folder."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a first cohort.yaml: types, ranges, what to confirm, likely identifiers left out."""
+    from dymo_med.data.describe import describe as run
+    from dymo_med.files import write_text
+
+    path = out or folder / "cohort.yaml"
+    if path.exists():
+        raise ConfigError(
+            Problem(
+                str(path),
+                "is there already",
+                expected="a new file",
+                remedy="Remove it, or name another one with --out",
+            )
+        )
+    found = run(folder)
+    write_text(path, found.text)
+    reporter = Reporter(quiet)
+    for name, count in found.modalities.items():
+        reporter.say(f"{name}: {count} of {_count(found.records, 'record')}")
+    for column, why in found.left_out.items():
+        reporter.say(f"left out: {column}, {why}")
+    for what in found.confirm:
+        reporter.say(f"confirm: {what}")
+    reporter.say(f"cohort: {path}; look at every line that says CONFIRM")
+    reporter.say(f"next: dymo-med check {folder}")
+
+
+@app.command()
 def train(
     cohort: CohortPath,
     out: Out,

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -244,3 +245,22 @@ def test_the_listener_of_the_how_to_answers(bundle_dir, tmp_path, monkeypatch):
         assert not any((tmp_path / "inbox").iterdir())
     finally:
         names["server"].shutdown()
+
+
+def _typed():
+    """Yield every command line of ours that a page shows: page, words."""
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            shown = re.fullmatch(r"(?:    |\$ )(?:[A-Z_]+=\S+ )*dymo-med (.+)", line)
+            if shown:
+                words = shlex.split(shown[1].partition("    #")[0].rstrip("\\ "), comments=True)
+                yield pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}")
+
+
+@pytest.mark.parametrize("words", _typed())
+def test_commands_on_pages_have_these_options(words):
+    if words[0].startswith("-") or words[0] == "COMMAND":
+        return
+    command = COMMANDS[words[0]]
+    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
+    assert {w.partition("=")[0] for w in words[1:] if re.match("--?[a-z]", w)} <= known
