@@ -69,6 +69,8 @@ _MOST_LISTED = 8
 _PIECE = 2**20
 # Hounsfield units of CT begin at air, -1000; scanners store from here on.
 _LEAST_HU = -1024.0
+# X-ray projections (PS3.3 C.7.3.1.1.1), of which GDCM leaves PixelSpacing aside.
+_PROJECTIONS = frozenset(("CR", "DX", "IO", "MG", "PX", "RF", "RG", "XA"))
 _RLE = "1.2.840.10008.1.2.5"
 _KEYWORDS = (
     "SOPClassUID",
@@ -986,7 +988,11 @@ def _file_values(frame: Frame) -> np.ndarray:
     if frame.frames == 1 and frame.position and frame.orientation and frame.pixel_mm:
         seen = np.zeros((4, 4))
         directions = np.reshape(image.GetDirection(), (3, 3))
-        seen[:3, :2] = (directions * image.GetSpacing())[:, :2]
+        spacing = image.GetSpacing()[:2]
+        if frame.modality in _PROJECTIONS:
+            # GDCM gives the size at the detector, or 1 mm, also where that in the body is stated.
+            spacing = frame.pixel_mm[::-1]
+        seen[:3, :2] = directions[:, :2] * spacing
         seen[:3, 3], seen[3, 3] = image.GetOrigin(), 1.0
         apart = apart_mm(seen, _plane(frame), stated)
         if apart > CORNER_MM:

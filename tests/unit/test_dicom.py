@@ -11,10 +11,14 @@ import pydicom
 import pytest
 from pydicom.uid import (
     HTJ2K,
+    ComputedRadiographyImageStorage,
+    DigitalMammographyXRayImageStorageForPresentation,
     DigitalXRayImageStorageForPresentation,
     EnhancedCTImageStorage,
     RTDoseStorage,
     SecondaryCaptureImageStorage,
+    XRayAngiographicImageStorage,
+    XRayRadiofluoroscopicImageStorage,
 )
 
 from dymo_med.errors import PatientDataError
@@ -432,6 +436,43 @@ def test_a_radiograph_is_read_as_it_is_shown(tmp_path):
     value = modality(FILM).read(film(tmp_path, array), "Patient p")
     assert np.array_equal(value.values[0].numpy(), array)
     assert "spacing" not in value.source.facts
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"PixelSpacing": [0.5, 1.0]},
+        {"PixelSpacing": [0.5, 1.0], "ImagerPixelSpacing": [0.7, 1.4]},
+        {"ImagerPixelSpacing": [0.5, 1.0]},
+    ],
+)
+@pytest.mark.parametrize(
+    ("modality_code", "sop"),
+    [
+        ("CR", ComputedRadiographyImageStorage),
+        ("DX", DigitalXRayImageStorageForPresentation),
+        ("MG", DigitalMammographyXRayImageStorageForPresentation),
+        ("RF", XRayRadiofluoroscopicImageStorage),
+        ("XA", XRayAngiographicImageStorage),
+    ],
+)
+def test_a_projection_whose_place_in_the_body_is_stated_is_read(
+    tmp_path, modality_code, sop, sizes
+):
+    array = np.arange(16 * 16, dtype=np.uint16).reshape(16, 16)
+    film(
+        tmp_path,
+        array,
+        sop=sop,
+        Modality=modality_code,
+        ImagePositionPatient=[10, -20, 30],
+        ImageOrientationPatient=[0.6, 0.8, 0, 0, 0, -1],
+        **sizes,
+    )
+    scan = dicom.read(tmp_path / "film.dcm")
+    assert scan.facts.spacing_mm[:2] == pytest.approx((1.0, 0.5))
+    assert np.allclose(scan.affine[:3, 3], [-10, 20, 30])
+    assert np.array_equal(scan.values[:, :, 0].T, array)
 
 
 @pytest.mark.parametrize("keyword", ["PixelSpacing", "ImagerPixelSpacing"])
