@@ -492,6 +492,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
     ] = False,
+    harm: Annotated[
+        float | None,
+        typer.Option(
+            "--harm",
+            help="Use recoveries only where it is proven that they turn less than this share of"
+            " patients' answers from right to wrong, such as 0.05.",
+        ),
+    ] = None,
     device: Device = "auto",
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Instead of the recipe's seed.")
@@ -514,6 +522,16 @@ def train(
                 remedy="Leave one of them out",
             )
         )
+    if harm is not None and not 0 < harm < 1:
+        raise ConfigError(
+            Problem(
+                "--harm",
+                "it is no share of patients",
+                expected="a number above 0 and below 1",
+                got=f"{harm:g}",
+                remedy="Write for example 0.05",
+            )
+        )
     warned: list[str] = []
     with reporter.bar("Reading records") as update:
 
@@ -532,6 +550,7 @@ def train(
             device=device,
             seed=seed,
             budget_s=budget_s,
+            harm=harm,
             progress=epoch,
             reading=update,
             say=reporter.say,

@@ -6,7 +6,7 @@ from dymo_med.bundle.model import ModelBundle
 from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
 from dymo_med.references import References
 from dymo_med.tasks import OverClasses
-from dymo_med.types import Interval, Use
+from dymo_med.types import DrawCheck, Interval, Use
 
 
 def references_card(references: References, task: OverClasses) -> str:
@@ -57,6 +57,28 @@ by less than 0.02, and from it alone they are no better than chance. Reference: 
 {rows}"""
 
 
+def draws_card(check: DrawCheck) -> str:
+    """Return what a model card says of draws of recoveries."""
+    rows = "".join(
+        f"| {r.check} | {r.part} | {r.patients} |"
+        + (
+            " - | "
+            if r.value.value is None
+            else f" {r.value.value:.3f} ({r.value.low:.3f} to {r.value.high:.3f}) | "
+        )
+        + f"{'**fails**' if r.failing else 'passes' if r.value.value is not None else '-'} |\n"
+        for r in check.rows
+    )
+    return f"""
+Draws of recoveries ({check.draws} each) on held-back patients with modalities hidden. Coverage: how
+much of what was hidden lies in the central 90 % of its draws (0.9 is right). Martingale: by how
+much the mean answer over draws differs from that without (0 if network and imputer are right).
+
+| check | of | patients | value | |
+|---|---|---|---|---|
+{rows}"""
+
+
 def _rests_on(bundle: ModelBundle) -> str:
     """Return on how many patients sets and limits rest, as a sentence."""
     bounds = {} if bundle.conformal is None else bundle.conformal.scores.get(bundle.choice.name, {})
@@ -98,6 +120,7 @@ def model_card(bundle: ModelBundle) -> str:
         "" if bundle.references is None else references_card(bundle.references, bundle.task)
     )
     references += "" if bundle.use is None else use_card(bundle.use, bundle.task)
+    references += "" if bundle.draw_check is None else draws_card(bundle.draw_check)
     comparators = "".join(
         f"| {name} | {c.validation[judged[1]]:.3f} | {c.temperature:.3f} |\n"
         for name, c in bundle.comparators.items()

@@ -24,6 +24,7 @@ from dymo_med.tasks import OverClasses
 from dymo_med.types import (
     Batch,
     Choice,
+    DrawCheck,
     Fuse,
     ModalitySpec,
     Norms,
@@ -64,6 +65,8 @@ class ModelBundle:
         novelty: What is usual among the patients it was made with; None in bundles made before that
             was kept.
         use: Which modalities its answers rest on; None in bundles made before it was tested.
+        draw_check: Whether draws of its imputer are what they claim; None of an imputer that cannot
+            draw, and in bundles made before it was tested.
         provenance: Cohort, recipe, counts, versions, hashed patient ids per split.
         bundle_id: SHA-256 over the checksums; empty before saving.
         device: Where the networks are.
@@ -91,6 +94,7 @@ class ModelBundle:
     references: References | None = None
     novelty: Novelty | None = None
     use: Use | None = None
+    draw_check: DrawCheck | None = None
     bundle_id: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

@@ -37,6 +37,8 @@ from dymo_med.references import REFERENCES, FittedReference, Reference, Referenc
 from dymo_med.tasks import OverClasses, answered, task_from
 from dymo_med.types import (
     Choice,
+    DrawCheck,
+    DrawRow,
     Interval,
     ModalitySpec,
     Norms,
@@ -138,6 +140,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
             references=_load_references(path, specs, task),
             novelty=_load_novelty(path, specs),
             use=_load_use(path),
+            draw_check=_load_draws(path),
             bundle_id=identity(sums),
         )
     except UNREADABLE as error:
@@ -309,6 +312,15 @@ def _load_novelty(path: Path, specs: Sequence[ModalitySpec]) -> Novelty | None:
         )
     except RuntimeError as error:  # of torch: no covariance
         raise ValueError("a covariance that is not positive definite") from error
+
+
+def _load_draws(path: Path) -> DrawCheck | None:
+    """Return whether a bundle's draws are what they claim; None where it does not say."""
+    if not (path / "configs" / "draws.json").is_file():
+        return None
+    stored = read_part(path, "configs/draws.json")
+    rows = tuple(DrawRow(**{**row, "value": Interval(**row["value"])}) for row in stored["rows"])
+    return DrawCheck(rows, int(stored["draws"]))
 
 
 def _load_references(

@@ -138,6 +138,8 @@ def save_bundle(bundle: ModelBundle, folder: Path) -> str:
             write_json(work / "configs" / "performance.json", asdict(bundle.performance))
         if bundle.use is not None:
             write_json(work / "configs" / "use.json", asdict(bundle.use))
+        if bundle.draw_check is not None:
+            write_json(work / "configs" / "draws.json", asdict(bundle.draw_check))
         if bundle.norms is not None:
             write_json(work / "configs" / "quality.json", asdict(bundle.norms))
         statistics = {k: getattr(bundle.statistics, k) for k in STATISTICS}

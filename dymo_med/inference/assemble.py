@@ -88,7 +88,7 @@ def assemble(
         steps=steps,
         attributions=explanation.attributions if explanation is not None else (),
         warnings=_warnings(
-            *(bundle, record, own, probabilities, steps, quality),
+            *(bundle, record, trace, row, own, probabilities, steps, quality),
             novelty_reasons(novelty_part(bundle, answers, row)),
         ),
         sources=sources_of(record, identify),
@@ -278,6 +278,8 @@ def novelty_part(bundle: ModelBundle, answers: Answers, row: int) -> NoveltyPart
 def _warnings(
     bundle: ModelBundle,
     record: PatientRecord,
+    trace: SelectionTrace,
+    row: int,
     own: Sequence[float],
     others: Mapping[str, Sequence[float]],
     steps: Sequence[SelectionStep],
@@ -299,6 +301,19 @@ def _warnings(
             )
     result += [reason_sentence(r) for r in gate_reasons(quality_parts(quality))]
     result += [reason_sentence(r) for r in unlike]
+    trusted = [n for n, t in zip(trace.names, trace.admitted[row].tolist(), strict=True) if t]
+    for found in bundle.draw_check.failing if bundle.draw_check is not None and trusted else ():
+        if found.check == "martingale" or found.part in trusted:
+            sentence = text[f"draws_{found.check}"]
+            share = found.value.value or 0.0
+            result.append(
+                sentence.format(
+                    imputer=bundle.imputer_entry["name"],
+                    part=found.part,
+                    share=f"{share:.0%}",
+                    points=f"{100 * share:+.1f}",
+                )
+            )
     borrowed = [s.modality for s in steps if s.borrowed and s.decision == "admitted"]
     if borrowed:
         result.append(text["borrowed"].format(modalities=", ".join(borrowed)))

@@ -16,6 +16,7 @@ from dymo_med.references import References, features_of
 from dymo_med.selection import Selector
 from dymo_med.tasks import PLAIN, OverClasses
 from dymo_med.training.calibration import FEWEST, fit_temperature
+from dymo_med.training.draw_checks import check_draws
 from dymo_med.training.held_back import try_out
 from dymo_med.training.loop import stream
 from dymo_med.training.objectives import encode_all, record_weights, sampled_subsets, subset_logits
@@ -23,7 +24,7 @@ from dymo_med.training.performance import performance
 from dymo_med.training.references import Held, weigh
 from dymo_med.training.selectors import calibration_cases, choose, fit_all, held_out
 from dymo_med.training.use import audit_use
-from dymo_med.types import Batch, Choice, Performance, SubsetStatistics, Use
+from dymo_med.types import Batch, Choice, DrawCheck, Performance, SubsetStatistics, Use
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Answering:
         choice: Which is the default, and why; by the patients they are fitted on.
         conformal: From the others.
         performance: On the others.
+        draw_check: Whether the imputer's draws are what they claim, by the patients they are
+            fitted on.
     """
 
     references: References
@@ -47,6 +50,7 @@ class Answering:
     choice: Choice
     conformal: Conformal
     performance: Performance
+    draw_check: DrawCheck | None = None
 
 
 def part(validation: Batch, calibration: Batch, seed: int) -> tuple[Batch, Batch]:
@@ -165,4 +169,5 @@ def fit_answers(
         choice,
         tested.conformal(),
         performance(tested, choice.name),
+        check_draws(imputer, backbone, references, fitting, temperature, plan.seed, device),
     )

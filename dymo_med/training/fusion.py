@@ -18,6 +18,7 @@ from dymo_med.errors import ConfigError, Problem
 from dymo_med.novelty import Novelty
 from dymo_med.references import References, features_of, layout_of
 from dymo_med.selection import fit_statistics
+from dymo_med.training import draw_checks
 from dymo_med.training.answers import fit_answers, part
 from dymo_med.training.comparators import train_comparators
 from dymo_med.training.loop import new_weights
@@ -129,6 +130,7 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
         references=answering.references,
         novelty=_fit_novelty(run),
         use=answering.use,
+        draw_check=answering.draw_check,
         conformal=answering.conformal,
         performance=answering.performance,
         provenance=provenance_of(plan, run.cohort, run.data, labelled, run.log),
@@ -136,7 +138,14 @@ def fit_fusion(run: Run, named: str, warn: Callable[[str], None] | None) -> Path
     )
     save_bundle(bundle, run.out / "bundle")
     if warn is not None:
-        for text in filter(None, [warning_of(answering.references), *warnings_of(answering.use)]):
+        texts = [
+            warning_of(answering.references),
+            *warnings_of(answering.use),
+            *draw_checks.warnings_of(
+                answering.draw_check, plan.imputer.name if plan.imputer else ""
+            ),
+        ]
+        for text in filter(None, texts):
             warn(text)
     return run.out / "bundle"
 

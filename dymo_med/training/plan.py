@@ -318,6 +318,23 @@ class Candidate:
     name: str
     backbone: Entry
 
+    @property
+    def reads_numbers(self) -> bool:
+        """Whether its network reads descriptors of scans, and no voxels."""
+        return list(self.backbone.get("image_encoders", ["descriptors"])) == ["descriptors"]
+
+
+def mostly_unlabelled(found: Fingerprint) -> bool:
+    """Return whether there are as many training patients without a label as with one, or more.
+
+    Then a joint distribution of everybody knows what the network cannot, and averaging over draws
+    of it can pay (`docs/explanation/recovering.md`).
+
+    Args:
+        found: Of the cohort.
+    """
+    return found.patients["train"] >= 2 * found.labelled["train"]
+
 
 def candidates(found: Fingerprint) -> list[Candidate]:
     """Return what is worth trying, the simplest first.
@@ -446,6 +463,14 @@ def propose(
         others = len(ways) > 1
         plan.why[f"backbone.{key}"] = (
             f"chosen on {len(best.losses)} validated patients" if others else "nothing else applies"
+        )
+    if mostly_unlabelled(found) and best.candidate.reads_numbers:
+        plan.recipe["imputer"] = {"name": "conditional"}
+        for key in [k for k in plan.why if k.startswith("imputer")]:
+            del plan.why[key]
+        plan.why["imputer"] = (
+            f"{found.patients['train'] - found.labelled['train']} training patients have no label:"
+            " their draws tell what few labelled ones cannot"
         )
     left = budget_s - (time.monotonic() - began)
     _fit_into(plan, left, best, specs, data, seed, device)

@@ -315,6 +315,7 @@ def choose(
     classes_matter = task.classes_matter and shares is None
     base_loss, base_right = judged["observed_only"], right["observed_only"]
     results, eligible = {}, {}
+    pays = ""
     for name in answers:
         results[name] = {
             "log_loss": float((weights * losses[name]).sum() / total),
@@ -330,6 +331,8 @@ def choose(
         # Standard error of a ratio of sums over patients.
         error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
         sure = n >= _FEWEST and bool(mean > error)
+        if name == "average" and isinstance(cases.fuse, WithDraws):
+            pays = _pays(float(mean), float(error), called)
         accurate = results[name]["accuracy"] >= results["observed_only"]["accuracy"]
         if sure and (accurate or not classes_matter):
             eligible[name] = results[name][key]
@@ -341,13 +344,28 @@ def choose(
         wanted = "both clearly better and no less accurate" if classes_matter else "clearly better"
         why = (
             f"Measurements alone ({called} {base:.3f} on {n} held-back patients): no selector was"
-            f" {wanted}."
+            f" {wanted}.{pays}"
         )
         return Choice("observed_only", why, results, n)
     best = min(eligible, key=lambda name: eligible[name])
     why = (
         f"Lowest {called} on {n} held-back patients ({eligible[best]:.3f}; measurements alone"
         f" {base:.3f}) among selectors clearly better than those"
-        f"{' and no less accurate' if classes_matter else ''}."
+        f"{' and no less accurate' if classes_matter else ''}.{pays}"
     )
     return Choice(best, why, results, n)
+
+
+def _pays(gain: float, error: float, called: str) -> str:
+    """Return whether recovering pays, as a sentence.
+
+    Args:
+        gain: Of averages over draws against measurements alone.
+        error: Its standard error over patients.
+        called: What is gained.
+    """
+    verdict = "pays" if gain > error else "harms" if gain < -error else "hardly matters"
+    return (
+        f" Recovering {verdict} here: averaged over draws the {called} changes by {-gain:+.3f}"
+        f" (standard error {error:.3f})."
+    )

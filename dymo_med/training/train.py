@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 
 from dymo_med.bundle import read_recipe, resolve_device
-from dymo_med.config import Recipe
+from dymo_med.config import Named, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.gate import fit_norms
@@ -53,6 +53,7 @@ def train(
     device: str = "auto",
     seed: int | None = None,
     budget_s: float = BUDGET_S,
+    harm: float | None = None,
     progress: Progress | None = None,
     reading: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
@@ -80,6 +81,8 @@ def train(
         seed: Overrides the recipe's seed.
         budget_s: Seconds that choosing a recipe and training may take, about; without use where
             there is a recipe.
+        harm: Use recoveries only where it is proven that they harm less than this share of
+            patients (selector `guarded`); None = the recipe's selector, or the best one.
         progress: Called after every epoch.
         reading: Called after every record read, with how many are done and how many there are.
         say: Told what is found out about the cohort, and which recipes are tried.
@@ -125,6 +128,19 @@ def train(
         say(f"recipe: {chosen}")
     if seed is not None:
         plan = plan.model_copy(update={"seed": seed})
+    if harm is not None:
+        if described.task.mask is not None:
+            raise ConfigError(
+                Problem(
+                    "harm",
+                    "an outline is neither right nor wrong, so no bound on harm is proven",
+                    expected="a classification, a regression or survival",
+                    remedy="Leave it out",
+                )
+            )
+        plan = plan.model_copy(
+            update={"selector": Named.model_validate({"name": "guarded", "harm": harm})}
+        )
     with kept(out / "warnings.log"):
         run = _started(plan, described, specs, records, data, where, out, progress)
         bundle = _PIPELINES[described.task.pipeline](run, str(recipe or chosen), warn)

@@ -9,7 +9,15 @@ Polarity, everywhere: True = available.
 from dymo_med.types.answer import Attribution, Prediction, Value, WeightedSubset
 from dymo_med.types.batch import Batch, LatentTokens, ModalityMask, Recovery, Tokens, subset_id
 from dymo_med.types.cohort import SPLITS, Cohort, Split, Subgroup
-from dymo_med.types.performance import Interval, Performance, PerformanceRow, Use, UseRow
+from dymo_med.types.performance import (
+    DrawCheck,
+    DrawRow,
+    Interval,
+    Performance,
+    PerformanceRow,
+    Use,
+    UseRow,
+)
 from dymo_med.types.record import (
     CohortRecord,
     FieldOfView,
@@ -55,6 +63,8 @@ __all__ = [
     "CohortRecord",
     "Column",
     "DescriptorNorms",
+    "DrawCheck",
+    "DrawRow",
     "FieldOfView",
     "FileRules",
     "Fuse",

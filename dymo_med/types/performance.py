@@ -136,3 +136,49 @@ class Use:
     def of(self, part: str) -> UseRow | None:
         """Return the row of a modality or group."""
         return next((row for row in self.rows if row.part == part), None)
+
+
+@dataclass(frozen=True)
+class DrawRow:
+    """Whether draws of recoveries are what they claim, in one respect (`training.draw_checks`).
+
+    Attributes:
+        check: `coverage`: how much of what was hidden lies in the central 90 % of its draws.
+            `martingale`: by how much the mean answer over draws, of the last class, differs from
+            the answer without recoveries. It should not, if network and imputer are right.
+        part: A modality; of a martingale, a group of patterns.
+        patients: On whom.
+        value: With its 95 % interval over patients.
+    """
+
+    check: Literal["coverage", "martingale"]
+    part: str
+    patients: int
+    value: Interval
+
+    @property
+    def failing(self) -> bool:
+        """Whether it is clearly amiss: coverage below 80 %, or answers that drift by over 2 %."""
+        if self.value.value is None or self.value.low is None or self.value.high is None:
+            return False
+        if self.check == "coverage":
+            return self.value.high < 0.8
+        return abs(self.value.value) > 0.02 and not self.value.low <= 0 <= self.value.high
+
+
+@dataclass(frozen=True)
+class DrawCheck:
+    """Whether an imputer's draws are what they claim.
+
+    Attributes:
+        rows: Coverage of modalities in canonical order, then groups of patterns.
+        draws: How many there were for each patient.
+    """
+
+    rows: tuple[DrawRow, ...]
+    draws: int
+
+    @property
+    def failing(self) -> tuple[DrawRow, ...]:
+        """What is clearly amiss."""
+        return tuple(row for row in self.rows if row.failing)

@@ -9,6 +9,7 @@ import yaml
 from dymo_med.bundle import load_bundle
 from dymo_med.data.patient import read_patient
 from dymo_med.drawn import DRAWS
+from dymo_med.errors import ConfigError
 from dymo_med.imputers import conditional
 from dymo_med.inference.answer import answer
 from dymo_med.inference.audit import audit
@@ -84,3 +85,31 @@ def test_the_file_says_what_was_averaged_and_stands_an_audit(
     assert all(c["low"] <= c["value"] <= c["high"] and " to " in c["text"] for c in made)
     if method == "guarded":  # four calibration patients prove nothing
         assert not file["trusted"] and "too few" in file["method_why"]
+
+
+def test_the_bundle_and_its_card_say_how_draws_did(bundle, folder):
+    card = (folder / "docs" / "README.md").read_text()
+    assert ("Draws of recoveries" in card) == (bundle.draw_check is not None)
+    assert bundle.choice.name == "average" and bundle.choice.why == "The recipe asked for it."
+
+
+def test_a_bound_on_harm_makes_the_guard_the_default(tiny, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    made = recipe_of("classification", "transformer", "conditional")
+    made["backbone"] |= {"image_encoders": ["descriptors"], "table_encoder": "row"}
+    recipe.write_text(yaml.safe_dump(made))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_curves", lambda *_: None)
+        cohort = tiny.cohort("classification")
+        found = training.train(recipe, cohort, tmp_path / "run", device="cpu", harm=0.2)
+    bundle = load_bundle(found, device="cpu")
+    assert bundle.choice.name == "guarded" and bundle.selector.options.harm == 0.2
+
+
+def test_no_bound_is_proven_of_outlines(tiny, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of("segmentation", "shared_unet", "synthesis")))
+    with pytest.raises(ConfigError, match="no bound on harm"):
+        training.train(
+            recipe, tiny.cohort("segmentation"), tmp_path / "run", device="cpu", harm=0.2
+        )

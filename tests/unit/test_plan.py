@@ -73,6 +73,20 @@ def test_convolutions_are_tried_with_pictures_or_many_patients(found):
     assert plan.rules(tables).recipe["imputer"] == {"name": "iterative"}
 
 
+@pytest.mark.parametrize(("patients", "name"), [(20, "mopoe"), (300, "conditional")])
+def test_many_patients_without_a_label_are_drawn_from(
+    cohort, specs, data, found, monkeypatch, patients, name
+):
+    more = replace(found, patients={**found.patients, "train": patients})
+    more = replace(more, labelled={**found.labelled, "train": 15})
+    losses = {f"p{i}": 1.0 for i in range(4)}
+    monkeypatch.setattr(plan, "fingerprint", lambda *_: more)
+    monkeypatch.setattr(plan, "_tried", lambda one, *_: plan.Trial(one, losses, 1.0))
+    recipe, text = plan.propose(cohort, specs, data, budget_s=100)
+    assert recipe.imputer.name == name
+    assert ("have no label" in text) == (name == "conditional")
+
+
 def test_folds_validate_every_patient_once_and_split_nobody(data):
     seen = []
     for fit, check in plan._folds(data, seed=0):
