@@ -19,6 +19,9 @@ _PUBLIC = {
     "predict_patient": "dymo_med.inference.predict",
     "evaluate": "dymo_med.inference.evaluate",
     "impute_patient": "dymo_med.inference.recovered",
+    "load_segmentation_bundle": "dymo_med.bundle_segmentation",
+    "segment_patient": "dymo_med.inference.segment",
+    "evaluate_segmentation": "dymo_med.inference.segment_evaluate",
 }
 
 __all__ = ["__version__", *_PUBLIC]

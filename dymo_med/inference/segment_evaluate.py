@@ -27,13 +27,12 @@ from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.masks import dice, own_grid, read_known, read_mask, regions_of
 from dymo_med.data.missingness import Scenario, apply, parse_scenario
 from dymo_med.errors import BundleError, ConfigError, PatientDataError, Problem
-from dymo_med.files import csv_stream, write_csv, write_json, write_text
+from dymo_med.files import csv_stream, write_csv, write_json
 from dymo_med.inference.evaluate import joined
 from dymo_med.inference.failures import ALL, Failures
 from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.matching import known_split, matched_specs, patients_seen, require_unseen
 from dymo_med.inference.promises import wide_regions
-from dymo_med.inference.report import environment, guarded
 from dymo_med.inference.run_folder import (
     PROGRESS,
     EvaluateResult,
@@ -43,15 +42,24 @@ from dymo_med.inference.run_folder import (
     prepare_folder,
 )
 from dymo_med.inference.scores import ORACLE, Row
+from dymo_med.inference.segmentation_plots import (
+    INVENTED,
+    MEAN,
+    MISSED,
+    NUMBER_COLUMNS,
+    SUBSETS,
+    dice_by_number,
+    heat_maps,
+    number_plot,
+    write_page,
+)
 from dymo_med.inference.software import versions
 from dymo_med.metrics import Estimate, bootstrap_means
 from dymo_med.modalities.image import file_in
 from dymo_med.outline import DISCARD, Segmented, finish, segment_record
 from dymo_med.types import Cohort, CohortRecord, MaskSpec, PatientRecord
 
-SUBSETS = "subsets"
-MEAN = "mean"  # regions averaged case by case
-FOUND, MISSED, INVENTED, NEITHER = "found", "missed", "invented", "neither"
+FOUND, NEITHER = "found", "neither"
 BATCH = 4  # volumes over which the published soft Dice sums
 CASE_COLUMNS = (
     *("scenario", "record_id", "patient_id", "split", "observed", "method", "trusted", "region"),
@@ -509,8 +517,13 @@ def _write(out: Path, facts: Row, start: float) -> EvaluateResult:
         "failed_records": failed,
         "unexpected_failures": len(unexpected),
     }
-    pictures = _heat_maps(out, facts, table)
-    _write_page(out, facts, table, failures, pictures)
+    pictures = heat_maps(out, facts, table)
+    if SUBSETS in facts["scenarios"]:
+        frame = [row for row in by_case(cases, facts["regions"]) if row["scenario"] == SUBSETS]
+        by_number = dice_by_number(frame, facts["regions"], facts["seed"])
+        write_csv(out / "scans.csv", NUMBER_COLUMNS, by_number)
+        pictures += number_plot(out, by_number, [*facts["regions"], MEAN])
+    write_page(out, facts, table, failures, pictures)
     write_json(out / "run.json", {**facts, "seconds": round(time.perf_counter() - start, 1)})
     return EvaluateResult(out, facts["records"], failed, tuple(table), unexpected=len(unexpected))
 
@@ -548,7 +561,7 @@ def metrics(cases: Sequence[Row], regions: Sequence[str], seed: int) -> list[Row
         regions: Names in canonical order.
         seed: Of the bootstrap.
     """
-    frame = _by_case(cases, regions)
+    frame = by_case(cases, regions)
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in frame:
         scenario, method = row["scenario"], row["method"]
@@ -561,7 +574,7 @@ def metrics(cases: Sequence[Row], regions: Sequence[str], seed: int) -> list[Row
     return table
 
 
-def _by_case(cases: Sequence[Row], regions: Sequence[str]) -> list[Row]:
+def by_case(cases: Sequence[Row], regions: Sequence[str]) -> list[Row]:
     """Return one row per case and method, with an array of values by metric and region."""
     found: dict[tuple[str, str, str, str], Row] = {}
     for row in cases:
@@ -645,109 +658,3 @@ def _group(
             "high": math.nan,
             "undefined": 0,
         }  # fmt: skip
-
-
-def _heat_maps(out: Path, facts: Row, table: Sequence[Row]) -> list[str]:
-    """Draw mean Dice by subset and region; return the files, one per method."""
-    if SUBSETS not in facts["scenarios"]:
-        return []
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names, regions = facts["modalities"], [*facts["regions"], MEAN]
-    rows = [r for r in table if r["scenario"] == SUBSETS and r["metric"] == "dice"]
-    files = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        if method == ORACLE:
-            continue
-        values = {(r["observed"], r["region"]): r["value"] for r in rows if r["method"] == method}
-        subsets = sorted(
-            {s for s, _ in values if s != ALL},
-            key=lambda s: (s.count("+"), [names.index(n) for n in s.split("+")]),
-        )
-        grid = np.array([[values[s, region] for region in regions] for s in (*subsets, ALL)])
-        figure = Figure(figsize=(1.6 + 0.9 * len(regions), 1.2 + 0.3 * len(grid)), dpi=150)
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        axes.set_xticks(range(len(regions)), regions)
-        axes.set_yticks(range(len(grid)), [*subsets, "all subsets"])
-        axes.axhline(len(grid) - 1.5, color="white")
-        for i, line in enumerate(grid):
-            for j, value in enumerate(line):
-                colour = "black" if value > 0.6 else "white"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-        axes.set_title(f"Mean Dice, {method}", fontsize=10)
-        figure.colorbar(picture, ax=axes, fraction=0.05)
-        figure.tight_layout()
-        name = f"subsets_{method}.png"
-        figure.savefig(out / name, metadata={"Software": None})
-        files.append(name)
-    return files
-
-
-def _write_page(
-    out: Path, facts: Row, table: Sequence[Row], failures: Sequence[Row], pictures: Sequence[str]
-) -> None:
-    """Write `index.html`."""
-    regions = [*facts["regions"], MEAN]
-    found = {
-        (r["scenario"], r["method"], r["metric"], r["region"]): r
-        for r in table
-        if r["observed"] == ALL
-    }
-    scenarios = []
-    for scenario in facts["scenarios"]:
-        methods = dict.fromkeys(m for s, m, _, _ in found if s == scenario)
-        lines = [
-            {
-                "method": method,
-                "dice": [_shown(found.get((scenario, method, "dice", r)), 3) for r in regions],
-                "gain": [
-                    _shown(found.get((scenario, method, "dice_gain", r)), 3, signed=True)
-                    for r in regions
-                ],
-                "hd95": [_shown(found.get((scenario, method, "hd95_mm", r)), 1) for r in regions],
-                **{
-                    key: [_shown(found.get((scenario, method, key, r)), 3) for r in regions]
-                    for key in ("covered", "missed_share", "wide_missed_share")
-                },
-                "outcomes": [
-                    _outcomes(found.get((scenario, method, "hd95_mm", r))) for r in regions
-                ],
-                "volume": [
-                    _shown(found.get((scenario, method, "volume_error_abs_ml", r)), 1)
-                    for r in regions
-                ],
-            }
-            for method in methods
-        ]
-        if lines:
-            counts = found[scenario, next(iter(methods)), "dice", MEAN]
-            scenarios.append({"text": scenario, "lines": lines, "records": counts["records"]})
-    page = environment().get_template("segmentation_cohort.html.j2")
-    write_text(
-        out / "index.html",
-        guarded(
-            page.render(
-                f=facts, regions=regions, scenarios=scenarios, failures=failures, pictures=pictures
-            )
-        ),
-    )
-
-
-def _outcomes(row: Row | None) -> tuple[str, str]:
-    """Return how often a region was missed, and how often it was made up, as text."""
-    return ("", "") if row is None else (f"{row[MISSED]} / {row[INVENTED]}", "")
-
-
-def _shown(row: Row | None, digits: int, *, signed: bool = False) -> tuple[str, str]:
-    """Return a value and its interval as text."""
-    if row is None or math.isnan(row["value"]):
-        return "", ""
-    sign = "+" if signed else ""
-
-    def text(x: float) -> str:
-        return format(x, f"{sign}.{digits}f")
-
-    return text(row["value"]), f"{text(row['low'])} to {text(row['high'])}"

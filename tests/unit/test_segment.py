@@ -348,6 +348,18 @@ def test_tables_page_and_heat_map_are_written(evaluated):
     assert Image.open(out / "subsets_observed_only.png").size[0] > 300
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "subsets_observed_only.png" in page and "drop:t1" in page
+    assert "scans_observed_only.png" in page and (out / "scans_observed_only.png").is_file()
+    by_number = {
+        int(r["scans"]): float(r["dice"]) for r in table(out / "scans.csv") if r["region"] == "WT"
+    }
+    for number in range(1, 5):
+        one = [
+            float(r["dice"])
+            for r in by_hand
+            if (r["scenario"], r["region"], r["observed"].count("+") + 1)
+            == ("subsets", "WT", number)
+        ]
+        assert by_number[number] == pytest.approx(np.mean(one), abs=1e-6)
 
 
 def test_soft_dice_sums_over_four_cases():
