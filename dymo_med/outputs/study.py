@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
-from pydicom.valuerep import DSfloat
+from pydicom.valuerep import DA, TM, DSfloat, validate_value
 
 from dymo_med import __version__
 from dymo_med.errors import ConfigError, PatientDataError, Problem
@@ -57,6 +58,7 @@ _IMAGE = (
     *("BitsAllocated", "BitsStored", "PixelRepresentation", "SamplesPerPixel"),
     "PhotometricInterpretation",
 )
+_NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 # Of functional groups only the geometry: others hold times and texts of the examination.
 _GROUPS = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
 
@@ -187,6 +189,8 @@ def read_study(
     sources = {
         name: Source(tuple(_clean(h, patient, affine) for h in images), frames, affine, size)
         for name, (images, frames, affine, size) in headers.items()
+        # Nothing can refer to an image without a name.
+        if all(image.get(keyword) for image in images for keyword in _NEEDED)
     }
     study = Study(
         folder=folder,
@@ -286,9 +290,26 @@ def _patient(
         )
     if header is None:
         return {**blank, **_named("Record", owner or file.patient_id)}, owner
-    known = {k: str(header.get(k) or "") for k in (*_PATIENT, *_STUDY)}
+    known = {k: _valid(k, str(header.get(k) or "")) for k in (*_PATIENT, *_STUDY)}
     known["PatientID"] = known["PatientID"] or file.patient_id[:64]
     return known, owner
+
+
+def _valid(keyword: str, value: str) -> str:
+    """Return what a header states, or nothing where the standard forbids it.
+
+    An identifier stays as it is: cut, it would be somebody else's.
+    """
+    if keyword == "PatientID":
+        return value.strip()
+    kind = dictionary_VR(keyword)
+    try:
+        validate_value(kind, value, pydicom.config.RAISE)
+        if kind in ("DA", "TM"):
+            (DA if kind == "DA" else TM)(value)
+    except (ValueError, OverflowError):
+        return ""
+    return "" if keyword == "PatientSex" and value not in ("F", "M", "O") else value
 
 
 def _named(family: str, name: str) -> dict[str, str]:
@@ -433,8 +454,9 @@ def put_patient(dataset: Dataset, patient: Mapping[str, str]) -> None:
     """
     dataset.SpecificCharacterSet = "ISO_IR 192"
     for keyword, value in patient.items():
-        if value or keyword not in ("IssuerOfPatientID", "TimezoneOffsetFromUTC"):
-            setattr(dataset, keyword, value)
+        if not value and keyword in ("IssuerOfPatientID", "TimezoneOffsetFromUTC"):
+            continue
+        setattr(dataset, keyword, value)
 
 
 def _as_shown(

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import highdicom
@@ -12,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from pydicom.uid import ComputedRadiographyImageStorage
 
 from dymo_med.errors import ConfigError, PatientDataError
 from dymo_med.inference.pdf import render_pdf
@@ -20,7 +22,9 @@ from dymo_med.inference.prediction_file import read_prediction
 from dymo_med.inference.segment import segment_patient
 from dymo_med.modalities.made_up import refuse_made_up
 from dymo_med.outputs import export
+from dymo_med.outputs.study import read_study
 from dymo_med.privacy import pseudonym
+from dymo_med.types import SeriesRule
 from tests import dicom_files
 from tests.conftest import write_patient
 from tests.segmentation import (  # noqa: F401
@@ -292,6 +296,87 @@ def test_names_in_other_letters_are_kept(tmp_path, bundle):
     predict_patient(patient, bundle, tmp_path / "out", explain=False)
     export(tmp_path / "out", ["dicom"], patient, identify=True)
     assert {str(o.PatientName) for o in read(tmp_path / "out" / "dicom").values()} == {name}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"PatientBirthDate": "1970-01-01", "PatientSex": "female", "StudyDate": "last May"},
+        {"PatientID": "MRN 0042 " + "0" * 80},
+        {"PatientName": "", "PatientID": "", "FrameOfReferenceUID": ""},
+        {"StudyInstanceUID": ""},
+        {"SpecificCharacterSet": "ISO_IR 100", "PatientName": "M\u00fcller^J\u00f6rg"},
+        {"TimezoneOffsetFromUTC": "-0330"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("identify", [False, True])
+def test_headers_as_hospitals_write_them(tmp_path, bundle, fields, identify, monkeypatch):
+    monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", pydicom.config.IGNORE)
+    patient = tmp_path / "p9"
+    write_patient(patient, np.random.default_rng(5), True, ["t1", "t2"])
+    dicom_files.series(patient / "t1", head(), AFFINE, **fields)
+    monkeypatch.undo()
+    predict_patient(patient, bundle, tmp_path / "out", explain=False)
+    export(tmp_path / "out", ["dicom", "fhir"], patient, identify=identify)
+    program = tool("dciodvfy")
+    for name, dataset in read(tmp_path / "out" / "dicom").items():
+        _, said = told(program, tmp_path / "out" / "dicom" / name)
+        errors = [line for line in said.splitlines() if line.startswith("Error")]
+        # An identifier that is too long stays what it is: cut, it would be another patient's.
+        known = ("Patient ID", "invalid data values") if len(dataset.PatientID) > 64 else ("?",)
+        assert not [line for line in errors if not any(k in line for k in known)], (name, errors)
+        assert not identify or dataset.PatientID in (fields.get("PatientID") or "p9", IDENTIFIER)
+        zone = fields.get("TimezoneOffsetFromUTC")
+        assert zone is None or dataset.TimezoneOffsetFromUTC == zone
+
+
+@pytest.mark.parametrize("kind", ["enhanced", "picture", "two studies"])
+def test_other_kinds_of_sources_are_referred_to(tmp_path, bundle, kind):
+    patient = tmp_path / "p9"
+    lacks = ["t2", "photo"] if kind == "picture" else ["t1", "t2", "photo"]
+    write_patient(patient, np.random.default_rng(5), True, lacks)
+    if kind == "enhanced":
+        dicom_files.enhanced(patient / "t1.dcm", head(), AFFINE)
+    elif kind == "picture":
+        stored = np.ascontiguousarray(head()[:, :, 6].T)
+        image = dicom_files.header(ComputedRadiographyImageStorage, stored, "1.2.3.4.6", 1, "CR")
+        image.save_as(patient / "photo.dcm", enforce_file_format=True)
+    else:
+        dicom_files.series(patient / "t1", head(), AFFINE)
+        other = head()[::-1] * 2
+        uids = {"uid": "1.2.3.5.5", "StudyInstanceUID": "1.2.3.5"}
+        dicom_files.series(patient / "t2", other, AFFINE, **uids)
+    predict_patient(patient, bundle, tmp_path / "out", explain=False)
+    export(tmp_path / "out", ["dicom", "fhir"], patient)
+    objects = read(tmp_path / "out" / "dicom")
+    assert {o.StudyInstanceUID for o in objects.values()} == {"1.2.3.4"}
+    program = tool("dciodvfy")
+    for name in objects:
+        _, said = told(program, tmp_path / "out" / "dicom" / name)
+        assert not [line for line in said.splitlines() if line.startswith("Error")], (name, said)
+    sources = {"enhanced": 1, "picture": 1, "two studies": 24}[kind]
+    assert len(objects["report.dcm"].SourceInstanceSequence) == sources
+
+
+def test_series_of_one_folder_are_told_apart(tmp_path, bundle):
+    """Two modalities in one folder: each refers to the images of its own series."""
+    rule = {"t1": "^one", "t2": "^two"}
+    specs = tuple(
+        replace(s, file="study", dicom=SeriesRule("", rule[s.name], None, "error"))
+        if s.name in rule
+        else s
+        for s in bundle.specs
+    )
+    patient = tmp_path / "p9"
+    write_patient(patient, np.random.default_rng(5), True, ["t1", "t2", "photo"])
+    dicom_files.series(patient / "study", head(), AFFINE, uid="1.2.3.4.7", SeriesDescription="one")
+    other = (head() * 1.5 + 10 * (head() > 90)).astype(np.uint16)
+    dicom_files.series(patient / "study", other, AFFINE, uid="1.2.3.4.8", SeriesDescription="two")
+    predict_patient(patient, replace(bundle, specs=specs), tmp_path / "out", explain=False)
+    study = read_study(tmp_path / "out", patient)
+    series = {n: {i.SeriesInstanceUID for i in s.images} for n, s in study.sources.items()}
+    assert series == {"t1": {"1.2.3.4.7"}, "t2": {"1.2.3.4.8"}}
 
 
 # --- Outlines ------------------------------------------------------------------------------------
