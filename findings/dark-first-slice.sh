@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# imageio 2.38.1: a DICOM series with a rescale slope of 1 and an intercept of 0, as most MR has,
+# imageio 2.38.1: a DICOM series with a rescale slope of 1 and an intercept of 0, as much MR has,
 # whose first slice is dark.
 #
 # Expected: the volume has the values of the files, 100, 1000 and 3000, in a type that holds them.
