@@ -15,11 +15,19 @@ from dymo_med.references.base import Reference, Training
 from dymo_med.references.features import Layout
 from dymo_med.types import Scale
 
-# The first are scikit-learn's own; the others suit fewer patients.
+# The first are scikit-learn's own; each of the others suits fewer patients than the one before.
 _SETTINGS: tuple[dict[str, Any], ...] = (
     {"learning_rate": 0.1, "max_iter": 100, "max_leaf_nodes": 31, "min_samples_leaf": 20},
-    {"learning_rate": 0.05, "max_iter": 100, "max_leaf_nodes": 8, "min_samples_leaf": 10},
     {"learning_rate": 0.05, "max_iter": 150, "max_leaf_nodes": 4, "min_samples_leaf": 5},
+    {
+        "learning_rate": 0.05,
+        "max_iter": 100,
+        "max_leaf_nodes": 4,
+        "min_samples_leaf": 5,
+        "max_features": 0.2,
+        "l2_regularization": 5.0,
+    },
+    {"learning_rate": 0.05, "max_iter": 40, "max_leaf_nodes": 3, "min_samples_leaf": 10},
 )
 # With more values than this a category is taken as a number: scikit-learn's own limit.
 _MOST_CATEGORIES = 255
@@ -50,7 +58,7 @@ class Boosting(Reference):
     def fit(self, data: Training, others: Mapping[str, Reference]) -> dict[str, Any]:
         """See `Reference.fit`."""
         folds = data.folds(_FOLDS)
-        chosen, losses, deviation = 1, [], None
+        chosen, losses, deviation = len(_SETTINGS) - 1, [], None
         if folds:
             errors = [self._errors(data, folds, settings) for settings in _SETTINGS]
             losses = [float((e * data.weights).sum() / data.weights.sum()) for e in errors]

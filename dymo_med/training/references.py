@@ -112,10 +112,12 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
     """Decide what part of a bundle's answers a reference is.
 
     The network, each reference, and mixtures of both answer for held-back patients as they are and
-    with modalities hidden. A mixture is judged out of fold: its partner and its share are those
-    that are best for the patients of the other folds. It is taken if its log-loss (of a
-    regression: mean absolute error) is lower than the network's by more than one standard error
-    over patients, of whom there must be ten; else the network answers alone.
+    with modalities hidden. It begins with equal shares of the network and of the last reference of
+    the table, the mean of the others: who has too few patients to tell shares apart does best not
+    to choose among them. What is best for the patients of other folds takes its place, be it the
+    network or a reference alone, if its log-loss (of a regression: mean absolute error) is lower by
+    more than one standard error over patients. Of fewer than ten patients nothing is asked: the
+    network answers alone.
 
     Args:
         references: Fitted.
@@ -138,37 +140,32 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
     mean = each.mean(1)
     key = task.error_name
     fold = torch.randperm(n, generator=stream(seed, "weigh")) % _FOLDS
-    answer = each[0].clone()
+    best_elsewhere = each[0].clone()
     for k in fold.unique().tolist():
         outside = (fold != k).nonzero().squeeze(1)
         chosen = int(each[:, outside].mean(1).argmin()) if len(outside) else 0
-        answer[fold == k] = each[chosen, fold == k]
+        best_elsewhere[fold == k] = each[chosen, fold == k]
     alone = {name: options.index((name, 0.0)) for name in references.fitted}
     better = tuple(name for name, i in alone.items() if _surely(each[0] - each[i]))
-    found = {
-        "network": float(mean[0]),
-        **{name: float(mean[i]) for name, i in alone.items()},
-        "answer": float(mean[0]),
-    }
+    found = {"network": float(mean[0]), **{name: float(mean[i]) for name, i in alone.items()}}
     if n < _FEWEST:
         why = f"The network alone: {n} held-back patients are too few to compare it."
+        found["answer"] = found["network"]
         return replace(references, why=why, losses=found, patients=n)
-    if not _surely(each[0] - answer):
-        why = (
-            f"The network alone ({key} {mean[0]:.3f} on {n} held-back patients; references"
-            f" {', '.join(f'{name} {mean[i]:.3f}' for name, i in alone.items())}): no mixture"
-            " was clearly better."
-        )
-        return replace(references, why=why, losses=found, patients=n, better=better)
-    partner, weight = options[int(mean.argmin())]
-    if weight == 1:  # only out of fold did mixtures seem better
-        why = f"The network alone: no mixture was better on all {n} held-back patients."
-        return replace(references, why=why, losses=found, patients=n, better=better)
+    equal = options.index((list(references.fitted)[-1], 0.5))
+    surely = _surely(each[equal] - best_elsewhere)
+    partner, weight = options[int(mean.argmin()) if surely else equal]
+    answer = best_elsewhere if surely else each[equal]
     found["answer"] = float(answer.mean())
-    share = f"{weight:.0%} network and {1 - weight:.0%} {partner}" if weight else f"{partner} alone"
-    why = (
-        f"Answers are {share}: {key} {answer.mean():.3f} on {n} held-back patients, the network"
-        f" alone {mean[0]:.3f}."
+    losses_told = ", ".join(f"{name} {found[name]:.3f}" for name in ("network", *alone))
+    if weight == 1:
+        share, partner = "The network answers alone", ""
+    elif weight == 0:
+        share = f"{partner} answers alone"
+    else:
+        share = f"Answers are {weight:.0%} network and {1 - weight:.0%} {partner}"
+    why = f"{share}: {key} {answer.mean():.3f} on {n} held-back patients ({losses_told})." + (
+        " Equal shares were clearly worse." if surely else " No other shares were clearly better."
     )
     return replace(
         references,

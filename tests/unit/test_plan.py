@@ -2,14 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dymo_med.bundle import load_bundle, read_recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.cohort import read_cohort
 from dymo_med.data.patient import read_record
+from dymo_med.inference.answer import answer
+from dymo_med.inference.check import check as check_cohort
 from dymo_med.training import plan
 from dymo_med.training.fit_specs import fit_specs
 from dymo_med.training.train import train
@@ -156,3 +160,70 @@ def test_tables_alone_and_a_number_to_predict_are_planned_too(tmp_path):
     assert load_bundle(bundle, device="cpu").imputer_entry["name"] == "iterative"
     assert read_cohort(folder).task.scale is not None
     assert torch.isfinite(load_bundle(bundle, device="cpu").backbone.class_token).all()
+
+
+OWN = """
+name: Lungenambulanz 2024
+task: {type: classification, target: Befund, classes: [gesund, COPD, Fibrose]}
+tables: {decimal: ",", separator: ";"}
+missing_values: [k.A.]
+modalities:
+  uebersicht: {kind: image, dims: 2, file: "{record}_pa.png", size: [16, 16]}
+  spirometrie:
+    kind: table
+    file: Lungenfunktion.csv
+    columns:
+      fev1: {type: continuous, header: "FEV1 (l)", unit: L, range: [0, 10]}
+      crp: {type: continuous, header: CRP, unit: mg/L, range: [0, 500], censored: limit}
+      raucher: {type: categorical, header: Raucher, values: ["nein", "ja"]}
+"""
+
+
+def write_own(folder):
+    """Write a cohort with its own file names, headers, decimal sign and three classes."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "cohort.yaml").write_text(OWN, encoding="utf-8")
+    labels, splits = ["patient_id,Befund"], ["patient_id,split"]
+    for number in range(36):
+        kind, name = number % 3, f"Pat. {number:02d}"
+        split = ("train", "train", "train", "validation", "calibration", "test")[number // 3 % 6]
+        labels.append(f"{name},{('gesund', 'COPD', 'Fibrose', '')[kind if number < 33 else 3]}")
+        splits.append(f"{name},{split}")
+        at = folder / "patients" / name
+        at.mkdir(parents=True)
+        if number % 7 != 3:
+            film = 90 + 40 * kind + rng.normal(0, 8, (20, 24)).cumsum(0).cumsum(1) / 8
+            Image.fromarray(film.clip(0, 255).astype(np.uint8)).save(at / f"{name}_pa.png")
+        if number % 7 != 5:
+            fev1 = "k.A." if number % 4 == 0 else f"{4 - kind + rng.random():.2f}".replace(".", ",")
+            crp = "<5" if number % 2 else f"{5 + 9 * rng.random():.1f}".replace(".", ",")
+            row = f"{fev1};{crp};{rng.choice(['nein', 'ja'])}"
+            (at / "Lungenfunktion.csv").write_text(f"FEV1 (l);CRP;Raucher\n{row}\n")
+    (folder / "labels.csv").write_text("\n".join(labels) + "\n")
+    (folder / "splits.csv").write_text("\n".join(splits) + "\n")
+    return folder
+
+
+def test_train_without_a_recipe_takes_a_cohort_of_your_own(tmp_path, monkeypatch):
+    rules = plan.rules
+
+    def short(found):
+        made = rules(found)
+        for part in ("imputer_training", "backbone_training"):
+            made.recipe[part]["epochs"] = 1
+        return made
+
+    monkeypatch.setattr(plan, "rules", short)
+    folder = write_own(tmp_path / "cohort")
+    assert check_cohort(folder).problems == ()
+    bundle = load_bundle(train(None, folder, tmp_path / "run", device="cpu", budget_s=1), "cpu")
+    assert bundle.task.classes == ("gesund", "COPD", "Fibrose")
+    assert [s.name for s in bundle.specs] == ["uebersicht", "spirometrie"]
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")
+    assert "cohort Lungenambulanz 2024" in recipe and "training patients per class" in recipe
+    answers = answer(
+        bundle,
+        [read_record(e, bundle.specs, ("k.A.",)) for e in read_cohort(folder).in_split("test")],
+    )
+    assert answers.probabilities["observed_only"].shape == (6, 3)

@@ -224,6 +224,7 @@ def held(n, network, reference, seed=0):
         (60, 0.0, 2.0, {0.0, 0.25}, True),  # the network knows nothing
         (60, 2.0, 0.0, {0.75, 1.0}, False),
         (200, 1.0, 1.0, set(SHARES) - {0.0, 1.0}, None),  # two that err apart are better together
+        (20, 1.0, 0.8, {0.5}, None),  # nobody can tell: equal shares
         (8, 0.0, 2.0, {1.0}, False),  # too few to tell
     ],
 )
