@@ -282,7 +282,7 @@ Limits: answers assume patients, scanners and protocols like those of the traini
 """
 
 
-def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBundle:
+def load_segmentation_bundle(path: Path | str, device: str = "auto") -> SegmentationBundle:
     """Load a segmentation bundle after checking every file's hash.
 
     Args:
@@ -296,7 +296,7 @@ def load_segmentation_bundle(path: Path, device: str = "auto") -> SegmentationBu
         BundleError: If it is absent, damaged, changed, for another task, or of an unknown format.
         ConfigError: If the device is unknown or absent.
     """
-    where = resolve_device(device)
+    path, where = Path(path), resolve_device(device)
     require_task(path, segmentation=True)
     check_files(path)
     sums = verified(path)

@@ -49,7 +49,7 @@ from dymo_med.types import (
 )
 
 
-def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
+def load_bundle(path: Path | str, device: str = "auto") -> ModelBundle:
     """Load a bundle after checking every file's hash.
 
     Args:
@@ -63,7 +63,7 @@ def load_bundle(path: Path, device: str = "auto") -> ModelBundle:
         BundleError: If it is absent, damaged, changed, or from an unknown format.
         ConfigError: If the device is unknown or absent.
     """
-    where = resolve_device(device)
+    path, where = Path(path), resolve_device(device)
     if not (path / "configs" / "metadata.json").is_file():
         raise BundleError(
             Problem(

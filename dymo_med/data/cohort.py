@@ -55,7 +55,7 @@ class _Line:
     cells: Mapping[str, str]
 
 
-def read_cohort(path: Path) -> Cohort:
+def read_cohort(path: Path | str) -> Cohort:
     """Read a cohort's description, records, labels and splits; no patient data.
 
     Args:
@@ -71,7 +71,7 @@ def read_cohort(path: Path) -> Cohort:
     `split`. With `layout: bids` the folder is a BIDS dataset, `participants.tsv` is the labels
     file unless another is named, and a record is a session.
     """
-    cohort, problems = survey_cohort(path)
+    cohort, problems = survey_cohort(Path(path))
     if problems:
         raise ConfigError(*problems)
     return cohort

@@ -4,51 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import floor, isfinite, isnan, log10, nan
-from typing import Any, Literal, cast
+from math import floor, isnan, log10, nan
+from typing import Any
 
 import numpy as np
 import torch
 
 from dymo_med.bundle import ModelBundle
-from dymo_med.conformal import AS_THEY_CAME, COVERAGE, FEWEST
+from dymo_med.conformal import AS_THEY_CAME
 from dymo_med.inference.answer import Answers
-from dymo_med.inference.assemble import novelty_part
 from dymo_med.inference.draws import draw_answers
 from dymo_med.inference.explain import MOST_ERROR, Explanation
 from dymo_med.inference.pictures import SIGMA, Scan, draw
 from dymo_med.inference.prediction_file import (
     CENTRAL,
-    FEW_PATIENTS,
     SCHEMA_VERSION,
     CellPart,
     ContrastPart,
     ConvergencePart,
     ExhibitsPart,
-    FiguresPart,
-    IntervalPart,
-    PerformancePart,
     PredictionFile,
-    PredictionSetPart,
     RulePart,
     State,
-    StepPart,
     frequency,
-    gate_reasons,
-    quality_parts,
-    status_of,
 )
 from dymo_med.inference.report import percentile
 from dymo_med.inference.software import versions
+from dymo_med.inference.standing import bound_of, standing
 from dymo_med.references import features_of
-from dymo_med.types import (
-    Column,
-    ModalitySpec,
-    PatientRecord,
-    PerformanceRow,
-    Prediction,
-    SelectionTrace,
-)
+from dymo_med.types import Column, ModalitySpec, PatientRecord, Prediction, SelectionTrace
 
 
 def exhibits_of(
@@ -167,57 +151,36 @@ def prediction_file(
         command: How to get the same again; None = by no single command.
     """
     trace = answers.own
-    names = trace.names
     chosen = int(np.argmax(prediction.probabilities))
-    observed = trace.observed[row].tolist()
-    pattern = "+".join(n for n, seen in zip(names, observed, strict=True) if seen)
-    steps = tuple(
-        StepPart(**(asdict(s) | {"threshold": _bound(s.threshold)})) for s in prediction.steps
-    )
-    alone = answers.probabilities["observed_only"][row].tolist()
     drawn, acquire = draw_answers(bundle, answers, row, draws=draws, seed=prediction.seed)
-    found = _prediction_set(bundle, answers, row, pattern)
-    tested = _performance(bundle, answers.method, pattern)
-    quality = quality_parts(prediction.quality)
-    novelty = novelty_part(bundle, answers, row)
-    status, why = status_of(
-        prediction.classes,
-        prediction.probabilities,
-        alone,
-        found,
-        drawn,
-        tested,
-        steps,
-        gate_reasons(quality),
-        novelty,
-    )
+    stands = standing(bundle, answers, row, prediction, drawn)
     provenance = bundle.provenance
     shares = _subset_answers(bundle, answers, row, prediction)
     return PredictionFile.make(
         {
             "schema_version": SCHEMA_VERSION,
-            **asdict(prediction),
-            "quality": {name: part.model_dump() for name, part in quality.items()},
+            **{k: v for k, v in asdict(prediction).items() if k != "reasons"},
+            "quality": {name: part.model_dump() for name, part in stands.quality.items()},
             "target": bundle.task.target,
             "predicted": prediction.classes[chosen],
-            "status": status,
-            "status_reasons": [r.model_dump() for r in why],
+            "status": stands.status,
+            "status_reasons": [r.model_dump() for r in stands.reasons],
             "frequency": frequency(
                 prediction.classes[chosen],
                 prediction.probabilities[chosen],
                 *bundle.calibration.count(answers.method, prediction.probabilities[chosen]),
             ).model_dump(),
-            "prediction_set": found and found.model_dump(),
+            "prediction_set": stands.prediction_set and stands.prediction_set.model_dump(),
             "method_why": _why(bundle, trace, row),
             "rule": _rule(bundle, trace, row).model_dump(),
-            "steps": [s.model_dump() for s in steps],
+            "steps": [s.model_dump() for s in stands.steps],
             "subsets": [
                 {**asdict(s), "probabilities": p}
                 for s, p in zip(prediction.subsets, shares, strict=True)
             ],
             "draws": drawn and drawn.model_dump(),
             "acquire": acquire and acquire.model_dump(),
-            "performance": tested and tested.model_dump(),
+            "performance": stands.performance and stands.performance.model_dump(),
             "limits": {
                 "task": bundle.task.about,
                 "cohort": provenance["cohort"],
@@ -237,7 +200,7 @@ def prediction_file(
             "command": command,
             "exhibits": exhibits_of(bundle, record, answers, row, explanation).model_dump(),
             "plain": _plain(bundle, answers, row),
-            "novelty": novelty and novelty.model_dump(),
+            "novelty": stands.novelty and stands.novelty.model_dump(),
         }
     )
 
@@ -280,65 +243,12 @@ def _subset_answers(
     return bundle.calibration.probabilities(logits.cpu()).tolist()
 
 
-def _prediction_set(
-    bundle: ModelBundle, answers: Answers, row: int, pattern: str
-) -> PredictionSetPart | None:
-    """Return the classes that cannot be ruled out; None where the bundle cannot tell."""
-    conformal, method = bundle.conformal, answers.method
-    if conformal is None or method not in conformal.scores:
-        return None
-    found = conformal.sets(method, answers.probabilities[method][[row]].numpy(), [pattern])
-    return PredictionSetPart(
-        classes=tuple(
-            c for c, inside in zip(bundle.task.classes, found.members[0], strict=True) if inside
-        ),
-        coverage=COVERAGE,
-        compared_with=cast(Literal["pattern", "all"], found.group[0]),
-        calibrated_on=int(found.calibrated_on[0]),
-        least=FEWEST,
-    )
-
-
 def _held_back(bundle: ModelBundle) -> int:
     """Return on how many patients, on whom nothing was fitted, prediction sets rest."""
     if bundle.conformal is None:
         return 0
     bounds = bundle.conformal.scores.get(bundle.choice.name, {})
     return bounds[AS_THEY_CAME].patients if AS_THEY_CAME in bounds else 0
-
-
-def _performance(bundle: ModelBundle, method: str, pattern: str) -> PerformancePart | None:
-    """Return how good a selector is for such patients; None where the bundle does not say."""
-    known = bundle.performance
-    own = known.row(method, pattern) if known is not None else None
-    if known is None or own is None:
-        return None
-    alone = next(
-        (
-            r
-            for r in known.rows
-            if (r.method, r.level, r.group) == ("observed_only", own.level, own.group)
-        ),
-        None,
-    )
-
-    def figures(row: PerformanceRow) -> FiguresPart:
-        auroc, brier, ece = (
-            IntervalPart(**asdict(interval)) for interval in (row.auroc, row.brier, row.ece)
-        )
-        return FiguresPart(method=row.method, auroc=auroc, brier=brier, ece=ece)
-
-    number = known.patients.get(pattern, 0)
-    return PerformancePart(
-        level=own.level,
-        group=own.group,
-        patients=own.patients,
-        cases=own.cases,
-        own=figures(own),
-        observed_only=None if alone is None else figures(alone),
-        pattern_patients=number,
-        tested_fewer_than_30=number < FEW_PATIENTS,
-    )
 
 
 def _rule(bundle: ModelBundle, trace: SelectionTrace, row: int) -> RulePart:
@@ -348,18 +258,13 @@ def _rule(bundle: ModelBundle, trace: SelectionTrace, row: int) -> RulePart:
         decides_by=selector.decides_by,
         admits=selector.admits_in(trace, row),
         calibration=selector.similarity_calibration(bundle.statistics.distance),
-        threshold=_bound(trace.threshold),
+        threshold=bound_of(trace.threshold),
     )
 
 
 def _why(bundle: ModelBundle, trace: SelectionTrace, row: int) -> str:
     """Return why the bundle's selector is what it is, and what it can promise here."""
     return f"{bundle.choice.why} {bundle.selector.promise(trace, row)}".rstrip()
-
-
-def _bound(threshold: float) -> float | None:
-    """Return a threshold as JSON knows it: it has no infinity."""
-    return threshold if isfinite(threshold) else None
 
 
 def _cell(

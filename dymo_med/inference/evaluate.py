@@ -72,6 +72,7 @@ from dymo_med.inference.scores import (
     metrics,
 )
 from dymo_med.inference.software import versions
+from dymo_med.inference.standing import standing
 from dymo_med.tasks import OverClasses
 from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord
 
@@ -82,7 +83,7 @@ _NOVEL = {"unknown": -1, "familiar": 0, "unusual": 1, "strange": 2}
 def evaluate(
     bundle: ModelBundle,
     cohort: Cohort,
-    out: Path,
+    out: Path | str,
     *,
     split: str = "test",
     scenarios: Sequence[str] = ("as-is",),
@@ -144,7 +145,7 @@ def evaluate(
         BundleError: If the bundle, or one it is set against, is for another task or other
             modalities.
     """
-    start = time.perf_counter()
+    start, out = time.perf_counter(), Path(out)
     specs = matched_specs(bundle, cohort)
     rules = scenarios_of(scenarios, specs, cohort)
     records = labelled_records(cohort, split)
@@ -551,6 +552,8 @@ class _Run:
             if one["method"] == answers.method:
                 one["prediction_set"] = "+".join(_escaped(classes[k]) for k in members)
                 one |= self.bundle.task.own_row(value_of(self.bundle, answers, row))
+                said = assemble(self.bundle, record, answers, row, None, seed=self.seed)
+                one["status"] = standing(self.bundle, answers, row, said).status
                 if answers.unusual:
                     unusual = answers.unusual[row]
                     one |= {"novelty": unusual.state, "novelty_p": unusual.p}
@@ -599,6 +602,7 @@ class _Run:
             **self._answer(answers.probabilities[method][row]),
             **self.bundle.task.truth_row(record),
             "prediction_set": "",
+            "status": "",
             "novelty": "",
             "novelty_p": None,
             "observed": joined(trace.names, trace.observed[row]),
@@ -645,6 +649,15 @@ def _prediction_columns(task: OverClasses) -> tuple[str, ...]:
         *("scenario", "record_id", "patient_id", "split", "label", "method"),
         *(*task.truth_columns, *task.answer_columns, *task.own_columns),
         *(f"prob_{c}" for c in task.classes),
-        *("predicted", "prediction_set", "observed", "trusted", "rejected", "absent", "pattern"),
+        *(
+            "predicted",
+            "prediction_set",
+            "status",
+            "observed",
+            "trusted",
+            "rejected",
+            "absent",
+            "pattern",
+        ),
         *("novelty", "novelty_p"),
     )

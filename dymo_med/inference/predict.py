@@ -9,6 +9,7 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dymo_med.bundle import ModelBundle
 from dymo_med.drawn import DRAWS
@@ -16,9 +17,12 @@ from dymo_med.files import check_replaceable, complete_folder, write_csv, write_
 from dymo_med.inference.answer import answer, explain_record
 from dymo_med.inference.assemble import STEP_COLUMNS, assemble
 from dymo_med.inference.compose import prediction_file
+from dymo_med.inference.draws import draw_answers
+from dymo_med.inference.in_memory import record_of
 from dymo_med.inference.prediction_file import PredictionFile
 from dymo_med.inference.recovered import EXPORTED, RECOVERED, read_for, write_recovered
 from dymo_med.inference.report import write_report
+from dymo_med.inference.standing import judged, standing
 from dymo_med.types import PatientRecord, Prediction
 
 _WRITTEN = ("prediction.json", "selection.csv", "report.html", "report.pdf", RECOVERED, *EXPORTED)
@@ -36,7 +40,8 @@ def predict_batch(
         seed: Recorded, and used by whatever is random.
 
     Returns:
-        One prediction per record, in order.
+        One prediction per record, in order. Its status does not know what other draws of the
+        recoveries would have answered, as that of `predict_patient` does.
 
     Raises:
         PatientDataError: If a record has nothing observed.
@@ -44,23 +49,18 @@ def predict_batch(
     if not records:
         return []
     answers = answer(bundle, records, seed=seed)
-    return [
-        assemble(
-            bundle,
-            record,
-            answers,
-            row,
-            explain_record(bundle, answers, row, seed=seed) if explain else None,
-            seed=seed,
-        )
-        for row, record in enumerate(records)
-    ]
+    found = []
+    for row, record in enumerate(records):
+        explanation = explain_record(bundle, answers, row, seed=seed) if explain else None
+        prediction = assemble(bundle, record, answers, row, explanation, seed=seed)
+        found.append(judged(prediction, standing(bundle, answers, row, prediction)))
+    return found
 
 
 def predict_patient(
-    patient_dir: Path,
+    patient_dir: Path | str | Mapping[str, Any],
     bundle: ModelBundle,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     explain: bool = True,
     seed: int = 0,
@@ -70,17 +70,18 @@ def predict_patient(
     treat_refused_as_missing: bool = False,
     patient_id: str | None = None,
 ) -> Prediction:
-    """Predict one patient from a folder.
+    """Predict one patient from a folder, or from what is in memory.
 
     Args:
-        patient_dir: The patient directory; its name is the record's id.
+        patient_dir: The patient directory; its name is the record's id. Or arrays, images and
+            tables by modality, as `in_memory.record_of` takes them.
         bundle: The model.
         out: Folder for `prediction.json`, `selection.csv`, `report.html` and `recovered/`; it
             appears complete or not at all. None = write nothing.
         explain: Whether to compute attributions.
         seed: Seed of whatever is random.
         draws: How many draws of a probabilistic imputer's recoveries to answer from, besides its
-            best guess; 0 = none. They are made for the files only.
+            best guess; 0 = none.
         pdf: Whether to write the page as `report.pdf` too.
         identify: Whether to show the identifier that headers state, instead of a pseudonym.
         treat_refused_as_missing: Go on without what the quality gate refuses; everything that is
@@ -96,8 +97,17 @@ def predict_patient(
         ConfigError: If `out` holds something else, or the key of pseudonyms cannot be used.
     """
     if out is not None:
+        out = Path(out)
         check_replaceable(out, "prediction.json", _WRITTEN)
-    record = read_for(bundle, patient_dir, treat_refused_as_missing, patient_id)
+    if isinstance(patient_dir, Mapping):
+        record = record_of(
+            patient_dir,
+            bundle,
+            patient_id=patient_id,
+            treat_refused_as_missing=treat_refused_as_missing,
+        )
+    else:
+        record = read_for(bundle, Path(patient_dir), treat_refused_as_missing, patient_id)
     answers = answer(bundle, [record], seed=seed)
     explanation = explain_record(bundle, answers, 0, seed=seed) if explain else None
     prediction = assemble(bundle, record, answers, 0, explanation, seed=seed, identify=identify)
@@ -131,7 +141,9 @@ def predict_patient(
                 from dymo_med.inference.pdf import write_pdf
 
                 write_pdf(file, folder / "report.pdf")
-    return prediction
+        return judged(prediction, file)
+    drawn, _ = draw_answers(bundle, answers, 0, draws=draws, seed=seed)
+    return judged(prediction, standing(bundle, answers, 0, prediction, drawn))
 
 
 def write_prediction(file: PredictionFile, folder: Path) -> None:

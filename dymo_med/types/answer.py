@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Literal
 
 from dymo_med.types.record import GateResult, Source
 from dymo_med.types.selection import SelectionStep
+
+_SHOWN = ("observed", "partly", "refused", "trusted", "rejected", "absent")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,9 @@ class Prediction:
         value: The number of a regression, of which `classes` are the bands; else None.
         quality: What the quality gate says of each observed modality, and of each of `refused`.
         refused: Modalities that were brought but refused by the gate and treated as missing.
+        status: `answered`, `caution` or `abstained` (no answer can be given); None = not judged.
+        reasons: Why not `answered`, a sentence each.
+        prediction_set: Classes that cannot be ruled out; None where the bundle cannot tell.
     """
 
     record_id: str
@@ -127,6 +133,38 @@ class Prediction:
     value: Value | None = None
     quality: Mapping[str, GateResult] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    status: Literal["answered", "caution", "abstained"] | None = None
+    reasons: tuple[str, ...] = ()
+    prediction_set: tuple[str, ...] | None = None
+
+    @property
+    def predicted(self) -> str:
+        """The most probable class."""
+        return self.classes[max(range(len(self.classes)), key=lambda k: self.probabilities[k])]
+
+    def _repr_html_(self) -> str:
+        """Return a small table, which notebooks show."""
+        shares = ", ".join(
+            f"{c} {p:.1%}" for c, p in zip(self.classes, self.probabilities, strict=True)
+        )
+        rows = {
+            "status": self.status or "not judged",
+            "answer": shares,
+            "cannot be ruled out": ", ".join(self.prediction_set or ()),
+            **{word: ", ".join(getattr(self, word)) for word in _SHOWN},
+            "notes": " ".join((*self.reasons, *self.warnings)),
+        }
+        if self.value is not None:
+            rows["answer"] = f"{self.value.value:.4g} {self.value.unit}".rstrip()
+            if self.value.low is not None and self.value.high is not None:
+                ends = f"{self.value.low:.4g} to {self.value.high:.4g}"
+                rows["answer"] += f" ({self.value.coverage:.0%} interval {ends})"
+        told = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>"
+            for name, text in rows.items()
+            if text
+        )
+        return f"<table><caption>{escape(self.record_id)}</caption>{told}</table>"
 
     @property
     def trust(self) -> dict[str, float]:
