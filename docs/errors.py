@@ -25,6 +25,7 @@ WITHOUT_ERROR = {
     "dymo_med/inference/audit.py": 3,
     "dymo_med/inference/failures.py": 1,
     "dymo_med/inference/segment_evaluate.py": 3,
+    "dymo_med/inference/segmentation_page.py": 3,
     "dymo_med/limits.py": 3,
     "dymo_med/data/survey.py": 2,
     "dymo_med/modalities/cells.py": 3,
