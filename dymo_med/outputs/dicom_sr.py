@@ -75,7 +75,6 @@ def _groups(study: Study, evidence: Sequence[Dataset]) -> list[Any]:
 def _answer(study: Study, file: PredictionFile) -> Any:
     """Return the group of the answer as a whole: its class, its set, its status, its number."""
     from highdicom.sr import Measurement
-    from pydicom.sr.codedict import codes
 
     inside = file.classes if file.prediction_set is None else file.prediction_set.classes
     said = [
@@ -88,7 +87,7 @@ def _answer(study: Study, file: PredictionFile) -> Any:
     ]
     numbers = []
     if file.prediction_set is not None:
-        said += [(_own("in-prediction-set"), _class(file, name)) for name in inside]
+        said += [(_own("prediction-set-member"), _class(file, name)) for name in inside]
         numbers.append(_number("coverage", file.prediction_set.coverage))
     if file.value is not None:
         unit = _unit(file.value.unit)
@@ -105,7 +104,8 @@ def _answer(study: Study, file: PredictionFile) -> Any:
         if file.prediction_set is None:
             numbers.append(_number("coverage", file.value.coverage))
     images = [image for source in study.sources.values() for image in source.images]
-    return _group(study, f"prediction of {file.target}", codes.DCM.Finding, said, numbers, images)
+    about = _coded("target", file.target)
+    return _group(study, f"prediction of {file.target}", about, said, numbers, images)
 
 
 def _classes(study: Study, file: PredictionFile) -> list[Any]:
@@ -121,7 +121,7 @@ def _classes(study: Study, file: PredictionFile) -> list[Any]:
         said = []
         if file.prediction_set is not None:
             within = name in file.prediction_set.classes
-            answer = codes.SCT.Present if within else codes.SCT.Absent
+            answer = codes.SCT.Yes if within else codes.SCT.No
             said.append((_own("in-prediction-set"), answer))
         numbers = [
             Measurement(

@@ -196,7 +196,7 @@ def _answer(study: Study, file: PredictionFile, images: Sequence[Resource]) -> R
     if file.prediction_set is not None:
         component += [
             {
-                "code": _own("in-prediction-set", TERMS["in-prediction-set"]),
+                "code": _own("prediction-set-member", TERMS["prediction-set-member"]),
                 "valueCodeableConcept": {"text": name},
             }
             for name in file.prediction_set.classes

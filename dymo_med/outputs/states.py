@@ -26,6 +26,8 @@ STATES = {
 TERMS = {
     "predicted-class": "Predicted class",
     "class": "Class of the prediction",
+    "target": "What is predicted",
+    "prediction-set-member": "Member of the prediction set",
     "in-prediction-set": "In the prediction set",
     "status": "Status of the answer",
     "reason": "Reason of the status",
