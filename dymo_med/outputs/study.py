@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ from pydicom.valuerep import DA, TM, DSfloat, validate_value
 from dymo_med import __version__
 from dymo_med.errors import ConfigError, PatientDataError, Problem
 from dymo_med.files import write_bytes
-from dymo_med.inference.prediction_file import PredictionFile, SourcePart, read_prediction
+from dymo_med.inference.prediction_file import (
+    PredictionFile,
+    SourcePart,
+    content_sha256,
+    read_prediction,
+)
 from dymo_med.inference.segmentation_file import (
     SegmentationFile,
     is_segmentation,
@@ -183,6 +189,7 @@ def read_study(
     """
     path = folder / "prediction.json"
     file = read_segmentation(path) if is_segmentation(path) else read_prediction(path)
+    _require_whole(folder, file)
     headers = {} if patient_dir is None else _headers(file.sources, patient_dir)
     patient, owner = _patient(file, headers, identify)
     made = datetime.fromtimestamp(int(path.stat().st_mtime), UTC).astimezone(_zone(headers))
@@ -206,6 +213,38 @@ def read_study(
     first = next(iter(sources.values()), None)
     uid = str(first.images[0].StudyInstanceUID) if first is not None else study.new_uid("study")
     return replace(study, uid=uid)
+
+
+def _require_whole(folder: Path, file: PredictionFile | SegmentationFile) -> None:
+    """Refuse a prediction that is not as it was written: others will act on what goes out.
+
+    Raises:
+        PatientDataError: If it was edited, or a file that belongs to it is another or gone.
+    """
+    listed = [(p.file, p.sha256) for p in file.recovered_files.values()]
+    if isinstance(file, SegmentationFile):
+        listed += [(p.file, p.sha256) for p in file.files.values()]
+    wrong = [
+        name
+        for name, stated in listed
+        if ".." in Path(name).parts
+        or not (folder / name).is_file()
+        or sha256((folder / name).read_bytes()).hexdigest() != stated
+    ]
+    if isinstance(file, PredictionFile) and content_sha256(file) != file.content_sha256:
+        wrong.insert(0, "prediction.json")
+    if wrong:
+        raise PatientDataError(
+            *(
+                Problem(
+                    str(folder / name),
+                    "it is not as it was when it was written",
+                    expected="the prediction as `dymo-med predict` wrote it",
+                    remedy="Put the original back, or predict again",
+                )
+                for name in wrong
+            )
+        )
 
 
 _Found = tuple[list[Dataset], tuple[tuple[int, int], ...], np.ndarray, tuple[int, int, int]]

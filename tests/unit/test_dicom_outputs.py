@@ -286,6 +286,22 @@ def test_files_that_were_not_predicted_from_are_refused(predicted, patient, tmp_
     assert not (tmp_path / "out" / "dicom").exists()
 
 
+@pytest.mark.parametrize("change", ["edited", "swapped", "gone"])
+def test_what_was_changed_does_not_go_out(predicted, tmp_path, change):
+    out = shutil.copytree(predicted, tmp_path / "out")
+    scan = out / "recovered" / "t2_synthetic.nii.gz"
+    if change == "edited":
+        path = out / "prediction.json"
+        path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    elif change == "swapped":
+        scan.write_bytes(scan.read_bytes() + b" ")
+    else:
+        scan.unlink()
+    with pytest.raises(PatientDataError, match="not as it was when it was written"):
+        export(out, ["dicom", "fhir"])
+    assert not (out / "dicom").exists()
+
+
 def test_names_in_other_letters_are_kept(tmp_path, bundle):
     patient = tmp_path / "p8"
     write_patient(patient, np.random.default_rng(5), True, ["t1", "t2"])
