@@ -35,6 +35,7 @@ from dymo_med.imputers.conditional import Conditional
 from dymo_med.metrics import auroc
 from dymo_med.references import References, features_of, under
 from dymo_med.selection import SELECTORS
+from dymo_med.tasks import PLAIN
 from dymo_med.training.calibration import fit_temperature
 from dymo_med.training.objectives import (
     encode_all,
@@ -174,20 +175,22 @@ def one_seed(
         temperature = fit_temperature(
             logits, held.labels[rows], [held.patient_ids[i] for i in rows.tolist()]
         )
-        weights = record_weights(labelled["train"])
-        references = train_references(specs, 2, None, train, labelled, weights, seed)
-        both = [
-            Held(b, features_of(b, specs), encode_all(network, b, CPU), temperature)
-            for b in (labelled["validation"], held)
-        ]
-        mixed = weigh(references, both, None, seed)
+        mixed = None
+        if any(s.is_image for s in specs):  # the map itself is of the network
+            weights = record_weights(labelled["train"])
+            references = train_references(specs, 2, PLAIN, train, labelled, weights, seed)
+            both = [
+                Held(b, features_of(b, specs), encode_all(network, b, CPU), temperature)
+                for b in (labelled["validation"], held)
+            ]
+            mixed = weigh(references, both, PLAIN, seed)
         test = data["test"]
         masks = scenarios(specs, test.observed.available, seed)
         for who, patients in (("all", train), ("labelled", labelled["train"])):
             imputer = Conditional(specs, Conditional.Options(pictures=0))
             imputer.start_from(patients)
             for answers, refs in (("network", None), ("default", mixed)):
-                if answers == "default" and who == "labelled":
+                if answers == "default" and (who == "labelled" or refs is None):
                     continue
                 cell = (*key, str(labels), who, answers)
                 cases, people = calibration_cases(

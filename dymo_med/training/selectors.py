@@ -33,6 +33,9 @@ _CHUNK = 64
 _FOLDS = 5
 # On fewer patients a difference between selectors is an accident.
 _FEWEST = 10
+# Standard errors by which a selector has to be better: more where a guess is taken for a
+# measurement, which harms if the gain was an accident. Averages over draws hardly can.
+_SURE, _SURE_OF_DRAWS = 2.0, 1.0
 # Times that modalities are hidden from each record, so that there are about this many cases.
 _MOST_REPEATS, _ENOUGH_CASES = 5, 5000
 # Share of repeats in which some cells of a table are blanked, and of its cells then.
@@ -284,8 +287,9 @@ def choose(
     """Pick the default: the lowest log-loss on held-back patients, if that is no accident.
 
     A selector is eligible if, cross-fitted by patient, it is no less accurate than
-    `observed_only`, and its log-loss is lower by more than one standard error over patients, of
-    whom there must be ten. Nothing eligible: `observed_only`.
+    `observed_only`, and its log-loss is lower by more than two standard errors over patients (one
+    of averages over draws, which hardly harm), of whom there must be ten. Nothing eligible:
+    `observed_only`.
 
     Of a regression the mean absolute error takes the place of the log-loss, and of it and of
     survival nothing else is asked.
@@ -330,7 +334,8 @@ def choose(
         mean = gain.sum() / total
         # Standard error of a ratio of sums over patients.
         error = ((gain - mean * share).square().sum() * n / max(n - 1, 1)).sqrt() / total
-        sure = n >= _FEWEST and bool(mean > error)
+        drawn = SELECTORS[name].integrates and isinstance(cases.fuse, WithDraws)
+        sure = n >= _FEWEST and bool(mean > (_SURE_OF_DRAWS if drawn else _SURE) * error)
         if name == "average" and isinstance(cases.fuse, WithDraws):
             pays = _pays(float(mean), float(error), called)
         accurate = results[name]["accuracy"] >= results["observed_only"]["accuracy"]

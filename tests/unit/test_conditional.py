@@ -9,6 +9,7 @@ from scipy.stats import norm
 
 from dymo_med import gaussian
 from dymo_med.imputers.conditional import Conditional
+from dymo_med.inference.prediction_file import information
 from dymo_med.types import Batch, Column, Logarithm, ModalityMask, ModalitySpec
 from tests.contracts.test_components import NAMES as MANY
 from tests.contracts.test_components import SPECS as MANY_SPECS
@@ -90,10 +91,10 @@ def test_best_guesses_are_conditional_means_for_every_pattern():
 def test_draws_have_the_conditional_mean_and_covariance():
     pattern = np.array([True, False, False, True, False])
     x = sample(1)
-    found = drawn(exact(), rows_of(x, pattern[None]), 2000)[:, 0]
+    found = drawn(exact(), rows_of(x, pattern[None]), 1200)[:, 0]
     mean, covariance, unknown = truth(x[0], pattern)
-    assert found[:, unknown].mean(0) == pytest.approx(mean, abs=0.08)
-    assert np.cov(found[:, unknown].T) == pytest.approx(covariance, abs=0.08)
+    assert found[:, unknown].mean(0) == pytest.approx(mean, abs=0.1)
+    assert np.cov(found[:, unknown].T) == pytest.approx(covariance, abs=0.1)
 
 
 def test_intervals_and_draws_cover_what_was_hidden():
@@ -109,7 +110,7 @@ def test_intervals_and_draws_cover_what_was_hidden():
     assert inside.mean() == pytest.approx(0.9, abs=4 * math.sqrt(0.09 / inside.size))
     # Draws share their noise between patients, so it takes many for their quantiles to settle.
     some = rows_of(x[:600], known[:600])
-    rank = (drawn(imputer, some, 400) < x[:600]).mean(0)[~known[:600]]
+    rank = (drawn(imputer, some, 300) < x[:600]).mean(0)[~known[:600]]
     assert ((rank > 0.05) & (rank < 0.95)).mean() == pytest.approx(0.9, abs=0.03)
 
 
@@ -129,6 +130,28 @@ def test_the_mean_answer_over_draws_is_the_answer_without():
         without = norm.cdf(score / math.sqrt(1 + w @ covariance @ w))
         error = many[:, i].std() / math.sqrt(len(many))
         assert many[:, i].mean() == pytest.approx(without, abs=4 * error + 1e-6)
+
+
+def test_expected_information_is_the_exact_one():
+    """Of measuring table b given a: entropy now, less its expectation by quadrature."""
+    x = sample(4, seed=8)
+    known = np.array([[True, True, False, False, False]] * len(x))
+    many = answers(drawn(exact(), rows_of(x, known), 500))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+
+    def entropy(p):
+        p = np.clip(p, 1e-15, 1 - 1e-15)
+        return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+
+    for i in range(len(x)):
+        mean, covariance, unknown = truth(x[i], known[i])
+        w = WEIGHTS[unknown]
+        score, variance = x[i, :2] @ WEIGHTS[:2] + w @ mean, w @ covariance @ w
+        now = entropy(norm.cdf(score / math.sqrt(1 + variance)))
+        then = entropy(norm.cdf(score + nodes * math.sqrt(variance)))
+        gained = now - (weights * then).sum() / weights.sum()
+        found = information([[1 - p, p] for p in many[:, i].tolist()])
+        assert found == pytest.approx(gained, abs=0.06) and found > 0
 
 
 def test_the_fit_finds_the_distribution_from_incomplete_unlabelled_rows():
@@ -174,9 +197,9 @@ def test_a_drawn_category_is_as_frequent_as_stated_and_goes_along_with_the_rest(
     part.observed_fields["a"][0] = False
     share = imputer.table_likelihood(part, ["a"])["a"][0, :3].exp()
     recovery = imputer.recover(part)
-    found = torch.stack([r.values["a"][0] for r in imputer.draws(part, recovery, 1500)])
+    found = torch.stack([r.values["a"][0] for r in imputer.draws(part, recovery, 800)])
     counted = torch.bincount(found[:, 0].long(), minlength=3) / len(found)
-    torch.testing.assert_close(counted.double(), share.double(), atol=0.04, rtol=0)
+    torch.testing.assert_close(counted.double(), share.double(), atol=0.05, rtol=0)
     # Pairs that are drawn together are linked as those of patients are.
     assert np.corrcoef(found.T.numpy())[0, 1] == pytest.approx(np.corrcoef(x.T)[0, 1], abs=0.12)
 
