@@ -45,8 +45,8 @@ def of_cohort(bundle: ModelBundle, path: Path) -> tuple[list[PatientRecord], lis
         with (path / "truth.csv").open(newline="", encoding="utf-8") as stream:
             sites = {row["record_id"]: row.get("site", "") for row in csv.DictReader(stream)}
     found = {}
-    for entry in cohort.records:
-        if entry.split == "test" and entry.patient_id not in found:
+    for entry in cohort.in_split("test"):
+        if entry.patient_id not in found:
             found[entry.patient_id] = read_record(
                 entry, specs, cohort.missing_values, treat_refused_as_missing=True
             )
