@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dymo_med.references.average import Average
 from dymo_med.references.base import FittedReference, Reference, References, Training
+from dymo_med.references.blanks import BlanksOnly
 from dymo_med.references.boosting import Boosting
 from dymo_med.references.features import (
     Layout,
@@ -21,9 +22,15 @@ from dymo_med.references.logistic import Logistic
 from dymo_med.references.mixed import Mixed, answering
 from dymo_med.registry import Registry
 
-# In this order: the last one is made of those before it.
+# In this order: the mean is made of those before it.
 REFERENCES: Registry[Reference] = Registry(
-    "reference", {"boosting": Boosting, "logistic": Logistic, "reference_mean": Average}
+    "reference",
+    {
+        "boosting": Boosting,
+        "logistic": Logistic,
+        "reference_mean": Average,
+        "blanks_only": BlanksOnly,
+    },
 )
 
 __all__ = [

@@ -83,6 +83,7 @@ class Reference(ABC):
     """
 
     name: ClassVar[str]
+    partner: ClassVar[bool] = True  # may have a part in a bundle's answers
 
     def __init__(self, layout: Layout, classes: int, scale: Scale | None) -> None:
         self.layout, self.classes, self.scale = layout, classes, scale

@@ -32,6 +32,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FOLDS = 5
 # On fewer patients a difference is an accident.
 _FEWEST = 10
+# The reference that knows only what is missing.
+_GAPS = "blanks_only"
 # Times that modalities are hidden from each record, besides the record as it is.
 _REPEATS = 3
 
@@ -113,7 +115,7 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
 
     The network, each reference, and mixtures of both answer for held-back patients as they are and
     with modalities hidden. It begins with equal shares of the network and of the last reference of
-    the table, the mean of the others: who has too few patients to tell shares apart does best not
+    the table that may have a part, the mean of the others: who has too few patients to tell shares apart does best not
     to choose among them. What is best for the patients of other folds takes its place, be it the
     network or a reference alone, if its log-loss (of a regression: mean absolute error) is lower by
     more than one standard error over patients. Of fewer than ten patients nothing is asked: the
@@ -130,6 +132,8 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
     """
     losses, patients = _losses(references, held, task, seed)  # (options, cases), (cases,)
     options = [("", 1.0), *((n, s) for n in references.fitted for s in SHARES if s < 1)]
+    may = [not n or references.fitted[n].model.partner for n, _ in options]
+    allowed = torch.tensor(may).nonzero().squeeze(1)
     order = {p: i for i, p in enumerate(sorted(set(patients)))}
     who = torch.tensor([order[p] for p in patients], dtype=torch.int64)
     n = len(order)
@@ -143,8 +147,8 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
     best_elsewhere = each[0].clone()
     for k in fold.unique().tolist():
         outside = (fold != k).nonzero().squeeze(1)
-        chosen = int(each[:, outside].mean(1).argmin()) if len(outside) else 0
-        best_elsewhere[fold == k] = each[chosen, fold == k]
+        best = each[allowed][:, outside].mean(1).argmin() if len(outside) else 0
+        best_elsewhere[fold == k] = each[int(allowed[best]), fold == k]
     alone = {name: options.index((name, 0.0)) for name in references.fitted}
     better = tuple(name for name, i in alone.items() if _surely(each[0] - each[i]))
     found = {"network": float(mean[0]), **{name: float(mean[i]) for name, i in alone.items()}}
@@ -152,9 +156,10 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
         why = f"The network alone: {n} held-back patients are too few to compare it."
         found["answer"] = found["network"]
         return replace(references, why=why, losses=found, patients=n)
-    equal = options.index((list(references.fitted)[-1], 0.5))
+    partners = [p for p, reference in references.fitted.items() if reference.model.partner]
+    equal = options.index((partners[-1], 0.5)) if partners else 0
     surely = _surely(each[equal] - best_elsewhere)
-    partner, weight = options[int(mean.argmin()) if surely else equal]
+    partner, weight = options[int(allowed[mean[allowed].argmin()]) if surely else equal]
     answer = best_elsewhere if surely else each[equal]
     found["answer"] = float(answer.mean())
     losses_told = ", ".join(f"{name} {found[name]:.3f}" for name in ("network", *alone))
@@ -184,6 +189,12 @@ def warning_of(references: References) -> str:
     Args:
         references: Weighed.
     """
+    if _GAPS in references.better:
+        return (
+            f"who has which modalities tells more than the network does: {_GAPS}, which looks at no"
+            f" value, has {references.losses[_GAPS]:.3f} on {references.patients} held-back"
+            f" patients, the network {references.losses['network']:.3f}. {references.why}"
+        )
     if not references.better:
         return ""
     best = min(references.better, key=lambda name: references.losses[name])

@@ -180,6 +180,8 @@ def test_what_is_known_tells_of_sums_what_it_tells_of_their_parts(sums):
 class Known:
     """A reference that says a column of its features is the positive class's probability."""
 
+    partner = True
+
     classes, scale = 2, None
 
     def __init__(self):
@@ -301,3 +303,42 @@ def test_a_mixed_answer_is_explained_as_what_it_is(bundle, records):
         assert start + whole == pytest.approx(found.probabilities[chosen], abs=1e-6)
         cells = [a for a in found.attributions if a.name]
         assert any(a.value for a in cells)
+
+
+@pytest.mark.parametrize(("classes", "scale"), [k[1:] for k in KINDS], ids=[k[0] for k in KINDS])
+def test_blanks_only_looks_at_no_value_and_finds_a_gap_that_tells(classes, scale):
+    data = training(classes, scale=scale)
+    features = data.features.clone()
+    last = data.labels == classes - 1
+    features[:, 0] = torch.where(last, torch.nan, features[:, 0].nan_to_num(0.0))
+    features[~last, 1] = features[~last, 1].nan_to_num(0.0)
+    kind = REFERENCES["blanks_only"]
+    model = kind(LAYOUT, classes, scale)
+    model.fit(replace(data, features=features), {})
+    told = model.probabilities(features)[:, -1]
+    assert float(told[last].mean()) > float(told[~last].mean()) + 0.2
+    noise = torch.where(features.isnan(), features, torch.randn_like(features).abs().round())
+    assert torch.equal(model.probabilities(noise), model.probabilities(features))
+    assert not kind.partner
+
+
+def test_a_pattern_of_gaps_that_tells_more_than_the_network_is_said_and_gets_no_part():
+    """Whatever it answers, it has no part in a bundle's answers, and a warning names it."""
+    references = References(
+        LAYOUT,
+        {"blanks_only": FittedReference(REFERENCES["blanks_only"](LAYOUT, 2, None), 1.0, {})},
+        better=("blanks_only",),
+        losses={"network": 0.7, "blanks_only": 0.5, "answer": 0.7},
+        patients=40,
+    )
+    assert "looks at no value" in warning_of(references)
+
+    class Gaps(Known):
+        partner = False
+
+    gaps = FittedReference(Gaps(), 1.0, {})
+    found = weigh(
+        References(gaps.model.layout, {"blanks_only": gaps}), [held(60, 0.0, 2.0)], PLAIN, 0
+    )
+    assert found.weight == 1.0 and found.better == ("blanks_only",)
+    assert "looks at no value" in warning_of(found)
