@@ -115,11 +115,11 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
 
     The network, each reference, and mixtures of both answer for held-back patients as they are and
     with modalities hidden. It begins with equal shares of the network and of the last reference of
-    the table that may have a part, the mean of the others: who has too few patients to tell shares apart does best not
-    to choose among them. What is best for the patients of other folds takes its place, be it the
-    network or a reference alone, if its log-loss (of a regression: mean absolute error) is lower by
-    more than one standard error over patients. Of fewer than ten patients nothing is asked: the
-    network answers alone.
+    the table that may have a part, the mean of the others: who has too few patients to tell shares
+    apart does best not to choose among them. What is best for the patients of other folds takes
+    its place, be it the network or a reference alone, if its log-loss (of a regression: mean
+    absolute error) is lower by more than one standard error over patients. Of fewer than ten
+    patients nothing is asked: the network answers alone.
 
     Args:
         references: Fitted.
