@@ -18,7 +18,7 @@ from pydicom.uid import ComputedRadiographyImageStorage
 from dymo_med.errors import ConfigError, PatientDataError
 from dymo_med.inference.pdf import render_pdf
 from dymo_med.inference.predict import predict_patient
-from dymo_med.inference.prediction_file import read_prediction
+from dymo_med.inference.prediction_file import PredictionFile, read_prediction
 from dymo_med.inference.segment import segment_patient
 from dymo_med.modalities.made_up import refuse_made_up
 from dymo_med.outputs import export
@@ -284,6 +284,33 @@ def test_files_that_were_not_predicted_from_are_refused(predicted, patient, tmp_
     with pytest.raises(PatientDataError, match="not the files that t1 was read from"):
         export(predicted, ["dicom"], other, out=tmp_path / "out")
     assert not (tmp_path / "out" / "dicom").exists()
+
+
+@pytest.mark.parametrize(("unit", "code"), [("years", "a"), ("points", ""), ("", "")])
+def test_a_regression_says_its_number_and_unit(predicted, tmp_path, unit, code):
+    out = shutil.copytree(predicted, tmp_path / "out")
+    content = read_prediction(out / "prediction.json").to_dict()
+    del content["content_sha256"]
+    content["value"] = {
+        **{"value": 2.5, "low": -1.25, "high": None, "coverage": 0.9, "compared_with": "all"},
+        **{"calibrated_on": 30, "least": 9, "unit": unit, "centers": [0.0, 5.0]},
+        "alternatives": dict.fromkeys(content["alternatives"], 1.0),
+    }
+    content["prediction_set"] = None
+    (out / "prediction.json").write_text(PredictionFile.make(content).to_text())
+    export(out, ["dicom", "fhir"])
+    content = highdicom.sr.srread(out / "dicom" / "sr.dcm").content
+    group = content.get_image_measurement_groups()[0]
+    said = {m.name.value: (m.value, m.unit.value) for m in group.get_measurements()}
+    assert said["value"] == (2.5, code or ("unit" if unit else "1"))
+    assert said["value-low"][0] == -1.25
+    assert "value-high" not in said
+    bundle = json.loads((out / "fhir" / "bundle.json").read_text())
+    answers = [e["resource"] for e in bundle["entry"] if "valueQuantity" in e["resource"]]
+    assert answers[0]["valueQuantity"]["value"] == 2.5
+    assert answers[0]["valueQuantity"].get("code", "") == code
+    _, lines = told(tool("dciodvfy"), out / "dicom" / "sr.dcm")
+    assert "Error" not in lines
 
 
 @pytest.mark.parametrize("change", ["edited", "swapped", "gone"])
