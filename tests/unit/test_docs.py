@@ -21,6 +21,7 @@ from dymo_med.inference.assemble import STEP_COLUMNS
 from dymo_med.metrics import METRICS
 from dymo_med.modalities.table import ColumnEntry, TableEntry
 from dymo_med.modalities.units import MOLAR_MASS
+from dymo_med.testing import check_imputer
 from dymo_med.types import Prediction
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +200,7 @@ def test_the_imputer_in_the_how_to_recovers(bundle, records, tmp_path, monkeypat
     loss = imputer.loss(batch, torch.Generator())
     loss.sum().backward()
     assert loss.shape == (len(records),)
+    check_imputer(kind, {"latent": 3})
 
 
 def test_the_comparator_in_the_how_to_answers(bundle, records, tmp_path, monkeypatch):
