@@ -749,6 +749,8 @@ def _tell_prediction(prediction: Prediction, out: Path, pdf: bool, reporter: Rep
     shares = ", ".join(
         f"{c} {p:.1%}" for c, p in zip(prediction.classes, prediction.probabilities, strict=True)
     )
+    if prediction.status == "abstained":
+        shares = f"no answer, see below ({shares})"
     reporter.say(f"{prediction.record_id}: {shares}")
     number = prediction.value
     if number is not None:
