@@ -1,5 +1,6 @@
 """A bundle whose answers are averaged over draws, through every command that answers."""
 
+import dataclasses
 import json
 
 import pytest
@@ -62,12 +63,14 @@ def test_draws_enter_the_answer(tiny, bundle):
     assert float(apart[~lacking].abs().max()) == 0 if bool((~lacking).any()) else True
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["network", "network and reference"])
 @pytest.mark.parametrize("method", ["average", "guarded"])
-@pytest.mark.parametrize("name", LACKING)
+@pytest.mark.parametrize("name", LACKING[:2])
 def test_the_file_says_what_was_averaged_and_stands_an_audit(
-    tiny, bundle, folder, tmp_path, name, method
+    tiny, bundle, folder, tmp_path, name, method, share
 ):
-    chosen = bundle.with_selector(method)
+    references = dataclasses.replace(bundle.references, weight=share, partner="logistic")
+    chosen = dataclasses.replace(bundle, references=references).with_selector(method)
     out = tmp_path / "out"
     predict_patient(tiny.patients / name, chosen, out)
     file = json.loads((out / "prediction.json").read_text())
