@@ -12,7 +12,8 @@ and from parts of it. KL is the divergence from the exact posterior, in nats.
 `cohort` deals the patients of a cohort into as many parts as there are seeds, by label; each part
 is the test set of one whole `train` without a recipe, so that every patient is tested once.
 `product` is what the bundle answers by its default selector, recoveries and all; `network` its
-network alone.
+network alone. With `--no-imputer` the network, the references and the answer are trained as for
+`simulated`, in a minute a seed.
 
 Patients count the same, however many records they have. Differences are paired, their intervals
 from a bootstrap over patients, all seeds together. Answers are kept in WORK by seed, and a seed
@@ -49,6 +50,7 @@ from dymo_med.config import BackboneTraining, Recipe
 from dymo_med.data.batch import collate
 from dymo_med.data.patient import read_record
 from dymo_med.data.truth import TRUTH, read_truth
+from dymo_med.metrics import auroc
 from dymo_med.references import features_of, under
 from dymo_med.references.mixed import mixed_logits
 from dymo_med.tasks import PLAIN
@@ -210,7 +212,13 @@ def add_blanks(
         add("blanks only", scenario, mask, told)
 
 
-def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[float]]) -> None:
+def one_seed(
+    folder: Path,
+    seed: int,
+    results: Results,
+    seconds: dict[str, list[float]],
+    networks: tuple[str, ...] = tuple(NETWORKS),
+) -> None:
     """Train and test everything once; add the test patients' answers to `results`."""
     cohort = read_cohort(folder)
     data = read_batches(cohort)
@@ -224,7 +232,7 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
     masks = scenarios(specs, test.observed.available, seed)
     truth = read_truth(folder) if (folder / TRUTH).is_file() else None
     features = features_of(test, specs)
-    add = Adding(results, test, f"{seed}/", truth)
+    add = Adding(results, test, f"{seed}/" if truth else "", truth)
     for scenario, mask in masks.items():
         rows = mask.any(1).nonzero().squeeze(1)
         for name in REFERENCES:
@@ -233,7 +241,11 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
             )
             add(name, scenario, mask, told[:, -1])
     add_blanks(add, labelled["train"], weights, test, masks, seed)
-    for method, (options, settings) in NETWORKS.items():
+    for method in networks:
+        options, settings = NETWORKS[method]
+        if "image" not in {spec.kind for spec in specs}:
+            options = {k: v for k, v in options.items() if k not in ("image_encoders", "tails")}
+            settings = {k: v for k, v in settings.items() if k != "augmentation"}
         network, cost = trained(specs, labelled, classes, options, settings, seed)
         seconds.setdefault(method, []).append(cost)
         with torch.no_grad():
@@ -249,7 +261,7 @@ def one_seed(folder: Path, seed: int, results: Results, seconds: dict[str, list[
             if method == "network":
                 both = [
                     Held(b, features_of(b, specs), encode_all(network, b, CPU), temperature)
-                    for b in (labelled["validation"], held)
+                    for b in {id(b): b for b in (labelled["validation"], held)}.values()
                 ]
                 chosen = weigh(references, both, PLAIN, seed)
                 print(f"seed {seed}: {chosen.why}", flush=True)
@@ -388,6 +400,10 @@ def log_losses(y: Floats, p: Floats) -> Floats:
     return -np.where(y == 1, np.log(p), np.log(1 - p))
 
 
+def area(y: Floats, p: Floats, weights: Floats) -> Floats:
+    return auroc(y, np.stack([1 - p, p], axis=1), weights)
+
+
 def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
     """Return rows of the table: figures, and paired differences to the better reference."""
     rows = []
@@ -403,12 +419,10 @@ def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
         best = min(REFERENCES, key=lambda m: np.average(log_losses(*losses[m][:2]), weights=weight))
         reference = losses[best]
         names, index = np.unique(people, return_inverse=True)
-        of_person = [np.flatnonzero(index == i) for i in range(len(names))]
-        rng = np.random.default_rng(0)
-        samples = [
-            np.concatenate([of_person[i] for i in rng.integers(0, len(names), len(names))])
-            for _ in range(draws)
-        ]
+        times = np.random.default_rng(0).multinomial(
+            len(names), [1 / len(names)] * len(names), draws
+        )
+        drawn = times[:, index] * weight
         for method, (y, p, exact, _) in losses.items():
             row = {
                 "scenario": scenario,
@@ -422,15 +436,10 @@ def table(results: Results, draws: int = 1000) -> list[dict[str, Any]]:
                 row["exact_auroc"] = roc_auc_score(y, exact)
             if method != best:
                 apart = log_losses(y, p) - log_losses(*reference[:2])
-                means = [np.average(apart[s], weights=weight[s]) for s in samples]
+                means = drawn @ apart / drawn.sum(1)
                 in_loss = np.quantile(means, (0.025, 0.975))
-                gains = [
-                    roc_auc_score(y[s], p[s], sample_weight=weight[s])
-                    - roc_auc_score(y[s], reference[1][s], sample_weight=weight[s])
-                    for s in samples[:300]
-                    if len(set(y[s])) > 1
-                ]
-                low, high = np.quantile(gains, (0.025, 0.975))
+                gains = area(y, p, drawn) - area(y, reference[1], drawn)
+                low, high = np.nanquantile(gains, (0.025, 0.975))
                 gain = row["auroc"] - roc_auc_score(y, reference[1], sample_weight=weight)
                 row |= {
                     "against": best,
@@ -509,6 +518,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--setting", default="hard")
     parser.add_argument("--budget", default="4m", help="of every train, as 90s or 4m")
+    parser.add_argument("--no-imputer", action="store_true", help="no whole train of a cohort")
     parser.add_argument("--moddrop", action="store_true", help="train a ModDrop network too")
     a = parser.parse_args()
     work = a.places[-1]
@@ -531,9 +541,12 @@ def main() -> None:
         else:
             if not folder.exists():
                 dealt(a.places[0], folder, seed, a.seeds)
-            run = work / f"run-{seed}"
-            budget = seconds_of(a.budget)
-            one_part(folder, run, seed, budget, a.moddrop, results, seconds)
+            if a.no_imputer:
+                one_seed(folder, seed, results, seconds, ("network",))
+            else:
+                run = work / f"run-{seed}"
+                budget = seconds_of(a.budget)
+                one_part(folder, run, seed, budget, a.moddrop, results, seconds)
         keep(results, files[seed])
         for name, costs in seconds.items():
             print(f"seed {seed}, {name}: {sum(costs):.0f} s of CPU")

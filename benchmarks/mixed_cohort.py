@@ -104,7 +104,7 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0 if name == "make" else 1000)
         command.add_argument("--size", type=int, default=48)
     a = parser.parse_args()
-    a.out.parent.mkdir(parents=True, exist_ok=True)
+    (a.out.parent if a.command == "make" else a.out).mkdir(parents=True, exist_ok=True)
     if a.command == "make":
         make(a.out, a.batches, a.patients, a.seed, a.size)
         return
