@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dymo_med.survival import Recalibration, TimeBins
+
 # A frequency is counted among patients whose answer was as sure as this one, give or take so much,
 LIKE = 0.1
 # and stated if there are so many of them.
@@ -28,6 +30,8 @@ class Calibration:
         confidence: By selector, per held-back patient with one record as it came: the
             probability of the class that was answered.
         right: Likewise, whether that class was the true one.
+        recalibration: Of survival: how predicted distributions become those that are stated.
+        bins: Of survival.
     """
 
     temperature: float
@@ -35,6 +39,8 @@ class Calibration:
     patients: int | None
     confidence: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     right: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    recalibration: Recalibration | None = None
+    bins: TimeBins | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.
@@ -61,7 +67,10 @@ class Calibration:
         Returns:
             Float64 `(..., K)` on the same device.
         """
-        return supported(torch.softmax(logits.double() / self.temperature, -1), self.patients)
+        own = torch.softmax(logits.double() / self.temperature, -1)
+        if self.recalibration is not None and self.bins is not None:
+            return self.recalibration.apply(own, self.bins)
+        return supported(own, self.patients)
 
     def count(self, method: str, probability: float) -> tuple[int, int]:
         """Return how many held-back patients got an answer as sure as this, and how many rightly.

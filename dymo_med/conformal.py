@@ -41,6 +41,7 @@ from math import ceil, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
+from dymo_med.survival import TimeBound, level_of
 from dymo_med.types import Scale
 
 COVERAGE = 0.9
@@ -139,10 +140,12 @@ class Conformal:
         scores: By selector and group: of 1 - the probability of the true class. A group is the
             observed modalities, joined by `+`, or `AS_THEY_CAME`.
         errors: Of a regression likewise: of how far its number was from the truth.
+        times: Of survival likewise: of how early events came (`survival.bound`).
     """
 
     scores: Mapping[str, Mapping[str, Bound]]
     errors: Mapping[str, Mapping[str, Bound]] = field(default_factory=dict)
+    times: Mapping[str, Mapping[str, TimeBound]] = field(default_factory=dict)
 
     def sets(self, method: str, probabilities: Floats, patterns: Sequence[str]) -> Sets:
         """Return prediction sets at `COVERAGE`.
@@ -201,8 +204,9 @@ def _groups(found: Sequence[tuple[str, Bound]]) -> tuple[tuple[str, ...], NDArra
 def calibrate(
     groups: Sequence[str],
     patients: Sequence[Hashable],
-    scores: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[float]] | None = None,
     errors: Mapping[str, Sequence[float]] | None = None,
+    times: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Conformal:
     """Return the bounds of calibration cases.
 
@@ -213,6 +217,7 @@ def calibrate(
             with those of others.
         scores: By selector, per case.
         errors: Of a regression likewise.
+        times: Of survival likewise: what `survival.level_of` takes.
     """
     members: dict[str, dict[Hashable, int]] = {}
     for i, (group, patient) in enumerate(zip(groups, patients, strict=True)):
@@ -227,4 +232,10 @@ def calibrate(
             for method, values in by_method.items()
         }
 
-    return Conformal(bounds(scores), bounds(errors or {}))
+    levels = {
+        method: {
+            group: level_of([values[i] for i in first.values()]) for group, first in members.items()
+        }
+        for method, values in (times or {}).items()
+    }
+    return Conformal(bounds(scores or {}), bounds(errors or {}), levels)

@@ -472,7 +472,7 @@ def bootstrap_numbers(
         1.0
     """
     chosen = {name: NUMBER_METRICS[name] for name in metrics}
-    return _resampled(truth, values, patient_ids, pairs, chosen, seed, resamples)
+    return resampled(truth, values, patient_ids, pairs, chosen, seed, resamples)
 
 
 # --- Resampling -----------------------------------------------------------------------------------
@@ -523,10 +523,10 @@ def bootstrap(
     """
     y = np.asarray(labels, dtype=np.int64)
     chosen = {name: METRICS[name] for name in metrics}
-    return _resampled(y, probabilities, patient_ids, pairs, chosen, seed, resamples)
+    return resampled(y, probabilities, patient_ids, pairs, chosen, seed, resamples)
 
 
-def _resampled(
+def resampled(
     y: NDArray[Any],
     answers: Mapping[str, Floats],
     patient_ids: Sequence[Hashable],
@@ -535,7 +535,17 @@ def _resampled(
     seed: int,
     resamples: int,
 ) -> dict[str, dict[str, Estimate]]:
-    """Return metrics and paired differences with intervals over resamples of patients."""
+    """Return metrics and paired differences with intervals over resamples of patients.
+
+    Args:
+        y: What is true of n records, a row each.
+        answers: Per method, a row for each record.
+        patient_ids: n ids.
+        pairs: Differences to estimate besides, as in `bootstrap`.
+        metrics: By name; each takes `y`, a method's answers and weights `(R, n)`.
+        seed: Seed of the draws.
+        resamples: Number of draws.
+    """
     owner, count = _owners(patient_ids)
     own = patient_weights(patient_ids)
     whole = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from dymo_med.errors import BundleError, Problem
 from dymo_med.modalities import MODALITIES
 from dymo_med.novelty import Novelty, from_tensors
 from dymo_med.references import REFERENCES, FittedReference, Reference, References, layout_of
+from dymo_med.survival import Recalibration, TimeBins, TimeBound
 from dymo_med.tasks import OverClasses, answered, task_from
 from dymo_med.types import (
     Choice,
@@ -178,7 +179,18 @@ def _load_calibration(
         stored["patients"],
         {k: tuple(v) for k, v in stored["confidence"].items()},
         {k: tuple(v) for k, v in stored["right"].items()},
+        **_recalibration(stored.get("recalibration")),
     )
+
+
+def _recalibration(stored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what curves are set right by, as arguments of a calibration; none of other tasks."""
+    if stored is None:
+        return {}
+    spread, bins = stored["covariance"], stored["bins"]
+    numbers = {k: stored[k] for k in ("intercept", "slope", "patients", "events")}
+    found = Recalibration(**numbers, covariance=None if spread is None else tuple(spread))
+    return {"recalibration": found, "bins": TimeBins(tuple(bins["edges"]), bins["unit"])}
 
 
 def _load_conformal(path: Path) -> Conformal | None:
@@ -204,7 +216,11 @@ def _load_conformal(path: Path) -> Conformal | None:
         }
         for part in ("scores", "errors")
     )
-    return Conformal(scores, errors)
+    times = {
+        method: {group: TimeBound(**bound) for group, bound in groups.items()}
+        for method, groups in kept.get("times", {}).items()
+    }
+    return Conformal(scores, errors, times)
 
 
 def _load_performance(path: Path) -> Performance | None:

@@ -15,6 +15,7 @@ from dymo_med.bundle.folder import SCHEMA_VERSION, checksums_of, identity
 from dymo_med.bundle.model import ModelBundle
 from dymo_med.bundle.tables import selector_entries
 from dymo_med.bundle.tensors import STATISTICS, on_cpu
+from dymo_med.calibration import Calibration
 from dymo_med.conformal import COVERAGE, Conformal
 from dymo_med.files import complete_folder, write_bytes, write_json, write_text
 from dymo_med.novelty import to_tensors
@@ -188,7 +189,15 @@ def _calibration(bundle: ModelBundle) -> dict[str, Any]:
         "patients": bundle.calibration.patients,
         "confidence": {k: list(v) for k, v in bundle.calibration.confidence.items()},
         "right": {k: list(v) for k, v in bundle.calibration.right.items()},
+        **_curves(bundle.calibration),
     }
+
+
+def _curves(calibration: Calibration) -> dict[str, Any]:
+    """Return what curves are set right by; nothing of other tasks."""
+    if calibration.recalibration is None or calibration.bins is None:
+        return {}
+    return {"recalibration": asdict(calibration.recalibration) | {"bins": asdict(calibration.bins)}}
 
 
 def _selectors(bundle: ModelBundle) -> dict[str, Any]:

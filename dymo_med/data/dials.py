@@ -17,6 +17,7 @@ from dymo_med.registry import nearest
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Spread = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Months = Annotated[float, Field(ge=1, le=1200, allow_inf_nan=False)]
 
 
 class Dials(Strict):
@@ -58,6 +59,8 @@ class Dials(Strict):
         site_echo: Factor on TE of T2 and FLAIR there: another contrast.
         detail: Voxels along each axis of the files per voxel of the grid that `cohort.yaml` asks
             for.
+        median_months: Median survival in months of low and of high grade.
+        follow_up_months: Shortest and longest follow-up in months, all between equally likely.
     """
 
     scan_evidence: Factor = 1.0
@@ -89,10 +92,12 @@ class Dials(Strict):
     site_noise: Factor = 1.5
     site_echo: Annotated[float, Field(ge=0.5, le=2, allow_inf_nan=False)] = 1.2
     detail: Annotated[float, Field(ge=1, le=4, allow_inf_nan=False)] = 1.0
+    median_months: tuple[Months, Months] = (60.0, 15.0)
+    follow_up_months: tuple[Months, Months] = (6.0, 60.0)
 
     @model_validator(mode="after")
     def _in_order(self) -> Dials:
-        for name in ("foci", "lesion_mm", "noise"):
+        for name in ("foci", "lesion_mm", "noise", "follow_up_months"):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name}: the first number must not exceed the second")

@@ -36,6 +36,13 @@ from scipy import ndimage
 from scipy.special import expit, ndtr
 
 from dymo_med.data.dials import SETTINGS, Dials
+from dymo_med.data.simulated_survival import (
+    SURVIVAL,
+    SURVIVAL_LABELS,
+    SURVIVAL_TRUTH,
+    draw_times,
+    survival_description,
+)
 from dymo_med.data.truth import TRUTH, every_subset, posterior_column
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.files import csv_text
@@ -294,6 +301,8 @@ class Evidence:
         degraded: Scan with four times the noise; empty if none.
         label: The grade as labelled, 0 low, 1 high.
         site: 1, or 2 for the second site.
+        death_months: When the patient dies.
+        follow_up_months: How long the patient is followed.
     """
 
     grade: int
@@ -306,6 +315,8 @@ class Evidence:
     degraded: str
     label: int
     site: int
+    death_months: float = math.nan
+    follow_up_months: float = math.nan
 
     def observed(self, dials: Dials = DEFAULT) -> tuple[str, ...]:
         """Return the pieces of evidence that the patient's files show."""
@@ -629,6 +640,8 @@ def render(
         degraded: Sequence with four times the noise.
         dials: Anatomy, lesion and scanner.
         site: 1, or 2 for the second site.
+        death_months: When the patient dies.
+        follow_up_months: How long the patient is followed.
     """
     (apart,) = generator.spawn(1)
     sequences = _sequences(apart, dials, site)
@@ -911,10 +924,12 @@ def _write_patient(
     root: Path, index: int, seed: int, size: int, dials: Dials
 ) -> tuple[Evidence, dict[str, object]]:
     """Write one patient, who depends on `seed` and `index` alone; return the evidence and truth."""
-    # Two streams: the evidence of a patient is then the same at every image size.
-    streams = np.random.SeedSequence([seed, index]).spawn(2)
-    for_evidence, for_images = (np.random.default_rng(stream) for stream in streams)
+    # Streams of their own: the evidence of a patient is then the same at every image size.
+    streams = np.random.SeedSequence([seed, index]).spawn(3)
+    for_evidence, for_images, for_times = (np.random.default_rng(stream) for stream in streams)
     evidence = draw_evidence(for_evidence, dials)
+    death, followed = draw_times(for_times, evidence.grade, dials)
+    evidence = replace(evidence, death_months=death, follow_up_months=followed)
     lesion = Lesion.from_latents(evidence.latents, dials)
     finer = round(size * dials.detail)
     scans = render(lesion, for_images, finer, evidence.degraded, dials, evidence.site)
@@ -934,6 +949,39 @@ def _write_patient(
     _write_image(hidden / "lesion.nii.gz", scans.lesion, scans.affine)
     _write_image(folder / MASK, MASK_LABELS[scans.lesion], scans.affine)
     return evidence, _truth(record_id, evidence, lesion, scans, dials)
+
+
+def _write_survival(
+    root: Path,
+    ids: Sequence[object],
+    drawn: Sequence[Evidence],
+    unlabelled: Collection[int],
+    dials: Dials,
+) -> None:
+    """Write when patients died or were last seen alive, and when they would have died."""
+    rows, truth = [], []
+    for index, (name, evidence) in enumerate(zip(ids, drawn, strict=True)):
+        died = evidence.death_months <= evidence.follow_up_months
+        seen = min(evidence.death_months, evidence.follow_up_months)
+        known = index not in unlabelled
+        rows.append(
+            {
+                "record_id": name,
+                "patient_id": name,
+                "months": f"{seen:.3f}" if known else "",
+                "died": _NO_YES[died] if known else "",
+                **({SITE: evidence.site} if dials.second_site else {}),
+            }
+        )
+        truth.append(
+            {
+                "record_id": name,
+                "death_months": f"{evidence.death_months:.6g}",
+                "follow_up_months": f"{evidence.follow_up_months:.6g}",
+            }
+        )
+    _write_rows(root / SURVIVAL_LABELS, rows)
+    _write_rows(root / SURVIVAL_TRUTH, truth)
 
 
 def _check(out: Path, patients: int, seed: int, size: int, missing: float) -> None:
@@ -982,8 +1030,9 @@ def simulate(
     `cohort.yaml`, `patients/<id>/` (what a hospital would hold, and the lesion's mask as a reader
     would have drawn it), `labels.csv`, `splits.csv`, and what only a simulator knows: `truth.csv`
     and `truth/<id>/lesion.nii.gz`. `cohort-segmentation.yaml` describes the same patients with
-    the lesion as what is predicted. The folder appears under its name when it is complete, not
-    before.
+    the lesion as what is predicted, `cohort-survival.yaml` with their survival (`survival.csv`; the
+    times that nobody gets to see are in `survival-truth.csv`). The folder appears under its name
+    when it is complete, not before.
 
     Args:
         out: Folder to make; it may exist if it is empty.
@@ -1024,6 +1073,7 @@ def simulate(
         root.mkdir()
         contents = {
             SEGMENTATION: segmentation_description(size),
+            SURVIVAL: survival_description(cohort_description(size, dials)),
             "cohort.yaml": cohort_description(size, dials),
         }
         changed = dials.changed()
@@ -1059,6 +1109,7 @@ def simulate(
             [{"patient_id": i, "split": s} for i, s in zip(ids, splits, strict=True)],
         )
         _write_rows(root / TRUTH, truth)
+        _write_survival(root, ids, drawn, unlabelled, dials)
         if out.exists():
             # The description comes last: without it a folder is not taken for a cohort.
             for name in (
@@ -1067,6 +1118,8 @@ def simulate(
                 "labels.csv",
                 "splits.csv",
                 TRUTH,
+                SURVIVAL_LABELS,
+                SURVIVAL_TRUTH,
                 *contents,
             ):
                 (root / name).rename(out / name)

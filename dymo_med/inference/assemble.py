@@ -23,6 +23,7 @@ from dymo_med.inference.prediction_file import (
 )
 from dymo_med.inference.report import reason_sentence, words
 from dymo_med.privacy import shown
+from dymo_med.survival import Statement
 from dymo_med.types import (
     GateResult,
     ModalitySpec,
@@ -72,6 +73,7 @@ def assemble(
         method: tuple(values[row].tolist()) for method, values in answers.probabilities.items()
     }
     own = probabilities.pop(answers.method)
+    said = value_of(bundle, answers, row)
     return Prediction(
         record_id=record.record_id,
         patient_id=record.patient_id,
@@ -97,14 +99,15 @@ def assemble(
         seed=seed,
         base_rates=bundle.base_rates,
         subsets=weighted_subsets(trace, row),
-        value=value_of(bundle, answers, row),
+        value=said if isinstance(said, Value) else None,
+        survival=said if isinstance(said, Statement) else None,
         quality=quality,
         refused=tuple(record.refused),
     )
 
 
-def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
-    """Return the number that is answered, with its interval; None of tasks without one.
+def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | Statement | None:
+    """Return what is answered besides probabilities; None of tasks without such a thing.
 
     Args:
         bundle: The model.
@@ -116,6 +119,7 @@ def value_of(bundle: ModelBundle, answers: Answers, row: int) -> Value | None:
         answers.method,
         "+".join(answers.batch.observed.of(row)),
         bundle.conformal,
+        bundle.calibration,
     )
 
 
@@ -292,7 +296,9 @@ def _warnings(
     result = unused_sentences(record, bundle.specs)
     result += [f"{n}: {w}" for n, value in record.modalities.items() for w in value.warnings]
     predicted = int(np.argmax(own))
-    for method, probabilities in others.items():
+    # In which of many bins a time lies is not what is asked.
+    methods = {} if bundle.calibration.bins is not None else others
+    for method, probabilities in methods.items():
         other = int(np.argmax(probabilities))
         if other != predicted:
             sentence = text.get(f"flip_{method}", text["flip"])

@@ -20,6 +20,7 @@ from dymo_med.inference.prediction_file import (
     PredictionFile,
     StepPart,
     content_sha256,
+    decision,
     entropy_bits,
     frequency,
     gain,
@@ -323,9 +324,7 @@ def _contradictions(file: PredictionFile) -> Iterator[tuple[str, str]]:
         yield from _acquire(file, file.acquire)
     alone = file.alternatives.get("observed_only", file.probabilities)
     status = status_of(
-        file.classes,
-        file.probabilities,
-        alone,
+        *decision(file.classes, file.probabilities, alone, file.survival),
         file.prediction_set,
         file.draws,
         file.performance,

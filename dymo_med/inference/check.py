@@ -612,7 +612,7 @@ def _row(
         record.record_id,
         record.patient_id,
         None if cohort is None else cohort.splits.get(record.patient_id),
-        entry is not None and entry.label is not None,
+        entry is not None and cohort is not None and cohort.task.known(entry),
         states,
     )
 

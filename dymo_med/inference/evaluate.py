@@ -38,6 +38,7 @@ from dymo_med.inference.compose import prediction_file
 from dymo_med.inference.failures import COLUMNS as FAILURE_COLUMNS
 from dymo_med.inference.failures import Failures, concerns_all
 from dymo_med.inference.matching import (
+    adopted,
     known_split,
     labelled_records,
     matched_specs,
@@ -73,6 +74,7 @@ from dymo_med.inference.scores import (
 )
 from dymo_med.inference.software import versions
 from dymo_med.inference.standing import standing
+from dymo_med.inference.survival_page import write_survival_page
 from dymo_med.tasks import OverClasses
 from dymo_med.types import Cohort, CohortRecord, ModalitySpec, PatientRecord
 
@@ -147,6 +149,7 @@ def evaluate(
     """
     start, out = time.perf_counter(), Path(out)
     specs = matched_specs(bundle, cohort)
+    cohort = adopted(cohort, bundle.task)
     rules = scenarios_of(scenarios, specs, cohort)
     records = labelled_records(cohort, split)
     ids = [record.record_id for record in records]
@@ -321,7 +324,11 @@ def _write(
         "unexpected_failures": len(unexpected),
     }
     recovery = recoveries.write(out, facts["scenarios"], seed)
-    pages = {"classes": write_pages, "numbers": write_number_page}
+    pages = {
+        "classes": write_pages,
+        "numbers": write_number_page,
+        "survival": write_survival_page,
+    }
     pages[task.cohort_page](
         out,
         facts,
@@ -591,13 +598,13 @@ class _Run:
         trace, recovery = answers.traces[method], answers.recovery
         partly = answers.batch.partly_filled()[row].tolist()
         observed = trace.observed[row].tolist()
-        label = record.label if record.label is not None else -1
         return {
             "scenario": rule.text,
             "record_id": record.record_id,
             "patient_id": record.patient_id,
             "split": self.split,
-            "label": self.bundle.task.classes[label],
+            # Censoring may hide it.
+            "label": "" if record.label is None else self.bundle.task.classes[record.label],
             "method": name,
             **self._answer(answers.probabilities[method][row]),
             **self.bundle.task.truth_row(record),

@@ -10,7 +10,7 @@ from dymo_med.bundle_segmentation import SegmentationBundle
 from dymo_med.data.missingness import Scenario, expanded, hidden_share, parse_scenario
 from dymo_med.errors import BundleError, ConfigError, Problem
 from dymo_med.registry import nearest
-from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Split
+from dymo_med.types import SPLITS, Cohort, CohortRecord, ModalitySpec, Split, Task
 
 _ANOTHER = "Choose a bundle that was trained for this cohort, or correct cohort.yaml"
 
@@ -91,6 +91,17 @@ def scenario_notes(rules: Sequence[Scenario], modalities: int) -> tuple[str, ...
         elif share == 0:
             notes.append(f"{rule.text} hides nothing {of}: it rounds. See mean-rate.")
     return tuple(notes)
+
+
+def adopted(cohort: Cohort, task: Task) -> Cohort:
+    """Return a cohort whose targets are as a bundle's task would have read them.
+
+    Args:
+        cohort: Whose task the bundle's accepts.
+        task: The bundle's.
+    """
+    records = tuple(task.adopt(cohort.task, record) for record in cohort.records)
+    return replace(cohort, records=records)
 
 
 def labelled_records(cohort: Cohort, split: str) -> tuple[CohortRecord, ...]:

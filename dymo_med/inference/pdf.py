@@ -216,7 +216,11 @@ def _answer(file: PredictionFile, shown: Words) -> Flow:
     flow: Flow = [grid, bars_of(rows)]
     if value is not None:
         flow.insert(1, para(value["bands"], SMALL))
-        flow.append(para(f"{text['number']['title']}. {value['basis'] or value['interval']}"))
+        flow += [
+            para(f"{row['horizon']}: {row['risk']}" + f" ({row['band']})" * bool(row["band"]))
+            for row in value.get("rows", ())
+        ]
+        flow.append(para(f"{value['title']}. {value['basis'] or value['interval']}"))
         return flow
     if answer["base"]:
         flow.append(para(answer["base"], SMALL))

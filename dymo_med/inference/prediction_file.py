@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dymo_med.calibration import ENOUGH
 from dymo_med.errors import PatientDataError, Problem
+from dymo_med.survival import Statement
 from dymo_med.types import GateResult, GateState
 
 SCHEMA_VERSION = 5
@@ -427,6 +428,38 @@ class ValuePart(Part):
     alternatives: dict[str, float]
 
 
+class SurvivalPart(Part):
+    """What is stated of a survival time, of which `classes` are the bins.
+
+    `risks` are probabilities of an event until each of `horizons`, `risk_low` to `risk_high` their
+    band; `curve` is the probability of no event until each of `times`, `low` to `high` its band,
+    where the curve of patients like this one is with the probability `band` at each time; empty
+    where nothing is known of it. `everybody`: training patients (Kaplan-Meier). `median`: null =
+    after the last of `times`. `bound`: of `coverage` of patients the event is not earlier; null
+    where the bundle cannot tell. `compared_with`, `calibrated_on` and `least` as of a prediction
+    set: of fewer patients it is 0. `alternatives`: risks by other methods.
+    """
+
+    unit: str
+    horizons: tuple[float, ...]
+    risks: tuple[Probability, ...]
+    risk_low: tuple[Probability, ...]
+    risk_high: tuple[Probability, ...]
+    times: tuple[float, ...]
+    curve: tuple[Probability, ...]
+    low: tuple[Probability, ...]
+    high: tuple[Probability, ...]
+    band: Probability
+    everybody: tuple[Probability, ...]
+    median: float | None
+    bound: float | None
+    coverage: Probability
+    compared_with: Literal["pattern", "all"]
+    calibrated_on: Annotated[int, Field(ge=0)]
+    least: Annotated[int, Field(ge=1)]
+    alternatives: dict[str, tuple[Probability, ...]]
+
+
 class PlainPart(Part):
     """What plain references say, and which modalities the model is known to use.
 
@@ -462,7 +495,7 @@ class NoveltyPart(Part):
 
 
 class PredictionFile(Part):
-    """`prediction.json`, version 5; `value` is there if the task is a regression.
+    """`prediction.json`, version 5; `value` is there of a regression, `survival` of survival.
 
     `plain` is there if the bundle has references, `novelty` if it knows what is usual.
     """
@@ -510,6 +543,7 @@ class PredictionFile(Part):
     command: str | None
     exhibits: ExhibitsPart
     value: ValuePart | None = None
+    survival: SurvivalPart | None = None
     plain: PlainPart | None = None
     novelty: NoveltyPart | None = None
     content_sha256: Sha256
@@ -547,9 +581,9 @@ class PredictionFile(Part):
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the file's content; what does not apply (`value`, `plain`) has no key."""
+        """Return the file's content; a part that does not apply (`value`, say) has no key."""
         data = self.model_dump(mode="json")
-        for name in ("value", "plain"):
+        for name in ("value", "survival", "plain"):
             if data[name] is None:
                 del data[name]
         return data
@@ -750,6 +784,31 @@ def entropy_bits(probabilities: Sequence[float]) -> float:
         1.0
     """
     return -sum(p * log2(p) for p in probabilities if p > 0) + 0.0
+
+
+def decision(
+    classes: Sequence[str],
+    own: Sequence[float],
+    alone: Sequence[float],
+    survival: SurvivalPart | Statement | None,
+) -> tuple[Sequence[str], Sequence[float], Sequence[float]]:
+    """Return between what an answer decides, the answer, and that by measurements alone.
+
+    Of survival that is not in which of many bins a time lies, but whether the event comes before
+    the first horizon.
+
+    Args:
+        classes: K names.
+        own: `(K,)`: the answer.
+        alone: `(K,)`: that by measurements alone.
+        survival: What is stated of a time.
+    """
+    if survival is None:
+        return classes, own, alone
+    risk = survival.risks[0]
+    other = survival.alternatives.get("observed_only", survival.risks)[0]
+    names = (f"before {survival.horizons[0]:g} {survival.unit}", "not until then")
+    return names, (risk, 1 - risk), (other, 1 - other)
 
 
 def status_of(

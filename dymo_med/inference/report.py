@@ -33,8 +33,10 @@ from dymo_med.inference.prediction_file import (
     ReasonPart,
     ScanPart,
     StepPart,
+    SurvivalPart,
     ValuePart,
 )
+from dymo_med.inference.survival_view import survival_view
 
 _TOP_CELLS = 8
 _MOST_CLASSES = 6
@@ -224,6 +226,9 @@ def _decimal(value: float, found: ValuePart) -> str:
 def _number(file: PredictionFile) -> dict[str, Any] | None:
     """Return what the page says of a regression's number."""
     found = file.value
+    if file.survival is not None:
+        basis = _basis(words()["survival"], file.survival)
+        return survival_view(file.survival, words()["survival"], file.target, percent, basis)
     if found is None:
         return None
     text, unit = words()["number"], f" {found.unit}" if found.unit else ""
@@ -238,6 +243,7 @@ def _number(file: PredictionFile) -> dict[str, Any] | None:
         basis = _basis(text, found)
     return {
         "big": _decimal(found.value, found) + unit,
+        "title": text["title"],
         "interval": sentence,
         "basis": basis,
         "bands": text["bands"],
@@ -320,6 +326,7 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
     other = prediction.classes[order[1]]
     possible = prediction.prediction_set
     abstained = prediction.status == "abstained"
+    number = prediction.value is not None or prediction.survival is not None
     strange = prediction.novelty is not None and prediction.novelty.state == "strange"
     return {
         "abstained": abstained,
@@ -358,7 +365,7 @@ def _answer(prediction: PredictionFile, chosen: int) -> dict[str, Any]:
         "bars": [
             (prediction.classes[k], prediction.probabilities[k])
             # Bands of a number stand in their own order, all of them.
-            for k in (order[:_MOST_CLASSES] if prediction.value is None else sorted(order))
+            for k in (sorted(order) if number else order[:_MOST_CLASSES])
         ],
     }
 
@@ -373,7 +380,7 @@ def _set(prediction: PredictionFile) -> list[str]:
     return [text[key].format(classes=", ".join(found.classes)), _basis(text, found)]
 
 
-def _basis(text: dict[str, str], found: PredictionSetPart | ValuePart) -> str:
+def _basis(text: dict[str, str], found: PredictionSetPart | ValuePart | SurvivalPart) -> str:
     """Return how many patients a set or an interval rests on, and what follows if too few."""
     return text["basis" if found.calibrated_on >= found.least else "too_few"].format(
         coverage=percent(found.coverage),
@@ -428,7 +435,11 @@ def _had(prediction: PredictionFile) -> list[dict[str, Any]]:
 
 def _says(prediction: PredictionFile, method: str, name: str, flip: bool) -> str:
     """Return what a method says: its class, or its number."""
-    found = prediction.value
+    found, survival = prediction.value, prediction.survival
+    if survival is not None:
+        own = method == prediction.method
+        risk = (survival.risks if own else survival.alternatives[method])[0]
+        return str(words()["survival"]["says"].format(risk=percent(risk)))
     if found is None:
         return str(words()["change"]["flip" if flip else "says"].format_map({"class": name}))
     value = found.value if method == prediction.method else found.alternatives[method]
@@ -707,6 +718,8 @@ def _plain(prediction: PredictionFile) -> list[str]:
     p = plain.references[name]
     chosen = int(np.argmax(p))
     says = f"{percent(p[chosen])} {prediction.classes[chosen]}"
+    if prediction.survival is not None:
+        return []
     if prediction.value is not None:
         number = sum(q * c for q, c in zip(p, prediction.value.centers, strict=True))
         says = f"{_decimal(number, prediction.value)} {prediction.value.unit}".rstrip()

@@ -152,7 +152,13 @@ def digest_of(records: Sequence[CohortRecord]) -> str:
     """Return a hash of what finished batches say of their records besides the answers."""
     rows = [
         # A corrected number may stay within its band.
-        (r.record_id, r.patient_id, r.label, *(() if r.value is None else (r.value,)))
+        (
+            r.record_id,
+            r.patient_id,
+            r.label,
+            *(() if r.value is None else (r.value,)),
+            *(() if r.event is None else (r.event,)),
+        )
         for r in records
     ]
     return sha256(json.dumps(rows).encode()).hexdigest()

@@ -104,7 +104,7 @@ class Collector:
             numbers.append(
                 [
                     *(
-                        self.classes.index(row["label"]),
+                        self.classes.index(row["label"]) if row["label"] else -1,
                         known["calibrated_on"],
                         known.get("novel", -1),
                     ),

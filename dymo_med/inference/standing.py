@@ -24,6 +24,7 @@ from dymo_med.inference.prediction_file import (
     ReasonPart,
     Status,
     StepPart,
+    decision,
     gate_reasons,
     quality_parts,
     status_of,
@@ -137,10 +138,9 @@ def standing(
     tested = _performance(bundle, answers.method, pattern)
     quality = quality_parts(prediction.quality)
     novelty = novelty_part(bundle, answers, row)
+    alone = answers.probabilities["observed_only"][row].tolist()
     status, why = status_of(
-        prediction.classes,
-        prediction.probabilities,
-        answers.probabilities["observed_only"][row].tolist(),
+        *decision(prediction.classes, prediction.probabilities, alone, prediction.survival),
         found,
         drawn,
         tested,

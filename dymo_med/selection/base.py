@@ -63,8 +63,7 @@ class Cases:
         weights: Float `(B,)`; the cases of a patient add up to 1.
         temperature: Probabilities are softmax(logits / temperature).
         shares: Where labels do not say all, as in `Batch`: `(B, K)`.
-        stands_for: `(B,)`: of survival, how many patients one whose bin is known stands for; None
-            = all classes are known.
+        followed: Of survival, as in `Batch`: `(B, 3)`; None = all classes are known.
         patients: Whose case each is; none given = everybody is another patient.
     """
 
@@ -75,7 +74,7 @@ class Cases:
     weights: Tensor
     temperature: float
     shares: Tensor | None = None
-    stands_for: Tensor | None = None
+    followed: Tensor | None = None
     patients: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -96,20 +95,20 @@ class Cases:
             labels=self.labels[index],
             weights=self.weights[index],
             shares=None if self.shares is None else self.shares[index],
-            stands_for=None if self.stands_for is None else self.stands_for[index],
+            followed=None if self.followed is None else self.followed[index],
             patients=tuple(self.patients[i] for i in index.tolist()) if self.patients else (),
         )
 
     def of_known_class(self) -> Cases:
         """Return the cases whose class is known, weighted so that they stand for the others too."""
-        if self.stands_for is None:
+        if self.followed is None:
             return self
         part = self.rows((self.labels >= 0).nonzero().squeeze(1))
-        assert part.stands_for is not None
-        weights = part.weights * part.stands_for.to(part.weights)
+        assert part.followed is not None
+        weights = part.weights * part.followed[:, 2].to(part.weights)
         # As many patients as before, however many of them are censored.
         weights = weights * (self.weights.sum() / weights.sum().clamp_min(1e-12))
-        return replace(part, weights=weights, stands_for=None)
+        return replace(part, weights=weights, followed=None)
 
 
 DecidesBy = Literal["rule", "draws", "guard", "reward", "trust", "weights"]

@@ -21,10 +21,10 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import floor, isfinite, log10
 
 import numpy as np
 import torch
@@ -214,8 +214,8 @@ def fit_bins(
 ) -> TimeBins:
     """Return bins in each of which about as many events are expected.
 
-    Edges lie at equal steps of the Kaplan-Meier estimate. The last one is the latest event at
-    which enough patients are still followed: five and a tenth of all.
+    Edges lie at equal steps of the Kaplan-Meier estimate, rounded to three digits. The last one is
+    the latest event at which enough patients are still followed: five and a tenth of all.
 
     Args:
         times: `(n,)` of training patients.
@@ -244,4 +244,13 @@ def fit_bins(
     candidates = np.unique(times[inside & (times > 0)])
     survival = curve(candidates)
     edges = [float(candidates[np.argmax(survival <= level + 1e-12)]) for level in levels]
-    return TimeBins(tuple(dict.fromkeys([*(e for e in edges if e < last), last])), unit)
+    # Three digits read better, and are no single patient's time.
+    last = _three_digits(last, floor)
+    rounded = [_three_digits(e, round) for e in edges]
+    return TimeBins(tuple(dict.fromkeys([*(e for e in rounded if e < last), last])), unit)
+
+
+def _three_digits(time: float, way: Callable[[float], int]) -> float:
+    """Return a time rounded to three digits."""
+    digits = 2 - floor(log10(time))
+    return float(round(way(time * 10.0**digits) / 10.0**digits, max(digits, 0)))

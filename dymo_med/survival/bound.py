@@ -30,6 +30,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -75,6 +76,29 @@ def latest_bound(not_censored: Step, last: float) -> float:
     return float(min(last, below[0])) if len(below) else float(last)
 
 
+def level_of(cases: Sequence[tuple[float, float, float]]) -> TimeBound:
+    """Return the level of a group.
+
+    Args:
+        cases: Of n patients: the predicted probability of an event by the patient's own time; the
+            weight where a bound could have been wrong, else 0; and B, the same for all.
+    """
+    n = len(cases)
+    if not n:
+        return TimeBound(0, None)
+    reached, weights, most = (
+        np.array(column, dtype=np.float64) for column in zip(*cases, strict=True)
+    )
+    allowed = (1 - COVERAGE) * (n + 1) - most[0]
+    if allowed < -1e-9:
+        return TimeBound(n, None)
+    u = reached[weights > 0]
+    order = np.argsort(u, kind="stable")
+    # At level u[m] only smaller ones are wrong; ties of u[m] are not.
+    over = np.flatnonzero(np.cumsum(weights[weights > 0][order]) > allowed + 1e-9)
+    return TimeBound(n, float(np.clip(u[order][over[0]], 0, 1)) if len(over) else 1.0)
+
+
 def bound_of(
     reached: Floats, times: Floats, events: Bools, not_censored: Step, latest: float
 ) -> TimeBound:
@@ -94,15 +118,7 @@ def bound_of(
         >>> bound_of(u, u, np.ones(19, dtype=bool), without, 2.0).level  # rank 2 of 19
         0.1
     """
-    n = len(reached)
-    most = 1 / float(not_censored.before(latest))
-    allowed = (1 - COVERAGE) * (n + 1) - most
-    if allowed < -1e-9:
-        return TimeBound(n, None)
     counted = events & (times < latest)
-    order = np.argsort(reached[counted], kind="stable")
-    u = reached[counted][order]
-    wrong = np.cumsum(1 / not_censored.before(times[counted][order]))
-    # At level u[m] only smaller ones are wrong; ties of u[m] are not.
-    over = np.flatnonzero(wrong > allowed + 1e-9)
-    return TimeBound(n, float(np.clip(u[over[0]], 0, 1)) if len(over) else 1.0)
+    weights = np.where(counted, 1 / np.maximum(not_censored.before(times), 1e-12), 0.0)
+    most = np.full(len(reached), 1 / float(not_censored.before(latest)))
+    return level_of(list(zip(reached.tolist(), weights.tolist(), most.tolist(), strict=True)))

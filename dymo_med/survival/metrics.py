@@ -215,6 +215,33 @@ def risk_gap(times: Floats, events: Bools, risk: Floats, weights: Floats, horizo
     return np.where((reached > 0) | (without <= _NOBODY), predicted - (1 - without), np.nan)
 
 
+def bound_coverage(y: Floats, bound: Floats, weights: Floats) -> Floats:
+    """Return the share of patients whose time is not earlier than their lower bound `(R,)`.
+
+    1 minus the share of those with an event before it, each counting 1 / G(T-).
+
+    Args:
+        y: `(n, 2)`: time, and 1 for an event or 0 for censored.
+        bound: `(n,)`.
+        weights: `(R, n)`.
+    """
+    times, events = y[:, 0], y[:, 1] > 0
+    wrong = np.flatnonzero(events & (times < bound))
+    own = _ratio(weights[:, wrong], escape_of(times, events, weights, times[wrong]), 0.0)
+    return 1 - _ratio(own.sum(1), weights.sum(1))
+
+
+def mean_bound(y: Floats, bound: Floats, weights: Floats) -> Floats:
+    """Return the mean of lower bounds `(R,)`.
+
+    Args:
+        y: Of no use here.
+        bound: `(n,)`.
+        weights: `(R, n)`.
+    """
+    return _ratio(weights @ np.nan_to_num(bound), weights.sum(1))
+
+
 def escape_of(
     times: Floats, events: Bools, weights: Floats, at: Floats, including: bool = False
 ) -> Floats:

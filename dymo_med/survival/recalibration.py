@@ -33,8 +33,9 @@ from torch import Tensor
 
 from dymo_med.survival.bins import TimeBins, log_likelihood
 
-# Standard deviations of a and log b beforehand.
-PRIOR = 0.5
+# Standard deviations of a and log b beforehand: training patients, of whom there are more, told how
+# frequent events are.
+PRIOR = (0.3, 0.5)
 BAND = 0.9
 # On fewer patients with an event curves stay as they are, without a band.
 FEWEST = 10
@@ -83,16 +84,19 @@ class Recalibration:
             probabilities: `(..., K)`.
             bins: Of the K.
         """
-        theta = torch.tensor([self.intercept, np.log(self.slope)], dtype=torch.float64)
-        return _applied(theta, _log_odds(probabilities, bins), bins)
+        odds = _log_odds(probabilities, bins)
+        return _applied(self._theta(odds), odds, bins)
+
+    def _theta(self, like: Tensor) -> Tensor:
+        return like.new_tensor([self.intercept, np.log(self.slope)])
 
     def band(
-        self, probabilities: Tensor, bins: TimeBins, times: Sequence[float]
+        self, stated: Tensor, bins: TimeBins, times: Sequence[float]
     ) -> tuple[Tensor, Tensor] | None:
         """Return the lower and upper ends of the pointwise band of each curve, `(n, m)` each.
 
         Args:
-            probabilities: `(n, K)`, as predicted (not yet set right).
+            stated: `(n, K)`, as `apply` returned it.
             bins: Of the K.
             times: m times.
 
@@ -101,20 +105,20 @@ class Recalibration:
         """
         if self.covariance is None:
             return None
-        odds = _log_odds(probabilities, bins)
+        odds = (_log_odds(stated, bins) - self.intercept) / self.slope  # as predicted
         first, both, second = self.covariance
-        spread = torch.tensor([[first, both], [both, second]], dtype=torch.float64)
+        spread = odds.new_tensor([[first, both], [both, second]])
 
         def doubled(theta: Tensor) -> Tensor:
             left = bins.survival(_applied(theta, odds, bins), times).clamp(1e-12, 1 - 1e-12)
             return (-left.log()).log()
 
-        theta = torch.tensor([self.intercept, np.log(self.slope)], dtype=torch.float64)
+        theta = self._theta(odds)
         slopes = torch.func.jacfwd(doubled)(theta)  # (n, m, 2)
         error = ((slopes @ spread) * slopes).sum(-1).clamp_min(0).sqrt()
         middle, reach = doubled(theta), float(norm.ppf((1 + BAND) / 2)) * error
         low, high = (torch.exp(-torch.exp(middle + side * reach)) for side in (1, -1))
-        sure = torch.tensor([t <= 0 for t in times])  # everybody is alive at 0
+        sure = torch.tensor([t <= 0 for t in times], device=odds.device)  # everybody is alive at 0
         return torch.where(sure, 1.0, low), torch.where(sure, 1.0, high)
 
 
@@ -145,7 +149,7 @@ def fit_recalibration(
     own = torch.ones(len(who), dtype=torch.float64) if weights is None else weights.double()
     total = torch.zeros(n, dtype=torch.float64).index_add_(0, who, own)
     share = own / total[who].clamp_min(1e-300)
-    odds = _log_odds(probabilities, bins)
+    odds, prior = _log_odds(probabilities, bins), torch.tensor(PRIOR, dtype=torch.float64)
 
     def losses(theta: Tensor) -> Tensor:
         p = _applied(theta, odds, bins).clamp_min(1e-12).log()
@@ -153,7 +157,7 @@ def fit_recalibration(
         return torch.zeros(n, dtype=torch.float64).index_add(0, who, each)
 
     def objective(theta: Tensor) -> Tensor:
-        return losses(theta).sum() + theta.square().sum() / (2 * PRIOR**2)
+        return losses(theta).sum() + (theta / prior).square().sum() / 2
 
     def both(x: Floats) -> tuple[float, Floats]:
         theta = torch.tensor(x, dtype=torch.float64)

@@ -13,6 +13,7 @@ from dymo_med.tasks.base import OverClasses, TaskEntry, answered, class_loss
 from dymo_med.tasks.classification import PLAIN, Classification
 from dymo_med.tasks.regression import Regression
 from dymo_med.tasks.segmentation import Segmentation
+from dymo_med.tasks.survival import Survival
 from dymo_med.types import Task
 
 TASKS: Registry[Task] = Registry(
@@ -21,6 +22,7 @@ TASKS: Registry[Task] = Registry(
         "classification": Classification,
         "regression": Regression,
         "segmentation": Segmentation,
+        "survival": Survival,
     },
 )
 
@@ -43,6 +45,7 @@ __all__ = [
     "OverClasses",
     "Regression",
     "Segmentation",
+    "Survival",
     "TaskEntry",
     "answered",
     "class_loss",

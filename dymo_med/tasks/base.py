@@ -28,6 +28,7 @@ from pydantic import model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from dymo_med.calibration import Calibration
 from dymo_med.config import Strict
 from dymo_med.conformal import Conformal
 from dymo_med.errors import Problem
@@ -39,7 +40,7 @@ from dymo_med.metrics import (
     delong,
     selection_quality,
 )
-from dymo_med.survival import log_likelihood
+from dymo_med.survival import Statement, log_likelihood
 from dymo_med.types import CohortRecord, PatientRecord, Scores, Task, Value
 
 # A stated probability of 0 is no infinite error.
@@ -101,6 +102,8 @@ class OverClasses(Task):
     """Whether probabilities are the answer: a temperature is fitted and their extremes limited."""
     classes_matter: ClassVar[bool] = True
     """Whether a class that is answered wrongly is an error, however near it is."""
+    balances: ClassVar[bool] = True
+    """Whether classes may be weighted in the loss."""
     ranked: ClassVar[bool] = True
     """Whether classes have areas under ROC curves."""
     answer_columns: ClassVar[tuple[str, ...]] = ()
@@ -197,8 +200,34 @@ class OverClasses(Task):
         """
         return self.log_loss(logits.log_softmax(-1), labels, shares)
 
+    def recalibrated(
+        self,
+        calibration: Calibration,
+        log_probabilities: Tensor,
+        shares: Tensor | None,
+        followed: Tensor | None,
+        weights: Tensor,
+        patients: Sequence[str],
+    ) -> Calibration:
+        """Return the calibration with what is fitted to answers of the default selector.
+
+        Args:
+            calibration: With the temperature.
+            log_probabilities: `(B, K)`, of cases that neither networks nor the selector were
+                fitted on, after the temperature.
+            shares: `(B, K)` as in `Batch`.
+            followed: `(B, 3)` likewise.
+            weights: `(B,)` of cases within their patients.
+            patients: Whose case each is.
+        """
+        return calibration
+
     def nonconformity(
-        self, probabilities: Tensor, labels: Tensor, shares: Tensor | None
+        self,
+        probabilities: Tensor,
+        labels: Tensor,
+        shares: Tensor | None,
+        followed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return how strange each truth is, by kind of bound (`conformal.Conformal`), each `(R,)`.
 
@@ -206,6 +235,7 @@ class OverClasses(Task):
             probabilities: Float64 `(R, K)`, as they are stated.
             labels: Int64 `(R,)`.
             shares: As of `error`.
+            followed: `(R, 3)` as in `Batch`.
 
         Returns:
             1 - the probability of the true class as `scores`.
@@ -218,7 +248,8 @@ class OverClasses(Task):
         method: str,
         pattern: str,
         bounds: Conformal | None,
-    ) -> Value | None:
+        calibration: Calibration | None = None,
+    ) -> Value | Statement | None:
         """Return the number that is answered, with its interval; None of tasks without one.
 
         Args:
@@ -226,6 +257,7 @@ class OverClasses(Task):
             method: The bundle's own.
             pattern: Observed modalities, joined by `+`.
             bounds: What intervals go by; None = there is nothing.
+            calibration: Behind the probabilities.
         """
         return None
 
@@ -237,7 +269,7 @@ class OverClasses(Task):
         """Return `truth_columns` of one record, and empty `own_columns`."""
         return {}
 
-    def own_row(self, value: Value | None) -> dict[str, Any]:
+    def own_row(self, value: Value | Statement | None) -> dict[str, Any]:
         """Return `own_columns` of what `value_of` returned."""
         return {}
 

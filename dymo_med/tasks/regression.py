@@ -12,9 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from dymo_med.calibration import Calibration
 from dymo_med.conformal import COVERAGE, FEWEST, Conformal
 from dymo_med.errors import ConfigError, Problem
 from dymo_med.metrics import Estimate, bootstrap_means, bootstrap_numbers, number_metrics
+from dymo_med.survival import Statement
 from dymo_med.tasks.base import OverClasses, TaskEntry, number_of
 from dymo_med.types import Batch, PatientRecord, Scale, Scores, Target, Task, Value
 from dymo_med.types.task import EntryModel
@@ -197,7 +199,11 @@ class Regression(OverClasses):
         return self.error(logits.softmax(-1), labels, shares)
 
     def nonconformity(
-        self, probabilities: Tensor, labels: Tensor, shares: Tensor | None
+        self,
+        probabilities: Tensor,
+        labels: Tensor,
+        shares: Tensor | None,
+        followed: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return also how far numbers are from the truth, as `errors`."""
         found = super().nonconformity(probabilities, labels, None)
@@ -211,6 +217,7 @@ class Regression(OverClasses):
         method: str,
         pattern: str,
         bounds: Conformal | None,
+        calibration: Calibration | None = None,
     ) -> Value:
         """Return the number that is answered, with its interval."""
         scale = self.numbers
@@ -242,9 +249,11 @@ class Regression(OverClasses):
             return {}
         return {"value_true": record.value, **dict.fromkeys(self.own_columns)}
 
-    def own_row(self, value: Value | None) -> dict[str, Any]:
+    def own_row(self, value: Value | Statement | None) -> dict[str, Any]:
         """Return the ends of the interval."""
-        return {} if value is None else {"value_low": value.low, "value_high": value.high}
+        if not isinstance(value, Value):
+            return {}
+        return {"value_low": value.low, "value_high": value.high}
 
     def estimates(
         self,

@@ -141,13 +141,18 @@ def fit_answers(
     )
     asked = plan.selector
     selectors = fit_all(cases, statistics, {asked.name: asked.options} if asked else {})
-    choice = choose(held_out(selectors, cases, statistics, patients), cases, patients, task)
+    answers = held_out(selectors, cases, statistics, patients)
+    choice = choose(answers, cases, patients, task)
     if asked is not None:
         choice = replace(choice, name=asked.name, why="The recipe asked for it.")
     calibration = Calibration(
         temperature,
         len(set(fitting.patient_ids)),
         len(set(held_back.patient_ids)) if task.calibrated else None,
+    )
+    calibration = task.recalibrated(
+        *(calibration, answers[choice.name], cases.shares, cases.followed, cases.weights),
+        patients,
     )
     tested = try_out(
         imputer,

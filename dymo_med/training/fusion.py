@@ -211,6 +211,16 @@ def _train_networks(run: Run, made: _Networks, labelled: Mapping[Split, Batch]) 
     training, fitting = run.plan.backbone_training, labelled["train"]
     balance = None
     if training.class_weights == "balanced":
+        if not run.task.balances:
+            raise ConfigError(
+                Problem(
+                    "backbone_training.class_weights",
+                    f"the bins of a {run.task.type} cannot be balanced: risks would not be right",
+                    expected="none",
+                    got="balanced",
+                    remedy="Leave class_weights out",
+                )
+            )
         balance = class_weights(of_known_class(fitting)[0].labels, run.classes)
     for stage, network in zip(made.stages, made.networks, strict=True):
         objective = FusionObjective(

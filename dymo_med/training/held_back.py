@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class TriedOut:
         answers: By selector, stated probabilities: float64 `(B, K)` on the CPU.
         shares: `(B, K)` as in `Batch`; None where labels say all.
         task: What is predicted.
+        followed: Of survival, as in `Batch`: `(B, 3)`.
     """
 
     groups: tuple[str, ...]
@@ -54,12 +56,13 @@ class TriedOut:
     answers: Mapping[str, Tensor]
     shares: Tensor | None = None
     task: OverClasses = PLAIN
+    followed: Tensor | None = None
 
     def conformal(self) -> Conformal:
         """Return what prediction sets, and a regression's intervals, go by."""
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, dict[str, list[Any]]] = {}
         for name, p in self.answers.items():
-            strange = self.task.nonconformity(p, self.labels, self.shares)
+            strange = self.task.nonconformity(p, self.labels, self.shares, self.followed)
             for kind, values in strange.items():
                 found.setdefault(kind, {})[name] = values.tolist()
         return calibrate(self.groups, self.patients, **found)
@@ -70,6 +73,8 @@ class TriedOut:
         Args:
             calibration: Behind the answers.
         """
+        if calibration.patients is None and self.followed is not None:
+            return calibration  # in which of many bins a time lies is not what is asked
         came = torch.tensor([g == AS_THEY_CAME for g in self.groups], dtype=torch.bool)
         best = {name: p[came].max(1) for name, p in self.answers.items()}
         truth = self.labels[came]
@@ -195,4 +200,5 @@ def try_out(
         answers,
         None if batch.shares is None else batch.shares[rows],
         task,
+        None if batch.followed is None else batch.followed[rows],
     )

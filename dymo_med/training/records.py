@@ -90,6 +90,9 @@ def fingerprint_of(
         ],
         "versions": [dymo_med.__version__, torch.__version__],
     }
+    times = [(r.value, r.event) for part in records.values() for r in part if r.event is not None]
+    if times:
+        about["task"], about["times"] = cohort.task.to_dict(), times
     if cohort.task.files:
         about["task"] = cohort.task.to_dict()
         about["masks"] = [

@@ -124,7 +124,7 @@ def calibration_cases(
         .to(device),
         temperature,
         None if batch.shares is None else batch.shares.repeat(repeats + 1, 1).to(device),
-        None if batch.followed is None else batch.followed[:, 2].repeat(repeats + 1).to(device),
+        None if batch.followed is None else batch.followed.repeat(repeats + 1, 1).to(device),
         batch.patient_ids * (repeats + 1),
     )
     return cases, list(batch.patient_ids) * (repeats + 1)
@@ -306,8 +306,8 @@ def choose(
     who = torch.tensor([order[p] for p in patients])
     n, total = len(order), weights.sum()
     standing = weights  # of those whose class is known
-    if cases.stands_for is not None:
-        standing = weights * (cases.stands_for.cpu() * (labels >= 0).cpu()).double()
+    if cases.followed is not None:
+        standing = weights * cases.followed[:, 2].cpu() * (labels >= 0)
     among = standing.sum().clamp_min(1e-12)
     losses, right = {}, {}
     for name, p in answers.items():

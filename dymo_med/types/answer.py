@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
+from dymo_med.survival import Statement
 from dymo_med.types.record import GateResult, Source
 from dymo_med.types.selection import SelectionStep
 
@@ -102,6 +103,7 @@ class Prediction:
         subsets: What the answer was averaged over, heaviest first; empty where it comes from
             `observed` and `trusted` alone.
         value: The number of a regression, of which `classes` are the bands; else None.
+        survival: What is stated of a survival time, of which `classes` are the bins; else None.
         quality: What the quality gate says of each observed modality, and of each of `refused`.
         refused: Modalities that were brought but refused by the gate and treated as missing.
         status: `answered`, `caution` or `abstained` (no answer can be given); None = not judged.
@@ -133,6 +135,7 @@ class Prediction:
     value: Value | None = None
     quality: Mapping[str, GateResult] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    survival: Statement | None = None
     status: Literal["answered", "caution", "abstained"] | None = None
     reasons: tuple[str, ...] = ()
     prediction_set: tuple[str, ...] | None = None

@@ -257,6 +257,15 @@ class Task(ABC):
         """Return a record whose target was read by another task, as this one sees it."""
         return record
 
+    def adopt(self, other: Task, record: CohortRecord) -> CohortRecord:
+        """Return a record of another cohort, its target as this task would have read it.
+
+        Args:
+            other: The other cohort's task, which this one accepts.
+            record: Of the other cohort.
+        """
+        return record
+
     def known(self, record: CohortRecord | PatientRecord) -> bool:
         """Return whether something is known of a record's target."""
         return record.label is not None

@@ -75,9 +75,10 @@ def test_who_is_of_known_class_stands_for_the_others():
 
 
 def cases(labels, shares, stands_for, n):
+    followed = None if stands_for is None else torch.stack([*torch.zeros(2, n), stands_for], 1)
     mask = ModalityMask(("x",), torch.ones(n, 1, dtype=torch.bool))
     none = torch.zeros(n, 1, dtype=torch.bool)
-    return Cases(None, mask, none, labels, torch.ones(n), 1.0, shares, stands_for)
+    return Cases(None, mask, none, labels, torch.ones(n), 1.0, shares, followed)
 
 
 def test_cases_of_known_class_weigh_as_much_as_all():

@@ -276,10 +276,13 @@ class TestFiles:
         """A patient directory holds only what a hospital holds, and the lesion outlined."""
         assert {p.name for p in cohort.iterdir()} == {
             "cohort-segmentation.yaml",
+            "cohort-survival.yaml",
             "cohort.yaml",
             "labels.csv",
             "patients",
             "splits.csv",
+            "survival-truth.csv",
+            "survival.csv",
             "truth",
             "truth.csv",
         }

@@ -366,7 +366,8 @@ def test_band_covers_the_true_curve_as_often_as_it_says():
         wrong = Recalibration(0.3, 1.3).apply(true, BINS)
         found = fit_recalibration(wrong, BINS.fits(times, events), events, range(150), BINS)
         one = truth[k : k + 1]
-        low, high = found.band(Recalibration(0.3, 1.3).apply(one, BINS), BINS, at)
+        said = found.apply(Recalibration(0.3, 1.3).apply(one, BINS), BINS)
+        low, high = found.band(said, BINS, at)
         right = BINS.survival(one, at)
         held.append(((low <= right) & (right <= high)).double().mean().item())
     error = np.std(held) / len(held) ** 0.5
@@ -377,7 +378,7 @@ def test_band_holds_its_curve_and_begins_at_one():
     p = distributions(5, 0)
     r = Recalibration(0.1, 0.9, (0.04, 0.01, 0.02), 50, 30)
     at = [0.0, 1.0, 3.0, 6.0]
-    low, high = r.band(p, BINS, at)
+    low, high = r.band(r.apply(p, BINS), BINS, at)
     middle = BINS.survival(r.apply(p, BINS), at)
     assert bool(((low <= middle + 1e-12) & (middle <= high + 1e-12)).all())
     assert low[:, 0].tolist() == high[:, 0].tolist() == [1.0] * 5
