@@ -159,6 +159,49 @@ def evaluate(
     quality.check_draws(draws)
     check_part(part_id, num_parts)
     require_distinct((bundle, *against))
+    _require_same_modalities(bundle, against, cohort)
+    seen = {one.name: patients_seen(one, records) for one in (bundle, *against)}
+    if not allow_overlap:
+        require_unseen(seen, cohort, split)
+    # All of them, however that is put: one may be gone on with as the other.
+    most_reports = None if reports is True or int(reports) >= len(records) else int(reports)
+    run = _Run(
+        bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
+    )
+    known = {
+        **_settings(run, rules, records),
+        "batch_size": batch_size,
+        "treatment of refused modalities": treat_refused_as_missing,
+    }
+    prepare_folder(out, known, resume, num_parts)
+    chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
+    how = Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
+    mine = range(part_id, len(chunks), num_parts)
+    _answer_open(run, out, rules, chunks, mine, how, progress)
+    still_open = sum(bool(_open(out, rules, n)) for n in range(len(chunks)))
+    if still_open:
+        return EvaluateResult(out, len(records), 0, (), still_open)
+    facts: Row = {
+        **_facts(run, rules, records),
+        "command": command or "evaluate",
+        "batch_size": batch_size,
+        "patients_seen_in_training": max(seen.values()),
+        "refused_as_missing": treat_refused_as_missing,
+        "records_sha256": known["records, label or patient"],
+    }
+    with naming(out):
+        return _write(out, facts, rules, len(chunks), specs, start, bundle.task)
+
+
+def _require_same_modalities(
+    bundle: ModelBundle, against: Sequence[ModelBundle], cohort: Cohort
+) -> None:
+    """Check that bundles can be set side by side.
+
+    Raises:
+        BundleError: If one is for other modalities.
+    """
+    specs = bundle.specs
     for other in against:
         if {s.name for s in matched_specs(other, cohort)} != {s.name for s in specs}:
             raise BundleError(
@@ -170,84 +213,86 @@ def evaluate(
                     remedy="Compare bundles that were trained on the same cohort.yaml",
                 )
             )
-    seen = {one.name: patients_seen(one, records) for one in (bundle, *against)}
-    if not allow_overlap:
-        require_unseen(seen, cohort, split)
-    # All of them, however that is put: one may be gone on with as the other.
-    most_reports = None if reports is True or int(reports) >= len(records) else int(reports)
-    run = _Run(
-        bundle, cohort, split, specs, seed, most_reports, methods, draws, identify, tuple(against)
-    )
-    known = {
+
+
+def _settings(run: _Run, rules: Sequence[Scenario], records: Sequence[CohortRecord]) -> Row:
+    """Return what an evaluation that is gone on with must have in common with the first one."""
+    bundle, cohort = run.bundle, run.cohort
+    return {
         "bundle": bundle.bundle_id,
         "cohort": cohort.name,
-        "split": split,
-        "seed": seed,
-        "batch_size": batch_size,
-        "reports": most_reports,
-        "identify": identify,
+        "split": run.split,
+        "seed": run.seed,
+        "reports": run.reports,
+        "identify": run.identify,
         "first_scenario": rules[0].text + rules[0].digest,
-        "selectors": [bundle.choice.name, *methods],
-        "draws": draws,
-        "treatment of refused modalities": treat_refused_as_missing,
-        "set of bundles": [other.bundle_id for other in against],
+        "selectors": [bundle.choice.name, *run.methods],
+        "draws": run.draws,
+        "set of bundles": [other.bundle_id for other in run.against],
         "version of dymo-med": __version__,
-        "description of the files": described(specs, cohort),
+        "description of the files": described(run.specs, cohort),
         "records, label or patient": digest_of(records),
         "subgroups": [asdict(s) for s in cohort.subgroups],
         "subgroup of a record": sha256(
             json.dumps([dict(r.subgroups) for r in records]).encode()
         ).hexdigest(),
     }
-    prepare_folder(out, known, resume, num_parts)
-    chunks = [records[first : first + batch_size] for first in range(0, len(records), batch_size)]
 
-    def open_rules(number: int) -> list[Scenario]:
-        return [r for r in rules if not (out / PROGRESS / batch_file(r, number)).is_file()]
 
-    mine = range(part_id, len(chunks), num_parts)
-    todo = [n for n in mine if open_rules(n)]
+def _open(out: Path, rules: Sequence[Scenario], number: int) -> list[Scenario]:
+    """Return the scenarios in which a batch is not finished."""
+    return [r for r in rules if not (out / PROGRESS / batch_file(r, number)).is_file()]
+
+
+def _answer_open(
+    run: _Run,
+    out: Path,
+    rules: Sequence[Scenario],
+    chunks: Sequence[Sequence[CohortRecord]],
+    mine: Sequence[int],
+    how: Reading,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Answer for all batches of this part that are not finished, and keep what comes of them."""
+    todo = [n for n in mine if _open(out, rules, n)]
     total = len(rules) * sum(len(chunks[n]) for n in mine)
     done = total - len(rules) * sum(len(chunks[n]) for n in todo)
     if progress is not None and done:
         progress(done, total)
-    how = Reading(specs, cohort.missing_values, bundle.norms, treat_refused_as_missing)
+    size = len(chunks[0])
     for number, chunk in reading_ahead([(n, chunks[n]) for n in todo], how):
-        still = set(open_rules(number))
+        still = set(_open(out, rules, number))
         for rule in rules:
             if rule in still:
                 folder = out / "reports" if rule is rules[0] else None
-                part = run.batch(rule, chunk, folder, number * batch_size)
+                part = run.batch(rule, chunk, folder, number * size)
                 part["quality"] = chunk.judged if rule is rules[0] else []
                 write_json(out / PROGRESS / batch_file(rule, number), part)
             done += len(chunks[number])
             if progress is not None:
                 progress(done, total)
-    still_open = sum(bool(open_rules(n)) for n in range(len(chunks)))
-    if still_open:
-        return EvaluateResult(out, len(records), 0, (), still_open)
+
+
+def _facts(run: _Run, rules: Sequence[Scenario], records: Sequence[CohortRecord]) -> Row:
+    """Return what `run.json` says of an evaluation besides its metrics."""
+    bundle, cohort, specs = run.bundle, run.cohort, run.specs
     facts: Row = {
         "schema_version": 1,
-        "command": command or "evaluate",
         "cohort": cohort.name,
-        "split": split,
+        "split": run.split,
         "target": bundle.task.target,
         "classes": list(bundle.task.classes),
         "modalities": [spec.name for spec in specs],
         "scenarios": [rule.text for rule in rules],
         "selector": bundle.choice.name,
         "selector_why": bundle.choice.why,
-        "seed": seed,
-        "draws": draws,
-        "batch_size": batch_size,
+        "seed": run.seed,
+        "draws": run.draws,
         "records": len(records),
         "patients": len({r.patient_id for r in records}),
-        "unlabelled_records": len(cohort.in_split(known_split(split))) - len(records),
-        "patients_seen_in_training": max(seen.values()),
-        "refused_as_missing": treat_refused_as_missing,
+        "unlabelled_records": len(cohort.in_split(known_split(run.split))) - len(records),
         "bundle": {"name": bundle.name, "version": bundle.version, "id": bundle.bundle_id},
-        "against": [{"name": b.name, "version": b.version, "id": b.bundle_id} for b in against],
-        "records_sha256": known["records, label or patient"],
+        "against": [{"name": b.name, "version": b.version, "id": b.bundle_id} for b in run.against],
         "device": str(bundle.device),
         "versions": versions(),
     }
@@ -257,8 +302,7 @@ def evaluate(
     if notes:
         facts["scenario_notes"] = list(notes)
     facts |= {k: v for k, v in bundle.task.to_dict().items() if k in bundle.task.stored}
-    with naming(out):
-        return _write(out, facts, rules, len(chunks), specs, start, bundle.task)
+    return facts
 
 
 def _write(

@@ -64,6 +64,7 @@ class Segmentation(Task):
 
     stored: ClassVar[Mapping[str, tuple[str, ...]]] = {"mask": ("file", "labels", "regions")}
     by_class: ClassVar[bool] = False
+    lacks: ClassVar[Mapping[str, tuple[str, ...]]] = {"train": ("--harm",)}
 
     masks: MaskSpec
 

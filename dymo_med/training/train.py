@@ -129,7 +129,7 @@ def train(
     if seed is not None:
         plan = plan.model_copy(update={"seed": seed})
     if harm is not None:
-        if described.task.mask is not None:
+        if "--harm" in described.task.lacks.get("train", ()):
             raise ConfigError(
                 Problem(
                     "harm",
