@@ -21,7 +21,7 @@ from dymo_med.errors import PatientDataError, Problem
 from dymo_med.survival import Statement
 from dymo_med.types import GateResult, GateState
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # An answer that changes in this share of draws, or more, is given with caution.
 UNSTEADY = 0.1
 # Central share of the draws that `low` and `high` enclose.
@@ -495,12 +495,12 @@ class NoveltyPart(Part):
 
 
 class PredictionFile(Part):
-    """`prediction.json`, version 5; `value` is there of a regression, `survival` of survival.
+    """`prediction.json`, version 6; `value` is there of a regression, `survival` of survival.
 
     `plain` is there if the bundle has references, `novelty` if it knows what is usual.
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     record_id: str
     patient_id: str
     target: str

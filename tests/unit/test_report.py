@@ -102,7 +102,7 @@ def source(file, sha256, facts):
 
 def prediction(**changes):
     given = {
-        "schema_version": 5,
+        "schema_version": 6,
         "record_id": "sub-0042",
         "patient_id": "hidden-patient-key",
         "target": "grade",
