@@ -48,6 +48,7 @@ KEYS: Mapping[str, tuple[str, ...] | None] = {
     "configs/references.json": (
         *("weight", "partner", "why", "better", "losses", "patients", "entries"),
     ),
+    "configs/draws.json": ("rows", "draws"),
     "configs/novelty.json": ("alarm", "strange", "usual"),
     "configs/use.json": ("rows", "patients", "permutations"),
     "models/imputer.safetensors": None,

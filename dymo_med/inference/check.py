@@ -439,7 +439,8 @@ def _check_cohort(
             else:
                 problems.extend(_wrong(found))
                 row = _row(found, specs, cohort, entry)
-                row = replace(row, labelled=row.labelled or masked)
+                if cohort.task.files:  # the mask is the target, not a row of a table
+                    row = replace(row, labelled=masked)
                 rows.append(row)
                 seen.add(found.record)
                 for name, value in found.record.modalities.items():

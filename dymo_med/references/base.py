@@ -199,6 +199,12 @@ class References:
             raise ValueError("a weight is from 0 to 1, and what is below 1 has a partner")
 
     @property
+    def plain(self) -> str:
+        """The last reference of the table that looks at values; empty if there is none."""
+        names = [name for name, reference in self.fitted.items() if reference.model.partner]
+        return names[-1] if names else ""
+
+    @property
     def mixed(self) -> FittedReference | None:
         """The reference that has a part in the bundle's answers; None = the network alone."""
         return self.fitted[self.partner] if self.weight < 1 else None

@@ -156,8 +156,7 @@ def weigh(references: References, held: Sequence[Held], task: OverClasses, seed:
         why = f"The network alone: {n} held-back patients are too few to compare it."
         found["answer"] = found["network"]
         return replace(references, why=why, losses=found, patients=n)
-    partners = [p for p, reference in references.fitted.items() if reference.model.partner]
-    equal = options.index((partners[-1], 0.5)) if partners else 0
+    equal = options.index((references.plain, 0.5)) if references.plain else 0
     surely = _surely(each[equal] - best_elsewhere)
     partner, weight = options[int(allowed[mean[allowed].argmin()]) if surely else equal]
     answer = best_elsewhere if surely else each[equal]

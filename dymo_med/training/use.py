@@ -166,13 +166,13 @@ class _Asked:
         return torch.cat(found)
 
     def reference(self, rows: Tensor, part: Sequence[int]) -> Tensor | None:
-        """Return what the last reference says of some records from some modalities alone."""
-        if self.references is None or self.features is None or not self.references.fitted:
+        """Return what a plain reference says of some records from some modalities alone."""
+        if self.references is None or self.features is None or not self.references.plain:
             return None
         only = torch.zeros(len(rows), len(self.network.backbone.specs), dtype=torch.bool)
         only[:, list(part)] = True
         seen = under(self.features[rows], self.references.layout, only)
-        return list(self.references.fitted.values())[-1].probabilities(seen)
+        return self.references.fitted[self.references.plain].probabilities(seen)
 
 
 def _row(

@@ -166,7 +166,7 @@ def test_the_cohorts_own_rules_reach_evaluation_and_check(tiny, tmp_path, monkey
 def test_masks_are_read_as_the_cohort_says(tiny, tmp_path, monkeypatch):
     from dymo_med.inference import segment_evaluate
 
-    monkeypatch.setattr(segment_evaluate, "_write_page", lambda *_: None)
+    monkeypatch.setattr(segment_evaluate, "write_page", lambda *_: None)
     root = shutil.copytree(tiny.root / "cohort", tmp_path / "cohort")
     described = {"name": "abroad", **deepcopy(TASKS["segmentation"])}
     described["task"]["file"] = "{record}_mask.nii.gz"

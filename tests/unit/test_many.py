@@ -116,7 +116,7 @@ class _Page(HTMLParser):
 
 def test_the_work_list_begins_with_whoever_needs_a_look(done):
     page = _Page()
-    page.feed((done / "index.html").read_text())
+    page.feed((done / "index.html").read_text(encoding="utf-8"))
     assert len(page.states) == 7
     assert page.states == sorted(page.states, key=ORDER.index)
     assert page.states[:2] == ["failed", "failed"]

@@ -164,7 +164,9 @@ def test_no_records_no_predictions(bundle):
 def test_a_class_flip_is_a_warning(bundle, records):
     (p,) = predict_batch(bundle, records[:1], explain=False)
     own, other = (0.9, 0.1), (0.2, 0.8)
-    args = (bundle, records[0], own, {"observed_only": other, "trust_all": own}, p.steps, {})
+    trace = answer(bundle, records[:1]).own
+    others = {"observed_only": other, "trust_all": own}
+    args = (bundle, records[0], trace, 0, own, others, p.steps, {})
     assert any("Measurements alone would say high" in w for w in assemble._warnings(*args))
 
 

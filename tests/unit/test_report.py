@@ -550,7 +550,11 @@ def test_a_page_opened_as_a_file_says_itself_what_it_may_do(tmp_path):
 def test_so_does_every_page():
     package = Path(dymo_med.__file__).parent
     templates = package / "inference" / "templates"
-    whole = {t.name for t in templates.glob("*.j2") if t.read_text().startswith("<!doctype")}
+    whole = {
+        t.name
+        for t in templates.glob("*.j2")
+        if t.read_text(encoding="utf-8").startswith("<!doctype")
+    }
     assert len(whole) >= 6
     for source in package.rglob("*.py"):
         text = source.read_text(encoding="utf-8")
