@@ -84,7 +84,7 @@ def test_each_is_answered_as_if_alone(done, bundle, patients, tmp_path):
     for name, row in rows.items():
         if row["status"] == "failed":
             continue
-        file = json.loads((done / "reports" / name / "prediction.json").read_text())
+        file = json.loads((done / "reports" / name / "prediction.json").read_text(encoding="utf-8"))
         assert row["status"] == file["status"]
         assert row["trusted"] == "+".join(file["trusted"])
         assert row["reasons"].split("+") == [r["code"] for r in file["status_reasons"]]
@@ -193,10 +193,10 @@ def test_a_cohort_needs_no_labels_and_no_splits(bundle_dir, cohort_dir, tmp_path
     rows = {row["record_id"]: row["patient_id"] for row in table(out / "predictions.csv")}
     assert rows["p003_v2"] == "p003"  # the labels file says whose visit it is
     assert tuple(rows) == kept
-    run_ = json.loads((out / "run.json").read_text())
+    run_ = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert run_["patients"] == 4
     assert run_["patients_seen_in_training"] == 2  # p016 and p019 are of the test split
-    file = json.loads((out / "reports" / "p003_v2" / "prediction.json").read_text())
+    file = json.loads((out / "reports" / "p003_v2" / "prediction.json").read_text(encoding="utf-8"))
     assert file["patient_id"] == "p003"
     (cohort / "labels.csv").unlink()
     records, _, _ = module.records_of(_bundle(bundle_dir), cohort)

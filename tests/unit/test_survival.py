@@ -145,7 +145,7 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_cells_that_are_no_survival(tmp_path, followed, kind):
     line, told = WRONG[kind]
-    lines = (followed / "labels.csv").read_text().splitlines()
+    lines = (followed / "labels.csv").read_text(encoding="utf-8").splitlines()
     folder = write_cohort(tmp_path / "c", labels=[lines[0], line, *lines[2:]])
     with pytest.raises(ConfigError) as error:
         read_cohort(folder)
@@ -167,7 +167,7 @@ def test_cells_that_are_no_survival(tmp_path, followed, kind):
     ],
 )
 def test_events_as_cohorts_write_them(tmp_path, followed, words, dead, alive):
-    text = (followed / "labels.csv").read_text()
+    text = (followed / "labels.csv").read_text(encoding="utf-8")
     text = text.replace("dead", dead).replace("alive", alive)
     folder = write_cohort(tmp_path / "c", {**TASK, **words}, text.splitlines())
     events = [r.event for r in read_cohort(folder).records]
@@ -193,14 +193,14 @@ def test_events_as_cohorts_write_them(tmp_path, followed, words, dead, alive):
     ],
 )
 def test_tasks_that_cannot_be(tmp_path, followed, change, told):
-    labels = (followed / "labels.csv").read_text().splitlines()
+    labels = (followed / "labels.csv").read_text(encoding="utf-8").splitlines()
     folder = write_cohort(tmp_path / "c", {**TASK, **change}, labels)
     with pytest.raises(ConfigError, match=told):
         read_cohort(folder)
 
 
 def test_a_horizon_that_nobody_is_followed_to(tmp_path, followed):
-    labels = (followed / "labels.csv").read_text().splitlines()
+    labels = (followed / "labels.csv").read_text(encoding="utf-8").splitlines()
     cohort = read_cohort(write_cohort(tmp_path / "c", {**TASK, "horizons": [5000]}, labels))
     problem = cohort.task.shortage("train", cohort.in_split("train"))
     assert "horizon 5000 lies after" in problem.what
@@ -209,7 +209,7 @@ def test_a_horizon_that_nobody_is_followed_to(tmp_path, followed):
 def test_another_unit_is_converted_to_the_bundles(tmp_path, followed):
     """A cohort in months is read in the bundle's days and bins, whatever its own bins are."""
     own = read_cohort(followed)
-    lines = (followed / "labels.csv").read_text().splitlines()
+    lines = (followed / "labels.csv").read_text(encoding="utf-8").splitlines()
     months = [lines[0]]
     for line in lines[1:]:
         name, days, status = line.split(",")
@@ -222,7 +222,7 @@ def test_another_unit_is_converted_to_the_bundles(tmp_path, followed):
 
 
 def test_a_split_without_events_cannot_be_trained_on(tmp_path, followed, capsys):
-    lines = (followed / "labels.csv").read_text().splitlines()
+    lines = (followed / "labels.csv").read_text(encoding="utf-8").splitlines()
     for i, split in enumerate(SPLITS, start=1):
         if split == "validation":
             lines[i] = lines[i].replace("dead", "alive")
@@ -258,7 +258,7 @@ def test_a_changed_number_is_refused(trained, tmp_path):
     shutil.copytree(trained, folder)
     file = folder / "configs" / "metadata.json"
     for change in ({"latest": -1.0}, {"everybody": [2.0, 0.5, 0.1]}, {"everybody": [0.5]}):
-        told = json.loads((trained / "configs" / "metadata.json").read_text())
+        told = json.loads((trained / "configs" / "metadata.json").read_text(encoding="utf-8"))
         told["target"]["follow_up"] |= change
         write_json(file, told)
         (folder / "checksums.json").unlink()
@@ -302,7 +302,7 @@ def test_a_prediction_states_curve_risks_and_bound(predicted, bundle):
     assert 0 < said.bound <= bundle.task.learned.latest
     assert said.calibrated_on >= 9
     assert set(said.alternatives) == set(file.alternatives)
-    page = (predicted / "report.html").read_text()
+    page = (predicted / "report.html").read_text(encoding="utf-8")
     for text in ("<polyline", "Lower bound", "risk by 200 days", "Kaplan-Meier"):
         assert text in page
     assert (predicted / "report.pdf").stat().st_size > 1000
@@ -311,7 +311,9 @@ def test_a_prediction_states_curve_risks_and_bound(predicted, bundle):
 def test_a_page_is_made_again_from_the_file(predicted, tmp_path):
     again = tmp_path / "again.html"
     assert run("report", predicted / "prediction.json", "-o", again) == 0
-    assert again.read_text() == (predicted / "report.html").read_text()
+    assert again.read_text(encoding="utf-8") == (predicted / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_an_evaluation_knows_censored_patients(evaluated):
@@ -320,7 +322,7 @@ def test_an_evaluation_knows_censored_patients(evaluated):
     assert {r["event"] for r in predictions} == {"0", "1"}
     assert all(r["label"] for r in predictions if r["event"] == "1")
     assert any(not r["label"] for r in predictions)
-    own = json.loads((evaluated / "run.json").read_text())["selector"]
+    own = json.loads((evaluated / "run.json").read_text(encoding="utf-8"))["selector"]
     metrics = {(r["method"], r["metric"]): r for r in rows(evaluated / "metrics.csv")}
     for name in (
         "concordance",
@@ -334,7 +336,7 @@ def test_an_evaluation_knows_censored_patients(evaluated):
         assert (own, name) in metrics
     assert float(metrics[own, "concordance"]["value"]) > 0.5
     assert float(metrics["moddrop", "concordance"]["value"]) > 0.5
-    page = (evaluated / "index.html").read_text()
+    page = (evaluated / "index.html").read_text(encoding="utf-8")
     assert "Concordance (Uno)" in page
     assert (evaluated / "plots" / "survival.png").is_file()
     assert rows(evaluated / "metrics_by_pattern.csv")
