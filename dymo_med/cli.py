@@ -736,12 +736,21 @@ def _predict_many(
         was = _count(result.seen, "patient was", "patients were")
         reporter.say(f"note: {was} used to make the bundle: of them it is too sure")
     reporter.say(f"work list: {out / 'index.html'}")
-    if result.failures:
-        failed = _count(result.failures, "failure")
-        if result.unexpected:
-            failed += f", {result.unexpected} of them unexpected"
+    _end(result.failures, result.unexpected, out)
+
+
+def _end(failures: int, unexpected: int, out: Path) -> None:
+    """Say how many records failed, if any did, and end with the exit code that follows.
+
+    Raises:
+        Exit: If there are failures.
+    """
+    if failures:
+        failed = _count(failures, "failure")
+        if unexpected:
+            failed += f", {unexpected} of them unexpected"
         err_console.print(escape(f"{failed}; see {out / 'failures.csv'}"))
-        raise typer.Exit(1 if result.unexpected else 3)
+        raise typer.Exit(1 if unexpected else 3)
 
 
 def _tell_prediction(prediction: Prediction, out: Path, pdf: bool, reporter: Reporter) -> None:
@@ -1063,12 +1072,7 @@ def evaluate(
     for note in result.notes:
         reporter.say(f"note: {note}")
     reporter.say(f"cohort page: {out / 'index.html'}")
-    if result.failures:
-        failed = _count(result.failures, "failure")
-        if result.unexpected:
-            failed += f", {result.unexpected} of them unexpected"
-        err_console.print(escape(f"{failed}; see {out / 'failures.csv'}"))
-        raise typer.Exit(1 if result.unexpected else 3)
+    _end(result.failures, result.unexpected, out)
 
 
 @app.command()

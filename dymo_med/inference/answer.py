@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dymo_med.bundle import ModelBundle
 from dymo_med.data.batch import collate
 from dymo_med.drawn import DRAWS, recovered
 from dymo_med.inference.explain import Explanation, Subject, explain
-from dymo_med.novelty import Unusual, assess
+from dymo_med.novelty import Novelty, Unusual, assess
 from dymo_med.references import Mixed, features_of, layout_of
 from dymo_med.selection import Integrated, WithDraws
 from dymo_med.types import Batch, Fuse, PatientRecord, Recovery, SelectionTrace
@@ -37,7 +38,7 @@ class Answers:
         network: The network alone, over the same records.
         drawn: The mean over draws of the recoveries, over the same records, where a selector asked
             for it and it costs next to nothing.
-        unusual: How unlike training patients each record is; empty where the bundle cannot say.
+        novelty: What is usual among the bundle's patients; None where it does not know.
     """
 
     batch: Batch
@@ -48,12 +49,24 @@ class Answers:
     fuse: Fuse
     network: EncodedVersions
     drawn: Fuse | None = None
-    unusual: Sequence[Unusual] = ()
+    novelty: Novelty | None = None
 
     @property
     def own(self) -> SelectionTrace:
         """The trace of the bundle's default selector."""
         return self.traces[self.method]
+
+    @cached_property
+    def unusual(self) -> Sequence[Unusual]:
+        """How unlike training patients each record is; empty where the bundle cannot say.
+
+        Found when it is asked for: an evaluation also answers for whole records and by other
+        bundles, of whom nobody asks.
+        """
+        if self.novelty is None:
+            return ()
+        specs = self.network.backbone.specs
+        return assess(self.novelty, features_of(self.batch, specs), layout_of(specs).owner)
 
 
 def answer(
@@ -99,10 +112,6 @@ def answer(
             name: bundle.calibration.probabilities(trace.output.logits.cpu())
             for name, trace in traces.items()
         }
-    unusual: list[Unusual] = []
-    if bundle.novelty is not None:
-        layout = layout_of(bundle.specs)
-        unusual = assess(bundle.novelty, features_of(batch, bundle.specs), layout.owner)
     return Answers(
         batch,
         found.recovery,
@@ -112,7 +121,7 @@ def answer(
         found.single,
         found.network,
         found.fuse.drawn if isinstance(found.fuse, WithDraws) else None,
-        unusual,
+        bundle.novelty,
     )
 
 

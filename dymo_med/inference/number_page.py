@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from dymo_med.conformal import COVERAGE
 from dymo_med.files import write_text
 from dymo_med.inference.answer import COMPARED
+from dymo_med.inference.page_parts import Row, estimate, estimates, report_link
 from dymo_med.inference.report import environment, guarded, percent, words
 from dymo_med.types import Scores
-
-Row = Mapping[str, Any]
 
 _COLOURS = ("#1f5a82", "#6d7681", "#a9570c")
 _SOFT = "#55616e"
@@ -73,23 +70,20 @@ def _view(
         "methods": methods,
         "others": others,
         "coverage": percent(COVERAGE),
-        "errors": [(s, [_estimate(found.get((s, m, "mae"))) for m in methods]) for s in scenarios],
-        "differences": [
-            (s, [_estimate(found.get((s, f"{own} - {m}", "mae"))) for m in others])
-            for s in scenarios
-        ],
+        "errors": estimates(found, scenarios, methods, "mae"),
+        "differences": estimates(found, scenarios, [f"{own} - {m}" for m in others], "mae"),
         "intervals": [
             (
                 s,
-                _estimate(found[s, own, "interval_coverage"], 100),
-                _estimate(found[s, own, "interval_width"]),
+                estimate(found[s, own, "interval_coverage"], 100),
+                estimate(found[s, own, "interval_width"]),
             )
             for s in scenarios
             if (s, own, "interval_coverage") in found
         ],
         "heads": [text["names"][m] for m in present],
         "metrics": [
-            (s, m, [_estimate(found.get((s, m, metric))) for metric in present])
+            (s, m, [estimate(found.get((s, m, metric))) for metric in present])
             for s in scenarios
             for m in methods
             if (s, m, "mae") in found
@@ -97,7 +91,7 @@ def _view(
         "records": [
             {
                 "id": row["record_id"],
-                "link": _link(out, row["record_id"]),
+                "link": report_link(out, row["record_id"]),
                 "truth": _number(row["value_true"]),
                 "value": _number(row["value"]),
                 "interval": ""
@@ -126,34 +120,15 @@ def _use(row: Row) -> dict[str, Any]:
         "patients": row["patients"],
         "values": [
             told(row["change"]),
-            told(None) if loss["value"] is None else _estimate(loss),
+            told(None) if loss["value"] is None else estimate(loss),
             told(row["p"]),
         ],
     }
 
 
-def _link(out: Path, record_id: str) -> str:
-    report = f"reports/{record_id}/report.html"
-    return quote(report) if (out / report).is_file() else ""
-
-
 def _number(value: float) -> str:
     text = f"{value:.3g}"
     return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _estimate(row: Row | None, scale: float = 1) -> tuple[str, str]:
-    """Return an estimate and its interval as text; shares in per cent with a scale of 100."""
-    if row is None or math.isnan(row["value"]):
-        return "–", ""
-    sign = " %" if scale == 100 else ""
-
-    def said(value: float) -> str:
-        text = f"{scale * value:.{0 if sign else 3}f}"
-        return text.replace("-", "\N{MINUS SIGN}")
-
-    between = f"{said(row['low'])} to {said(row['high'])}" if row["low"] < row["high"] else ""
-    return said(row["value"]) + sign, between
 
 
 def _plot(path: Path, facts: Row, scores: Scores) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import torch
 
 from dymo_med.files import write_text
+from dymo_med.inference.page_parts import Row, estimate, estimates, report_link
 from dymo_med.inference.report import environment, guarded, percent, words
 from dymo_med.metrics import patient_weights
 from dymo_med.survival import FollowUp, kaplan_meier
 from dymo_med.survival.bound import COVERAGE
 from dymo_med.types import Scores
-
-Row = Mapping[str, Any]
 
 _COLOURS = ("#1f5a82", "#6d7681", "#a9570c")
 _SOFT = "#55616e"
@@ -80,18 +77,18 @@ def _view(
         "methods": methods,
         "others": others,
         "coverage": percent(COVERAGE),
-        "concordance": _table(found, scenarios, methods, "concordance"),
-        "differences": _table(
+        "concordance": estimates(found, scenarios, methods, "concordance"),
+        "differences": estimates(
             found, scenarios, [f"{own} - {m}" for m in others], "integrated_brier"
         ),
         "bounds": [
-            (s, _estimate(found[s, own, "bound_coverage"], 100), _estimate(found[s, own, "bound"]))
+            (s, estimate(found[s, own, "bound_coverage"], 100), estimate(found[s, own, "bound"]))
             for s in scenarios
             if (s, own, "bound_coverage") in found
         ],
         "heads": [_head(text, m) for m in shown],
         "metrics": [
-            (s, m, [_estimate(found.get((s, m, metric))) for metric in shown])
+            (s, m, [estimate(found.get((s, m, metric))) for metric in shown])
             for s in scenarios
             for m in methods
             if (s, m, "concordance") in found
@@ -99,7 +96,7 @@ def _view(
         "records": [
             {
                 "id": row["record_id"],
-                "link": _link(out, row["record_id"]),
+                "link": report_link(out, row["record_id"]),
                 "time": f"{row['time']:.3g}",
                 "event": text["happened" if row["event"] else "censored"],
                 "risks": [percent(row[f"risk_{h:g}"]) for h in horizons],
@@ -112,41 +109,12 @@ def _view(
     }
 
 
-def _table(
-    found: Mapping[tuple[str, str, str], Row],
-    scenarios: Sequence[str],
-    methods: Sequence[str],
-    metric: str,
-) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return a metric's rows: a scenario, and an estimate for each method."""
-    return [(s, [_estimate(found.get((s, m, metric))) for m in methods]) for s in scenarios]
-
-
 def _head(text: Mapping[str, Any], metric: str) -> str:
     """Return a metric's name for people."""
     name, _, horizon = metric.rpartition("_")
     if name in text["at"]:
         return str(text["at"][name].format(horizon=horizon))
     return str(text["names"][metric])
-
-
-def _link(out: Path, record_id: str) -> str:
-    report = f"reports/{record_id}/report.html"
-    return quote(report) if (out / report).is_file() else ""
-
-
-def _estimate(row: Row | None, scale: float = 1) -> tuple[str, str]:
-    """Return an estimate and its interval as text; shares in per cent with a scale of 100."""
-    if row is None or math.isnan(row["value"]):
-        return "–", ""
-    sign = " %" if scale == 100 else ""
-
-    def said(value: float) -> str:
-        text = f"{scale * value:.{0 if sign else 3}f}"
-        return text.replace("-", "\N{MINUS SIGN}")
-
-    between = f"{said(row['low'])} to {said(row['high'])}" if row["low"] < row["high"] else ""
-    return said(row["value"]) + sign, between
 
 
 def _plot(path: Path, facts: Row, scores: Scores) -> None:
