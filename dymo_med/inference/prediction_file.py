@@ -493,6 +493,11 @@ class NoveltyPart(Part):
     strange: Probability
     apart: tuple[tuple[str, str], ...]
 
+    @property
+    def as_unusual(self) -> int:
+        """How many of the held-back patients are at least as unusual."""
+        return round(self.p * (self.patients + 1)) - 1
+
 
 class PredictionFile(Part):
     """`prediction.json`, version 6; `value` is there of a regression, `survival` of survival.
@@ -886,7 +891,7 @@ def novelty_reasons(novelty: NoveltyPart | None) -> list[ReasonPart]:
         furthest = sorted((p, name) for name, p in novelty.modalities.items() if p <= novelty.alarm)
         values = {
             "modalities": ", ".join(name for _, name in furthest) or "all of them together",
-            "as_unusual": round(novelty.p * (novelty.patients + 1)) - 1,
+            "as_unusual": novelty.as_unusual,
             "patients": novelty.patients,
         }
         reasons.append(ReasonPart.model_validate({"code": code, "values": values}))

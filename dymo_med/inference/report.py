@@ -834,6 +834,16 @@ def _change_of(bits: float) -> str:
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
 
 
+def _elsewhere(prediction: PredictionFile) -> str:
+    """Return what to say of patients from elsewhere; more where this one was compared."""
+    text, novelty = words()["limits"], prediction.novelty
+    if novelty is None or novelty.state == "unknown":
+        return str(text["elsewhere"])
+    return str(
+        text["elsewhere_compared"].format(patients=novelty.patients, as_unusual=novelty.as_unusual)
+    )
+
+
 def _limits(prediction: PredictionFile) -> list[str]:
     """Return the known limits that hold for this answer."""
     text, part = words()["limits"], prediction.limits
@@ -845,7 +855,7 @@ def _limits(prediction: PredictionFile) -> list[str]:
             cohort=part.cohort,
             task=part.task,
         ),
-        text["elsewhere"],
+        _elsewhere(prediction),
     ]
     rare = [
         text["rare_item"].format(modality=name, percent=percent(share))
